@@ -1,0 +1,1 @@
+"""What every quantizer shares. Needs torch alone."""

@@ -1,0 +1,206 @@
+"""The contract of a quantizer.
+
+A quantizer is a module from a float tensor to its fake-quantized self. It owns its parameters (raw float32 step
+sizes) and *declares*: `table()` says what levels they mean, class attributes say which static rules hold, and
+`nulsq.quant.op` executes. One that needs a gradient of its own overrides `forward`; everybody else, exporters
+included, relies on `levels`, `thresholds`, `encode`, `decode` and `reset_` alone.
+
+Two things are settled by data: the sign of an activation quantizer built with `signed=None`, and the steps. Both
+come from `reset_`, which `calibrate_` calls; until then `forward` refuses. They are part of the state dict.
+
+Steps stay positive by projection after the optimizer's step (`after_step_`, see `nulsq.quant.step`), never by a
+check in `forward`, which would cost a device synchronization. NaN goes through to the output.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nulsq.quant.init import INITIALIZERS, SMALLEST_STEP, initial_step
+from nulsq.quant.op import Rule, Table, encode, fake_quantize
+from nulsq.quant.op.oracle import STE_RULES
+from nulsq.quant.statistics import Statistics
+
+ROLES = ("weight", "activation")
+GRAD_SCALES = ("none", "lsq", "channels")
+
+
+class Quantizer(nn.Module):
+    """Base class of all quantizers.
+
+    Args:
+        bits: 1 to 8; at most 2^bits levels.
+        role: "weight" or "activation".
+        signed: whether negative values have levels. Weights: always. Activations: None lets `reset_` decide from
+            the data's minimum.
+        channels: number of output channels for one set of steps each (dimension 0), or None for one per tensor.
+        init: initial step sizes, see `nulsq.quant.init`.
+        grad_scale: factor on the gradient of the steps. "none"; "lsq": 1/sqrt(N Qp) of the LSQ paper, N the number
+            of weights or of features of one sample; "channels": the same with N the number of input channels for
+            activations, as the reference implementation of nuLSQ has it.
+        ste: dL/dx at and beyond the ends of the range, see `nulsq.quant.op.Rule`; None takes the method's own.
+
+    Raises:
+        ValueError: for a value that the method has no meaning for; the message names the allowed ones.
+    """
+
+    index = "uniform"
+    ste = "clip"
+    reduction = "total"
+    smallest_bits = 2  # for signed grids
+
+    def __init__(self, bits: int, role: str, *, signed: bool | None = None, channels: int | None = None,
+                 init: str = "nmse", grad_scale: str = "none", ste: str | None = None):
+        super().__init__()
+        _one_of("role", role, ROLES)
+        _one_of("init", init, tuple(INITIALIZERS))
+        _one_of("grad_scale", grad_scale, GRAD_SCALES)
+        _one_of("ste", self.ste if ste is None else ste, STE_RULES)
+        signed = True if role == "weight" else signed
+        least = self.smallest_bits if signed else 1
+        if not isinstance(bits, int) or isinstance(bits, bool) or not least <= bits <= 8:
+            raise ValueError(f"{self.name()}: bits = {bits!r}, allowed for {role}s: {least} to 8")
+        if role == "activation" and channels is not None:
+            raise ValueError(f"{self.name()}: per-channel steps are defined for weights only, not for activations")
+        self.bits, self.role, self.channels = bits, role, channels
+        self.init, self.grad_scale = init, grad_scale
+        self.ste = self.ste if ste is None else ste
+        self.signed = signed
+        self.ready = False  # a plain attribute: reading it costs nothing and does not break a compiled graph
+        # -1: not calibrated yet, else whether signed; what of the two flags above a state dict carries
+        self.register_buffer("sign", torch.tensor(-1, dtype=torch.int8))
+        self.register_load_state_dict_post_hook(_read_sign)
+
+    # ---- what a quantizer file declares ----
+
+    def table(self, elements: int | None = None) -> Table:
+        """Levels and thresholds as functions of the parameters.
+
+        `elements` is the N of the gradient scale, None where none applies.
+        """
+        raise NotImplementedError
+
+    def set_steps_(self, step: Tensor) -> None:
+        """Fill the parameters from one common initial step, [] or [C]. Called under no_grad."""
+        raise NotImplementedError
+
+    def ties_up(self) -> tuple[bool, ...]:
+        """For `index == "table"`: per threshold, whether x at the threshold belongs to the upper level."""
+        return ()
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """Lowest and highest level number, zero being 0: (-2^(b-1), 2^(b-1) - 1) signed, (0, 2^b - 1) unsigned."""
+        half = 2 ** (self.bits - 1)
+        return (-half, half - 1) if self.signed else (0, 2 * half - 1)
+
+    # ---- what everybody uses ----
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._require_ready()
+        return fake_quantize(x, self.table(self._elements(x)), self.rule())
+
+    def rule(self) -> Rule:
+        return Rule(self.index, self.ste, self.reduction, self.codes, self.ties_up())
+
+    @torch.no_grad()
+    def levels(self) -> Tensor:
+        """Output values, ascending: [L], or [C, L] per channel. L is at most 2^bits."""
+        self._require_ready()
+        table = self.table()
+        if self.index == "uniform":
+            low, high = self.codes
+            return table.gaps * torch.arange(low, high + 1, device=table.gaps.device)
+        return table.levels.clone()
+
+    @torch.no_grad()
+    def thresholds(self) -> Tensor:
+        """Decision boundaries between neighbouring levels, ascending: [L-1] or [C, L-1]."""
+        self._require_ready()
+        table = self.table()
+        if self.index == "uniform":
+            low, high = self.codes
+            return table.gaps * (torch.arange(low, high, device=table.gaps.device) + 0.5)
+        return table.thresholds.clone()
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Index of the level of each element, int64: `decode(encode(x)) == forward(x)` bit for bit in float32.
+
+        Raises ValueError where x has NaN or infinite elements.
+        """
+        self._require_ready()
+        bad = ~torch.isfinite(x)
+        if bad.any():
+            raise ValueError(f"{self.name()}.encode: {int(bad.sum())} of {x.numel()} elements are NaN or infinite")
+        return encode(x, self.table(), self.rule())
+
+    @torch.no_grad()
+    def decode(self, index: Tensor) -> Tensor:
+        """Values of level indices; along dimension 0 for per-channel quantizers."""
+        levels = self.levels()
+        if levels.dim() == 1:
+            return levels[index]
+        return levels.gather(1, index.flatten(1)).view(index.shape)
+
+    @torch.no_grad()
+    def reset_(self, statistics: Statistics, init: str | None = None) -> None:
+        """Settle the sign (if open) and the initial steps from statistics of this quantizer's input.
+
+        Statistics per channel ([C]) where the quantizer has `channels`, else per tensor ([]).
+        """
+        if self.signed is None:
+            self.signed = bool((statistics.low < 0).any())
+            if self.signed and self.bits < self.smallest_bits:
+                raise ValueError(f"{self.name()}: the input has negative values (minimum {statistics.low.min():.3g}); "
+                                 f"a signed grid needs at least {self.smallest_bits} bits, not {self.bits}")
+        step = initial_step(init or self.init, statistics, max(self.codes[1], 1), self.role, self.signed)
+        self.set_steps_(step.to(torch.float32))
+        self.mark_ready_()
+
+    def mark_ready_(self) -> None:
+        self.ready = True
+        self.sign.fill_(int(self.signed))
+
+    @torch.no_grad()
+    def after_step_(self) -> None:
+        """Called after every optimizer step. Projects the steps to positive values; a NaN stays a NaN."""
+        for parameter in self.parameters(recurse=False):
+            parameter.clamp_(min=SMALLEST_STEP)
+
+    @classmethod
+    def name(cls) -> str:
+        """The name that recipes use: the last part of the module's name."""
+        return cls.__module__.rpartition(".")[2]
+
+    def extra_repr(self) -> str:
+        sign = {None: "sign from data", True: "signed", False: "unsigned"}[self.signed]
+        per = f"{self.channels} channels" if self.channels else "per tensor"
+        return f"bits={self.bits}, {self.role}, {sign}, {per}, grad_scale={self.grad_scale}"
+
+    def gradient_factor(self, elements: int | None, codes: int, numerator: float = 1.0) -> float:
+        """numerator / sqrt(N Q), or 1 where `grad_scale` is "none" (elements is None)."""
+        return 1.0 if elements is None else numerator / (elements * max(codes, 1)) ** 0.5
+
+    def _elements(self, x: Tensor) -> int | None:
+        if self.grad_scale == "none":
+            return None
+        if self.role == "weight":
+            return x.numel() // (self.channels or 1)
+        return x.shape[1] if self.grad_scale == "channels" else x[0].numel()
+
+    def _require_ready(self) -> None:
+        if not self.ready:
+            raise RuntimeError(f"this {self.name()} {self.role} quantizer has no step sizes yet: "
+                               "call nulsq.calibrate_(model, batches) or load a state dict first")
+
+
+def _read_sign(quantizer: Quantizer, incompatible) -> None:
+    sign = int(quantizer.sign)
+    quantizer.ready = sign >= 0
+    if quantizer.ready:
+        quantizer.signed = bool(sign)
+
+
+def _one_of(what, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{what} = {value!r}, allowed: {', '.join(allowed)}")

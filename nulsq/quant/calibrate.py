@@ -1,0 +1,156 @@
+"""calibrate_(model, batches): signs and initial step sizes from data.
+
+Default protocol: the model runs in float, in evaluation mode, each layer's input is summed up into `Statistics`,
+these are merged over batches and ranks, and every quantizer is reset from them. So all ranks end with the same
+parameters, those of one process on the same images, and batch norm is as it was before.
+
+Protocol "reference" is the authors': training mode, quantization on layer by layer, each layer's parameters set
+from the batch that it sees (the larger of the batches' values is kept), batch-norm statistics moving. For parity.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nulsq.quant.base import Quantizer
+from nulsq.quant.layers import QuantConv2d, QuantLinear
+from nulsq.quant.statistics import BatchStatistics, Statistics
+
+PROTOCOLS = ("float", "reference")
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, batches: Iterable, protocol: str = "float") -> nn.Module:
+    """Settle the sign and the initial steps of every quantizer. In place; returns the model.
+
+    Args:
+        model: after `quantize_`. In a process group every rank has to call this, with its own share of the images.
+        batches: image tensors as the model takes them, or tuples that start with one. May be empty where only
+            weights are quantized.
+        protocol: "float" or "reference", see above.
+
+    Raises:
+        ValueError: activations have to be calibrated and there is no batch, or one with NaN or infinite values.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"calibration protocol = {protocol!r}, allowed: {', '.join(PROTOCOLS)}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantConv2d | QuantLinear)}
+    device = next(model.parameters()).device
+    inputs = (_images(batch).to(device) for batch in batches)
+    was_training = {module: module.training for module in model.modules()}
+    try:
+        if protocol == "reference":
+            _layer_by_layer(model, layers, inputs)
+        else:
+            _in_float(model, layers, inputs, device)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    return model
+
+
+def _in_float(model, layers, inputs, device):
+    for layer in layers.values():
+        if layer.weight_quantizer is not None:
+            per_channel = layer.weight_quantizer.channels is not None
+            layer.weight_quantizer.reset_(Statistics.of(layer.weight, per_channel=per_channel))
+    needed = {name: layer for name, layer in layers.items() if layer.activation_quantizer is not None}
+    if not needed:
+        return
+    found: dict[str, Statistics] = {}
+
+    def observer(name):
+        def observe(x):
+            new = Statistics.of(x)
+            found[name] = found[name].merge(new) if name in found else new
+        return observe
+
+    try:
+        for layer in layers.values():
+            layer.observer = _ignore
+        inputs = _settle_batch_norm(model, inputs, device)
+        model.eval()
+        for name, layer in needed.items():
+            layer.observer = observer(name)
+        for x in inputs:
+            model(x)
+    finally:
+        for layer in layers.values():
+            layer.observer = None
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ValueError(f"calibrate_: no batch reached {', '.join(missing[:3])}; give at least one batch")
+    for name, layer in needed.items():
+        layer.activation_quantizer.reset_(found[name].over_ranks(device))
+
+
+def _settle_batch_norm(model, inputs, device):
+    """Batch norms that never saw data first get their statistics from the same batches, averaged over the ranks.
+
+    A network fresh from its constructor has running statistics (0, 1) that describe no data; step sizes measured
+    behind them would be wrong by the scale of each layer. Trained ones are left alone.
+    """
+    fresh = [module for module in model.modules()
+             if isinstance(module, _BatchNorm) and module.track_running_stats and int(module.num_batches_tracked) == 0]
+    if not fresh:
+        return inputs
+    inputs = list(inputs)
+    model.eval()
+    momenta = [module.momentum for module in fresh]
+    for module in fresh:
+        module.train()
+        module.momentum = None  # plain average over the batches
+    for x in inputs:
+        model(x)
+    for module, momentum in zip(fresh, momenta, strict=True):
+        module.momentum = momentum
+    average_batch_norm_(fresh)
+    return inputs
+
+
+def average_batch_norm_(modules: Iterable[nn.Module]) -> None:
+    """Average running statistics over the ranks (nothing outside a process group). A collective call."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    size = torch.distributed.get_world_size()
+    for module in modules:
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            for running in (module.running_mean, module.running_var):
+                torch.distributed.all_reduce(running)
+                running /= size
+
+
+def _layer_by_layer(model, layers, inputs):
+    handles = [layer.register_forward_pre_hook(_keep_larger) for layer in layers.values()]
+    try:
+        model.train()
+        for x in inputs:
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_larger(layer, args):
+    for quantizer, x in ((layer.weight_quantizer, layer.weight), (layer.activation_quantizer, args[0])):
+        if quantizer is not None:
+            keep_larger_(quantizer, BatchStatistics.of(x, per_channel=quantizer.channels is not None))
+
+
+def keep_larger_(quantizer: Quantizer, statistics: Statistics) -> None:
+    """Reset from one batch; where parameters were set before, keep the larger of old and new, element by element."""
+    before = [parameter.clone() for parameter in quantizer.parameters()] if quantizer.ready else None
+    quantizer.reset_(statistics)
+    if before is not None:
+        for parameter, old in zip(quantizer.parameters(), before, strict=True):
+            parameter.copy_(torch.maximum(parameter, old))
+
+
+def _images(batch) -> Tensor:
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def _ignore(x):
+    pass

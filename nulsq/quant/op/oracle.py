@@ -1,0 +1,167 @@
+"""Fake quantization in plain PyTorch: the definition that every faster form is compared with.
+
+Levels l_0 < l_1 < ... < l_K with a threshold between each neighbouring pair. Forward: y is the level of the
+interval that x falls into. Backward, with the straight-through estimator, for the gap g_k = l_k - l_{k-1}:
+
+    inside the range   round(u) - u = (y - x) / g_k,  u = (x - l_{k-1}) / g_k,   so
+    dL/dg_k = V_k / g_k,  V_k = sum over x in gap k of dy (y - x)
+    dL/dl_K += sum over x > l_K of dy          dL/dl_0 += sum over x < l_0 of dy
+    dL/dx   = dy inside the range, 0 outside
+
+This is the published rule of nuLSQ (one step per gap), of LSQ (all gaps are one step, so their gradients add
+up) and of every other method whose gaps are a function of its parameters: the quantizer builds `gaps`, `low`
+and `high` from its parameters with ordinary tensor operations and autograd carries the gradient on, over at
+most 2^bits numbers. Only x and the table are kept for backward; y and the gap are computed again.
+
+Everything is written as unrolled elementwise comparisons, because that is what a compiler fuses into one pass.
+Comparisons, tables and parameter gradients are in float32 (float64 for float64 inputs); y has the type of x.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Table(NamedTuple):
+    """What a quantizer's parameters mean. `...` is empty (per tensor) or one dimension of C channels.
+
+    `gaps`, `low` and `high` carry the gradient, `levels` and `thresholds` only values. With
+    `Rule.index == "uniform"` the levels are `code * gaps`, and `levels`, `thresholds` are None.
+    """
+
+    gaps: Tensor  # [..., K], or [..., 1] where Rule.reduction is "total": the unit that all gaps are made of
+    low: Tensor  # [..., 1] lowest level
+    high: Tensor  # [..., 1] highest level
+    levels: Tensor | None = None  # [..., K+1], ascending
+    thresholds: Tensor | None = None  # [..., K], ascending
+
+
+class Rule(NamedTuple):
+    """Static switches of a quantizer: plain Python values, so that a compiler specializes on them."""
+
+    index: str  # "uniform": round half to even of x / step; "table": compare with the thresholds
+    ste: str  # dL/dx: "clip" passes low <= x <= high; "clip_open" low < x < high; "half" 0.5 at both ends; "none" all
+    reduction: str  # gradient of the gaps: "none", "total" (one sum), "per_gap" (one sum each)
+    codes: tuple[int, int]  # lowest and highest level number relative to zero; K = codes[1] - codes[0]
+    ties_up: tuple[bool, ...] = ()  # per threshold: does x == threshold belong to the upper level?
+
+
+STE_RULES = ("clip", "clip_open", "half", "none")
+
+
+def fake_quantize(x: Tensor, table: Table, rule: Rule) -> Tensor:
+    """x -> its nearest level by `rule`; same shape and type. A 2-D table runs over dimension 0 of x."""
+    return _FakeQuantize.apply(x, *table, rule)
+
+
+def encode(x: Tensor, table: Table, rule: Rule) -> Tensor:
+    """Level index of each element, by the very comparisons that `fake_quantize` makes. int64, shape of x."""
+    x, table = _compute_type(x, table)
+    if rule.index == "uniform":
+        return (_code(x, table, rule) - rule.codes[0]).long()
+    index = torch.zeros_like(x, dtype=torch.int64)
+    for k, up in enumerate(rule.ties_up):
+        index += _above(x, _column(table.thresholds, k, x), up)
+    return index
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gaps, low, high, levels, thresholds, rule):
+        table = Table(gaps, low, high, levels, thresholds)
+        ctx.rule = rule
+        ctx.save_for_backward(x, *table)
+        return _quantize(x, table, rule)[0].to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, *saved = ctx.saved_tensors
+        rule, stored, kind = ctx.rule, x.dtype, saved[0].dtype
+        y, x, table = _quantize(x, Table(*saved), rule)
+        dy = dy.to(x.dtype)
+
+        # Comparing x / step with the codes, not x with the end levels, keeps the range that of the rounding.
+        uniform = rule.index == "uniform"
+        at = x / _column(table.gaps, 0, x) if uniform else x
+        low, high = rule.codes if uniform else (_column(table.levels, 0, x), _column(table.levels, -1, x))
+        inside = (at >= low) & (at <= high)
+        dx = _input_gradient(dy, at, low, high, inside, rule.ste).to(stored)
+        if rule.reduction == "none" or not any(ctx.needs_input_grad[1:4]):
+            return dx, None, None, None, None, None, None
+
+        channels = table.gaps.dim() == 2
+        error = torch.where(inside, dy * (y - x), 0)
+        if rule.reduction == "total":
+            dgaps = _sum(error, channels)
+        else:
+            dgaps = torch.cat([
+                _sum(torch.where((x > _column(table.levels, k, x)) & (x <= _column(table.levels, k + 1, x)), error, 0),
+                     channels)
+                for k in range(rule.codes[1] - rule.codes[0])
+            ], dim=-1)
+        dlow = _sum(torch.where(at < low, dy, 0), channels)
+        dhigh = _sum(torch.where(at > high, dy, 0), channels)
+        return dx, (dgaps / table.gaps).to(kind), dlow.to(kind), dhigh.to(kind), None, None, None
+
+
+def _quantize(x, table, rule):
+    """y, and x and table in the type that is computed in."""
+    x, table = _compute_type(x, table)
+    if rule.index == "uniform":
+        return _code(x, table, rule) * _column(table.gaps, 0, x), x, table
+    y = torch.where(x == x, _column(table.levels, 0, x), x)  # NaN in, NaN out
+    for k, up in enumerate(rule.ties_up):
+        y = torch.where(_above(x, _column(table.thresholds, k, x), up), _column(table.levels, k + 1, x), y)
+    return y, x, table
+
+
+def _code(x, table, rule):
+    return (x / _column(table.gaps, 0, x)).round().clamp(*rule.codes)
+
+
+def _above(x, threshold, tie_goes_up):
+    return x >= threshold if tie_goes_up else x > threshold
+
+
+def _input_gradient(dy, x, low, high, inside, ste):
+    if ste == "none":
+        return dy
+    if ste == "clip":
+        return torch.where(inside, dy, 0)
+    open_inside = torch.where((x > low) & (x < high), dy, 0)
+    if ste == "clip_open":
+        return open_inside
+    return open_inside + torch.where((x == low) | (x == high), 0.5 * dy, 0)
+
+
+def _column(table: Tensor, k: int, x: Tensor) -> Tensor:
+    """Column k of a per-tensor or per-channel table, in the shape that broadcasts over x."""
+    column = table[..., k]
+    return column if column.dim() == 0 else column.view(-1, *[1] * (x.dim() - 1))
+
+
+def _sum(values, channels):
+    """Sum over the tensor -> [1], or over all but the channel dimension -> [C, 1]."""
+    return values.flatten(1).sum(1, keepdim=True) if channels else values.sum().view(1)
+
+
+def _compute_type(x, table):
+    kind = torch.promote_types(x.dtype, table.gaps.dtype)
+    return x.to(kind), Table(*(t if t is None else t.detach().to(kind) for t in table))
+
+
+def scale_gradient(parameter: Tensor, factor) -> Tensor:
+    """The same values; the gradient is multiplied by `factor` (a float or a tensor that broadcasts)."""
+    return _ScaleGradient.apply(parameter, factor)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parameter, factor):
+        ctx.factor = factor
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None

@@ -1,0 +1,65 @@
+"""nuLSQ: non-uniform learned step sizes (Yamamoto et al., ACCV 2024). Every interval has its own step.
+
+Unsigned ("Positive nuLSQ", activations after a ReLU): steps s_1 ... s_K, K = 2^b - 1, and
+
+    levels      c_0 = 0, c_j = s_1 + ... + s_j
+    thresholds  c_j - s_j / 2; x at a threshold goes to the level nearer zero
+    dy/ds_j     round(u) - u inside interval j, u = (x - c_{j-1}) / s_j;  1 for every j where x > c_K
+    dy/dx       1 for 0 <= x <= c_K, else 0
+
+Signed ("Symmetric nuLSQ", weights; here also activations that have negative values): Qn = 2^(b-1) steps on the
+negative side and Qp = 2^(b-1) - 1 on the positive one, all independent, zero is a level; each side as above. Both
+forms have 2^b - 1 steps, stored as [negative side from zero outward, positive side from zero outward].
+
+With equal steps, and away from ties, this is LSQ, and the step gradients add up to LSQ's.
+
+Gradient scale (option `grad_scale`; the published CIFAR recipe uses none): 1 / sqrt(N K) unsigned,
+2 / sqrt(N Qn) and 2 / sqrt(N Qp) for the two sides signed.
+
+Where the authors' code differs: it asserts positive steps in a loop (a synchronization each, and one negative step
+ends the run), turns NaN into the top level, and compares with `scale.sum()` while its levels come from a running
+sum. Here steps are projected after the optimizer's step, NaN stays NaN, and one table serves everything.
+"""
+
+import torch
+from torch import nn
+
+from nulsq.quant.base import Quantizer
+from nulsq.quant.op import Table, scale_gradient
+
+
+class NuLSQ(Quantizer):
+    """2^bits - 1 learned steps per tensor or per output channel."""
+
+    index, ste, reduction = "table", "clip", "per_gap"
+
+    def __init__(self, bits, role, *, signed=None, channels=None, **options):
+        super().__init__(bits, role, signed=signed, channels=channels, **options)
+        intervals = 2**bits - 1
+        self.steps = nn.Parameter(torch.ones(intervals) if channels is None else torch.ones(channels, intervals))
+
+    def table(self, elements=None):
+        below = -self.codes[0]  # number of negative steps
+        negative, positive = self.steps[..., :below], self.steps[..., below:]
+        if elements is not None:
+            numerator = 2.0 if self.signed else 1.0
+            negative = scale_gradient(negative, self.gradient_factor(elements, below, numerator))
+            positive = scale_gradient(positive, self.gradient_factor(elements, positive.shape[-1], numerator))
+        with torch.no_grad():
+            # Levels and thresholds are summed here once: a kernel that adds the steps up again ends an ulp away.
+            down, up = negative.cumsum(-1), positive.cumsum(-1)
+            zero = torch.zeros_like(self.steps[..., :1])
+            levels = torch.cat([-down.flip(-1), zero, up], -1)
+            thresholds = torch.cat([-(down - negative / 2).flip(-1), up - positive / 2], -1)
+        return Table(
+            gaps=torch.cat([negative.flip(-1), positive], -1),
+            low=-negative.sum(-1, keepdim=True), high=positive.sum(-1, keepdim=True),
+            levels=levels, thresholds=thresholds,
+        )
+
+    def ties_up(self):
+        low, high = self.codes
+        return (True,) * -low + (False,) * high
+
+    def set_steps_(self, step):
+        self.steps.copy_(step.unsqueeze(-1).expand(self.steps.shape))
