@@ -28,7 +28,7 @@ class SideRule:
     """One side (weight or activation) of a layer. None means: as the rule, or the policy, says."""
 
     quantizer: str | None = None
-    bits: int | None = None
+    bits: int | None = field(default=None, metadata={"low": 1, "high": 8})
     signed: bool | None = None
     per_channel: bool | None = None
     init: str | None = None
@@ -44,7 +44,7 @@ class LayerRule:
     match: list[str] = field(default_factory=list)
     enabled: bool = True
     quantizer: str | None = None
-    bits: int | None = None
+    bits: int | None = field(default=None, metadata={"low": 1, "high": 8})
     weight: SideRule = field(default_factory=SideRule)
     activation: SideRule = field(default_factory=SideRule)
 
@@ -57,7 +57,8 @@ def _edges() -> dict[str, LayerRule]:
 class Policy:
     """Defaults for every layer and rules for some. As it stands: the paper's W2A2, first and last layer 8 bits."""
 
-    bits: int = 2
+    bits: int = field(default=2, metadata={"help": "of weights and activations that say nothing else",
+                                           "low": 1, "high": 8})
     weight: SideRule = field(default_factory=lambda: SideRule(quantizer="lsq"))
     activation: SideRule = field(default_factory=lambda: SideRule(quantizer="nulsq"))
     rules: dict[str, LayerRule] = field(default_factory=_edges)

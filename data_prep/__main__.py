@@ -1,0 +1,63 @@
+"""python -m data_prep digits|cifar10|cifar100|folder|imagenet|check: prepare a data set, or check one."""
+
+import argparse
+import os
+from pathlib import Path
+
+from data_prep import check, cifar, digits, folder
+from data_prep.writing import Beton, existing
+from nulsq.errors import exit_on_input_error
+
+HELP = {
+    "digits": "scikit-learn's handwritten digits, at 32x32 RGB; needs no --source",
+    "cifar10": "the standard python batches; without --source, downloaded",
+    "cifar100": "the standard python batches; without --source, downloaded",
+    "folder": "SOURCE/train/CLASS/* and SOURCE/val/CLASS/*, or SOURCE/CLASS/* (a seeded fifth is the test set)",
+    "imagenet": "SOURCE/train/CLASS/*.JPEG and SOURCE/val/CLASS/*.JPEG",
+}
+
+
+@exit_on_input_error
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name, text in HELP.items():
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("--out", type=Path, required=True, help="folder of the prepared data set")
+        if name != "digits":
+            verb.add_argument("--source", type=Path, required=name in ("folder", "imagenet"),
+                              help="where the images are")
+        if name in ("folder", "imagenet"):
+            defaults = Beton()
+            verb.add_argument("--write-mode", choices=["raw", "jpg", "smart", "proportion"],
+                              default=defaults.write_mode, help="how .beton stores pixels (%(default)s)")
+            verb.add_argument("--max-resolution", type=int, default=defaults.max_resolution,
+                              help="longer side in pixels (%(default)s)")
+            verb.add_argument("--compress-probability", type=float, default=defaults.compress_probability,
+                              help="share stored as JPEG with proportion (%(default)s)")
+            verb.add_argument("--jpeg-quality", type=int, default=defaults.jpeg_quality, help="(%(default)s)")
+            verb.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    checking = verbs.add_parser("check", help="is a data set as it was written?")
+    checking.add_argument("path", type=Path)
+    arguments = parser.parse_args(argv)
+
+    if arguments.verb == "check":
+        print(check.check(arguments.path))
+        return 0
+    if existing(arguments.out):
+        print(f"{check.check(arguments.out)} (was there already)")
+        return 0
+    if arguments.verb == "digits":
+        digits.prepare(arguments.out)
+    elif arguments.verb.startswith("cifar"):
+        cifar.prepare(arguments.out, arguments.verb, arguments.source)
+    else:
+        beton = Beton(arguments.write_mode, arguments.max_resolution, arguments.compress_probability,
+                      arguments.jpeg_quality)
+        folder.prepare(arguments.out, arguments.source, name=arguments.verb, beton=beton, workers=arguments.workers)
+    print(check.check(arguments.out))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

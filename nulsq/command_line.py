@@ -1,0 +1,97 @@
+"""The command line of a training run: a recipe, dotted overrides, and the published method's own options.
+
+    python -m nulsq.train RECIPE.yaml optim.lr=0.02 quant.bits=3
+    python -m nulsq.train RECIPE.yaml --lr 0.04 --x_quantizer Positive_nuLSQ_quantizer --num_bits 2
+
+Both say the same thing; the second is spelled as users of the reference implementation know it.
+"""
+
+import argparse
+import difflib
+
+from nulsq.config import Recipe, describe, load_recipe
+from nulsq.errors import InputError
+
+ALIASES = {
+    "lr": ["optim.lr"],
+    "coeff_qparm_lr": ["optim.coeff_qparm_lr"],
+    "weight_decay": ["optim.weight_decay"],
+    "qparm_wd": ["optim.qparm_wd"],
+    "initializer": ["quant.weight.init", "quant.activation.init"],
+    "num_bits": ["quant.bits"],
+    "train_id": ["run.train_id"],
+    "init_from": ["model.init_from"],
+}
+QUANTIZERS = {
+    "MinMax_quantizer": "minmax", "LSQ_quantizer": "lsq", "LCQ_quantizer": "lcq", "APoT_quantizer": "apot",
+    "Positive_nuLSQ_quantizer": "nulsq", "Symmetric_nuLSQ_quantizer": "nulsq", "FP": "fp",
+}
+SIGNED = {"Positive_nuLSQ_quantizer": "false", "Symmetric_nuLSQ_quantizer": "true"}
+INITIALIZERS = {"NMSE_initializer": "nmse", "LSQ_initializer": "lsq", "Const_initializer": "const"}
+
+
+def parser(prog: str, what: str) -> argparse.ArgumentParser:
+    """An argument parser whose --help lists every setting of a recipe."""
+    epilog = "\n".join([
+        "settings (key=default):", *describe(Recipe),
+        "  quant.bits=2                                 bits of weights and activations",
+        "  quant.weight.quantizer=lsq, .init, .per_channel, .grad_scale, .ste, .options.KEY; likewise quant.activation",
+        "  quant.rules.NAME.match=[PATTERN,...]         layers by name or role:first, role:last; then .bits, "
+        ".quantizer, ...", "",
+        f"quantizers of the published command line: {', '.join(QUANTIZERS)}",
+        f"initializers: {', '.join(INITIALIZERS)}", "",
+        "examples:", f"  {prog} configs/recipes/digits/w2a2.yaml optim.epochs=5 quant.bits=3",
+        f"  torchrun --nproc-per-node 2 -m nulsq.train configs/recipes/cifar10/w2a2.yaml",
+    ])
+    made = argparse.ArgumentParser(prog=prog, description=what, epilog=epilog, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("recipe", help="YAML file, see configs/recipes/")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, they win over the file")
+    published = made.add_argument_group("the published method's options")
+    for name, keys in ALIASES.items():
+        published.add_argument(f"--{name}", help=", ".join(keys))
+    published.add_argument("--x_quantizer", help="activations: quant.activation.quantizer and .signed")
+    published.add_argument("--w_quantizer", help="weights: quant.weight.quantizer")
+    return made
+
+
+def parse(made: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
+    """The parsed arguments and the recipe that they mean. Raises InputError where a setting does not fit."""
+    arguments = made.parse_intermixed_args(argv)
+    return arguments, load_recipe(arguments.recipe, published_overrides(arguments) + arguments.overrides)
+
+
+def published_overrides(arguments: argparse.Namespace) -> list[str]:
+    """The dotted overrides that the published options stand for."""
+    overrides = []
+    for name, keys in ALIASES.items():
+        value = getattr(arguments, name)
+        if value is None:
+            continue
+        if name == "initializer":
+            value = _known(INITIALIZERS, "--initializer", value)
+        if name == "init_from":
+            value = f'"{value}"'  # a path is text, whatever YAML would make of it
+        overrides += [f"{key}={value}" for key in keys]
+    sides = {"activation": arguments.x_quantizer, "weight": arguments.w_quantizer}
+    for side, name in sides.items():
+        if name is None:
+            continue
+        option = "--x_quantizer" if side == "activation" else "--w_quantizer"
+        quantizer = _known(QUANTIZERS, option, name)
+        if side == "weight" and name == "Positive_nuLSQ_quantizer":
+            raise InputError(f"{option} {name}: weights are signed, take Symmetric_nuLSQ_quantizer")
+        overrides.append(f"quant.{side}.quantizer={quantizer}")
+        if side == "activation" and name in SIGNED:
+            overrides.append(f"quant.activation.signed={SIGNED[name]}")
+    if set(sides.values()) == {"FP"}:  # both sides float: the float network, its edges too
+        overrides.append("quant.rules.edges.enabled=false")
+    return overrides
+
+
+def _known(table, option, name):
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, 1, 0.4)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise InputError(f"{option} {name}: not known.{hint} Allowed: {', '.join(table)}")

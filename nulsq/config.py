@@ -1,0 +1,225 @@
+"""Typed YAML: recipes, searches and site files are frozen dataclasses read by one loader.
+
+    recipe = load(Recipe, "configs/recipes/digits/w2a2.yaml", ["optim.lr=0.02", "quant.bits=3"])
+
+defaults < file < dotted overrides (strings as above, or a dict of the same keys with typed values). An unknown key,
+a wrong type or an impossible value is an InputError that names the key, what is allowed and the near miss.
+This file alone knows OmegaConf.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from nulsq.errors import InputError, require
+from nulsq.quant.policy import Policy
+
+T = TypeVar("T")
+
+
+def setting(default: Any, help: str, *, low=None, high=None, above=None):
+    """A dataclass field with its explanation and its limits (inclusive `low` and `high`, exclusive `above`)."""
+    limits = {"help": help, "low": low, "high": high, "above": above}
+    if callable(default):
+        return field(default_factory=default, metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class Run:
+    dir: str | None = setting(None, "run directory; default: ROOT/NAME-TRAIN_ID")
+    root: str = setting("runs", "where run directories are made")
+    train_id: str = setting("0", "free label in the run directory's name")
+    seed: int = setting(0, "seed of weights, sample order and augmentation", low=0)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    threads: int | None = setting(None, "CPU threads of this process; default: torch's own choice", low=1)
+    precision: Literal["fp32", "bf16"] = setting("fp32", "bf16: autocast; quantizer parameters stay float32")
+    channels_last: bool = setting(True, "memory format of images and convolution weights")
+    compile: bool = setting(False, "torch.compile the network (minutes at the first step, faster after)")
+    log_every: int = setting(20, "steps between two lines of the TensorBoard log", low=1)
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str = setting("data/digits", "prepared data set (python -m data_prep ...)")
+    batch: int = setting(128, "global batch, over all ranks", low=1)
+    holdout: str = setting("stratified:0.1", "images of train that selection sees: stratified:SHARE, last:N or none")
+    holdout_seed: int = setting(0, "seed of a stratified holdout, apart from run.seed", low=0)
+    subset: int | None = setting(None, "train on this many images (seeded by holdout_seed, after the holdout)", low=1)
+    loader: Literal["auto", "ffcv", "torchvision"] = setting("auto", "auto: ffcv where it and train.beton are there")
+    workers: int = setting(1, "loader threads (ffcv) or processes (torchvision, photographs)", low=0)
+    crop: Literal["none", "pad", "resized"] = setting("none", "pad: random crop after padding; resized: random "
+                                                      "resized crop to `size`")
+    padding: int = setting(4, "pixels of padding for crop: pad", low=0)
+    flip: bool = setting(False, "random horizontal flip")
+    size: int = setting(224, "pixels of photographs in training and evaluation", low=8)
+    eval_ratio: float = setting(0.875, "share of the shorter side that the central evaluation crop takes", above=0,
+                                high=1)
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = setting("pytorchcv:preresnet20_cifar10", "LIBRARY:NAME with pytorchcv, timm or torchvision")
+    pretrained: bool = setting(False, "the library's published weights")
+    init_from: str | None = setting(None, "weights to start from: .pth, .safetensors or a run directory")
+    init_saw_holdout: bool = setting(False, "these weights were trained on the holdout (published ones were); "
+                                     "the results repeat it")
+
+
+@dataclass(frozen=True)
+class Quant(Policy):
+    calibration_batches: int = setting(10, "training batches that initial step sizes are measured on", low=1)
+    calibration: Literal["float", "reference"] = setting("float", "reference: the authors' protocol, for parity")
+
+
+@dataclass(frozen=True)
+class Optim:
+    optimizer: Literal["sgd", "adamw"] = setting("sgd", "optimizer of the weights")
+    lr: float = setting(0.04, "peak learning rate of the weights", above=0)
+    momentum: float = setting(0.9, "of sgd", low=0, high=1)
+    nesterov: bool = setting(False, "of sgd")
+    weight_decay: float = setting(1e-4, "of the weights", low=0)
+    decay_norm_bias: bool = setting(True, "weight decay on biases and normalization layers too, as the paper has it")
+    qparm_optimizer: Literal["adamw", "sgd"] = setting("adamw", "optimizer of the quantizer parameters")
+    coeff_qparm_lr: float = setting(0.01, "learning rate of the quantizer parameters / lr", low=0)
+    qparm_wd: float = setting(1e-4, "weight decay of the quantizer parameters", low=0)
+    epochs: int = setting(300, "length of the schedule", low=1)
+    warmup_epochs: float = setting(0.0, "linear warm-up from warmup_lr", low=0)
+    warmup_lr: float = setting(1e-5, "learning rate at step 0 of the warm-up", low=0)
+    clip_norm: float | None = setting(None, "clip the gradient of the weights to this norm", above=0)
+    accumulate: int = setting(1, "micro-batches that one step's batch is computed in", low=1)
+    label_smoothing: float = setting(0.0, "of the cross entropy", low=0, high=0.999)
+    freeze_bn: bool = setting(False, "keep batch-norm statistics as they are")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that one training run needs."""
+
+    name: str | None = setting(None, "default: the recipe file's folder and name")
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    quant: Quant = field(default_factory=Quant)
+    optim: Optim = field(default_factory=Optim)
+
+
+def load(cls: type[T], path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> T:
+    """An instance of the dataclass `cls`: defaults, then the YAML file, then the overrides.
+
+    Raises InputError for anything that does not fit; nothing else has been read or written by then.
+    """
+    omegaconf = require("omegaconf", "train")
+    where = str(path) if path is not None else "overrides"
+    try:
+        merged = omegaconf.OmegaConf.structured(cls)
+        if path is not None:
+            merged = omegaconf.OmegaConf.merge(merged, _read(omegaconf, Path(path)))
+        for override in _nested(omegaconf, overrides):
+            where = "override"
+            merged = omegaconf.OmegaConf.merge(merged, override)
+        loaded = omegaconf.OmegaConf.to_object(merged)
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise InputError(_explain(error, cls, where)) from None
+    _check_limits(loaded, "")
+    return loaded
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
+    """A Recipe whose `name` is settled: `configs/recipes/digits/w2a2.yaml` is called digits-w2a2."""
+    recipe = load(Recipe, path, overrides)
+    path = Path(path).resolve()
+    return recipe if recipe.name else dataclasses.replace(recipe, name=f"{path.parent.name}-{path.stem}")
+
+
+def to_yaml(value: Any) -> str:
+    """The dataclass as YAML text, every key written out; `load` reads it back equal."""
+    return require("omegaconf", "train").OmegaConf.to_yaml(value)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, for dataclasses and the mappings in them."""
+    if dataclasses.is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def describe(cls: type, prefix: str = "") -> list[str]:
+    """A line for each setting of a dataclass: key, default, explanation. For `--help`."""
+    lines = []
+    for f in dataclasses.fields(cls):
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        if dataclasses.is_dataclass(default) and "help" not in f.metadata:
+            lines += describe(type(default), f"{prefix}{f.name}.")
+        elif "help" in f.metadata:
+            lines.append(f"  {f'{prefix}{f.name}={default}':<44} {f.metadata['help']}")
+    return lines
+
+
+def _read(omegaconf, path):
+    if not path.is_file():
+        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))[:6]) if path.parent.is_dir() else ""
+        raise InputError(f"no file {path}" + (f"; there are: {near}" if near else ""))
+    yaml = require("yaml", "train")
+    try:
+        content = omegaconf.OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not omegaconf.OmegaConf.is_dict(content):
+        raise InputError(f"{path} must hold a mapping of settings")
+    return content
+
+
+def _nested(omegaconf, overrides):
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            yield omegaconf.OmegaConf.create(value)
+        return
+    yaml = require("yaml", "train")
+    for text in overrides:
+        if "=" not in text or text.startswith(("=", "-")):
+            raise InputError(f"override {text!r} is not of the form key.path=value")
+        try:
+            yield omegaconf.OmegaConf.from_dotlist([text])
+        except yaml.YAMLError as error:
+            raise InputError(f"override {text!r}: {' '.join(str(error).split())}") from None
+
+
+def _explain(error, cls, where):
+    key = getattr(error, "full_key", None)
+    text = str(error).partition("\n")[0]
+    allowed = ""
+    owner = getattr(error, "object_type", None)
+    if "not in" in text and dataclasses.is_dataclass(owner):
+        allowed = f" Allowed: {', '.join(f.name for f in dataclasses.fields(owner))}."
+    return f"{where}: {f'{key}: ' if key else ''}{text}.{allowed}".replace("..", ".").replace("?.", "?")
+
+
+def _check_limits(value, prefix):
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_limits(inner, f"{prefix}{key}.")
+        return
+    if not dataclasses.is_dataclass(value):
+        return
+    for f in dataclasses.fields(value):
+        inner, key = getattr(value, f.name), f"{prefix}{f.name}"
+        limits = f.metadata
+        if isinstance(inner, int | float) and not isinstance(inner, bool):
+            low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
+            if ((low is not None and not inner >= low) or (high is not None and not inner <= high)
+                    or (above is not None and not inner > above) or inner != inner):
+                bounds = [f"at least {low}" if low is not None else "", f"above {above}" if above is not None else "",
+                          f"at most {high}" if high is not None else ""]
+                raise InputError(f"{key} = {inner}, allowed: {' and '.join(filter(None, bounds))}")
+        elif inner is not None:
+            _check_limits(inner, f"{key}.")

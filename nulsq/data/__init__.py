@@ -1,0 +1,108 @@
+"""build_loaders(recipe, data, rank, size): the loaders of a run, all behind one interface.
+
+    loader.steps                             steps per epoch on this rank
+    for images, labels, indices in loader.epoch(epoch, start_step=0): ...
+    loader.close()
+
+Images are uint8 [B, 3, H, W] whatever the loader; `normalize` is the one place where they become floats.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nulsq.config import Data
+from nulsq.data.folder import FolderLoader
+from nulsq.data.manifest import DataSet
+from nulsq.data.order import sharded, shuffled, split, subset
+from nulsq.data.view import View
+from nulsq.errors import InputError, missing
+
+__all__ = ["DataSet", "Loaders", "Normalize", "build_loader", "build_loaders", "check_data"]
+
+
+@dataclass
+class Loaders:
+    train: object
+    val: object | None  # None where the recipe holds nothing out
+    kind: str  # "ffcv" or "torchvision"
+
+    def close(self):
+        self.train.close()
+        if self.val is not None:
+            self.val.close()
+
+
+class Normalize:
+    """uint8 images to (x / 255 - mean) / std in float32, on `device`."""
+
+    def __init__(self, data: DataSet, device: torch.device, channels_last: bool = True):
+        self.mean = torch.tensor(data.mean, device=device).view(1, 3, 1, 1) * 255
+        self.scale = 1 / (torch.tensor(data.std, device=device).view(1, 3, 1, 1) * 255)
+        self.device = device
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.to(self.device).to(torch.float32, memory_format=self.format)
+        return x.sub_(self.mean).mul_(self.scale)
+
+
+def check_data(recipe: Data, data: DataSet, size: int = 1) -> str:
+    """What has to fit before a run starts; returns the loader's kind. Raises InputError."""
+    if recipe.crop == "pad" and data.kind != "arrays":
+        raise InputError("data.crop = pad is for small equal images (arrays); photographs take resized")
+    if recipe.crop == "resized" and data.kind != "files":
+        raise InputError("data.crop = resized is for photographs; small equal images take pad")
+    train, val = split(data.labels("train"), recipe.holdout, recipe.holdout_seed)
+    shuffled(subset(train, recipe.subset, recipe.holdout_seed), recipe.batch, 0, 0, size)
+    has_ffcv = importlib.util.find_spec("ffcv") is not None
+    if recipe.loader == "torchvision":
+        return recipe.loader
+    if recipe.loader == "ffcv":
+        if not has_ffcv:  # looked up, not imported: importing ffcv changes torch's number of threads
+            raise missing("ffcv", "ffcv")
+        if data.beton("train") is None:
+            raise InputError(f"{data.path} has no train.beton (it was prepared without ffcv); "
+                             "prepare it again, or set data.loader=torchvision")
+    return "ffcv" if has_ffcv and data.beton("train") else "torchvision"
+
+
+def build_loaders(recipe: Data, data: DataSet, seed: int, rank: int = 0, size: int = 1) -> Loaders:
+    """Training and holdout loaders of this rank. Never opens the test images."""
+    kind = check_data(recipe, data, size)
+    labels = data.labels("train")
+    train, val = split(labels, recipe.holdout, recipe.holdout_seed)
+    train = subset(train, recipe.subset, recipe.holdout_seed)
+    view = View(seed, recipe.crop, recipe.padding, recipe.flip, recipe.size, recipe.eval_ratio)
+    order = shuffled(train, recipe.batch, seed, rank, size)
+    return Loaders(
+        train=_loader(kind, data, "train", order, view, recipe.workers),
+        val=_evaluation(kind, data, "train", val, recipe, rank, size) if len(val) else None,
+        kind=kind,
+    )
+
+
+def build_loader(recipe: Data, data: DataSet, which: str, rank: int = 0, size: int = 1):
+    """An evaluation loader alone: `which` is "test" or "val". Every image once over all ranks."""
+    kind = check_data(recipe, data, 1)
+    if which == "test":
+        indices = torch.arange(data.counts["test"]).numpy()
+        return _evaluation(kind, data, "test", indices, recipe, rank, size)
+    _, val = split(data.labels("train"), recipe.holdout, recipe.holdout_seed)
+    if not len(val):
+        raise InputError("the recipe holds nothing out (data.holdout = none): there is no val")
+    return _evaluation(kind, data, "train", val, recipe, rank, size)
+
+
+def _evaluation(kind, data, file, indices, recipe, rank, size):
+    view = View(0, "none", 0, False, recipe.size, recipe.eval_ratio)
+    return _loader(kind, data, file, sharded(indices, recipe.batch, rank, size), view, recipe.workers)
+
+
+def _loader(kind, data, file, order, view, workers):
+    if kind == "torchvision":
+        return FolderLoader(data, file, order, view, workers)
+    from nulsq.data.beton import BetonLoader
+    return BetonLoader(data, file, order, view, workers)

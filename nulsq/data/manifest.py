@@ -1,0 +1,107 @@
+"""What a prepared data set holds. Written by `data_prep`, read by the loaders.
+
+A data set is a folder; `manifest.json` fixes the sample indices and names every file with its size and checksum:
+
+    train_labels.npy, test_labels.npy     int64 [N], by sample index
+    train_images.npy, test_images.npy     uint8 [N, H, W, 3], for small equal images (kind "arrays")
+    train_files.txt, test_files.txt       a path per sample, relative to `root`, for photographs (kind "files")
+    train.beton, test.beton               the same samples in the same order for FFCV, where it was installed
+
+`test` is the official test or validation set. The holdout that selection sees is an index set over `train`.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nulsq.errors import InputError
+
+FORMAT = 1
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class DataFile:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    name: str
+    kind: str  # "arrays" or "files"
+    classes: list[str]
+    mean: list[float]  # per channel, of images in 0..1
+    std: list[float]
+    counts: dict[str, int]  # images per split
+    files: dict[str, DataFile]
+    source: str
+    size: int | None = None  # pixels of each side, kind "arrays"
+    root: str | None = None  # folder that file lists are relative to, kind "files"
+    writer: dict = field(default_factory=dict)  # options that the .beton files were written with
+    format: int = FORMAT
+
+
+class DataSet:
+    """A prepared data set on disk. Opening checks that every file is there with the size that was written."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.manifest = _read(self.path)
+        for name, wanted in self.manifest.files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise InputError(f"{file} is missing; make the data set again with python -m data_prep")
+            if file.stat().st_size != wanted.bytes:
+                raise InputError(f"{file} has {file.stat().st_size} bytes, it was written with {wanted.bytes}: "
+                                 "truncated or replaced; make the data set again with python -m data_prep")
+
+    def __getattr__(self, name):
+        return getattr(self.manifest, name)
+
+    def labels(self, split: str) -> np.ndarray:
+        return np.load(self.path / f"{split}_labels.npy")
+
+    def images(self, split: str) -> np.ndarray:
+        """uint8 [N, H, W, 3], mapped from disk. For kind "arrays"."""
+        return np.load(self.path / f"{split}_images.npy", mmap_mode="r")
+
+    def paths(self, split: str) -> list[Path]:
+        """Absolute path of each sample. For kind "files"."""
+        lines = (self.path / f"{split}_files.txt").read_text().splitlines()
+        return [Path(self.manifest.root) / line for line in lines]
+
+    def beton(self, split: str) -> Path | None:
+        name = f"{split}.beton"
+        return self.path / name if name in self.manifest.files else None
+
+
+def write(manifest: Manifest, folder: Path) -> None:
+    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+
+
+def describe_file(path: Path) -> DataFile:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return DataFile(path.stat().st_size, digest.hexdigest())
+
+
+def _read(path: Path) -> Manifest:
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise InputError(f"{path} is not a prepared data set (no manifest.json); "
+                         "make one with python -m data_prep digits|cifar10|cifar100|folder|imagenet --out DIR")
+    try:
+        content = json.loads(file.read_text())
+        if content.get("format") != FORMAT:
+            raise InputError(f"{file} has format {content.get('format')}, this version reads {FORMAT}")
+        content["files"] = {name: DataFile(**entry) for name, entry in content["files"].items()}
+        return Manifest(**content)
+    except (json.JSONDecodeError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged: {error}") from None

@@ -1,0 +1,81 @@
+"""Which images, in which order, on which rank: pure functions of (seed, epoch).
+
+The batch is global: step t of epoch e takes slice t of one permutation(seed, e), and rank r its part of that slice.
+So the same images make the same step on any number of ranks, and an epoch can be entered at any step.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from nulsq.errors import InputError
+
+Order = Callable[[int], list[np.ndarray]]  # epoch -> this rank's sample indices, one array per step
+
+
+def split(labels: np.ndarray, holdout: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of (train, val) within the train split.
+
+    `holdout`: "stratified:SHARE" takes that share of every class by `seed`, "last:N" the last N, "none" nothing.
+    Raises InputError for anything else, or where nothing would be left.
+    """
+    count = len(labels)
+    kind, _, value = holdout.partition(":")
+    try:
+        if kind == "none" and not value:
+            val = np.array([], dtype=np.int64)
+        elif kind == "last" and 0 < int(value) < count:
+            val = np.arange(count - int(value), count)
+        elif kind == "stratified" and 0 < float(value) < 1:
+            val = stratified(labels, float(value), seed)
+        else:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"data.holdout = {holdout!r}, allowed: stratified:SHARE with 0 < SHARE < 1, last:N with "
+                         f"0 < N < {count}, or none") from None
+    return np.setdiff1d(np.arange(count), val), val
+
+
+def stratified(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Sorted indices of `share` of every class (rounded, at least one), drawn by `seed`."""
+    draw = np.random.default_rng([seed, 0])
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        chosen.append(draw.permutation(members)[:max(1, round(share * len(members)))])
+    return np.sort(np.concatenate(chosen))
+
+
+def subset(indices: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """`count` of the indices, drawn by `seed`; all of them for None."""
+    if count is None:
+        return indices
+    if count > len(indices):
+        raise InputError(f"data.subset = {count}, there are only {len(indices)} training images")
+    return np.sort(np.random.default_rng([seed, 1]).permutation(indices)[:count])
+
+
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def shuffled(indices: np.ndarray, batch: int, seed: int, rank: int = 0, size: int = 1) -> Order:
+    """Training order: full global batches only, every rank an equal part of each."""
+    if batch % size:
+        raise InputError(f"data.batch = {batch} does not divide over {size} ranks")
+    if batch > len(indices):
+        raise InputError(f"data.batch = {batch} is more than the {len(indices)} training images")
+    part = batch // size
+
+    def order(epoch: int) -> list[np.ndarray]:
+        mixed = indices[permutation(seed, epoch, len(indices))]
+        steps = len(indices) // batch
+        return [mixed[step * batch + rank * part:step * batch + (rank + 1) * part] for step in range(steps)]
+    return order
+
+
+def sharded(indices: np.ndarray, batch: int, rank: int = 0, size: int = 1) -> Order:
+    """Evaluation order: every index exactly once over all ranks, no padding; the last batch may be smaller."""
+    own = indices[rank::size]
+    part = max(1, batch // size)
+    return lambda epoch: [own[start:start + part] for start in range(0, len(own), part)]

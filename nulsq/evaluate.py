@@ -1,0 +1,80 @@
+"""Evaluation: every image once, exact counts at any number of ranks.
+
+    python -m nulsq.evaluate RUN                 accuracy on the test images, into RUN/test.json
+    python -m nulsq.evaluate RUN --split val     on the holdout
+
+The checkpoint is the run's best on the holdout, or its last where nothing was held out.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nulsq import checkpoint
+from nulsq.data import DataSet, Normalize, build_loader
+from nulsq.errors import exit_on_input_error
+from nulsq.metrics import Counters
+from nulsq.models import network
+from nulsq.run_directory import read_recipe, write_atomically
+from nulsq.world import World, world
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader, normalize: Normalize, here: World, precision: str, prefix: str) -> dict:
+    """Mean loss, top-1 and top-5 in percent and the image count, over all ranks. A collective call."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    counters = Counters(here.device)
+    for images, labels, _ in loader.epoch(0):
+        labels = labels.to(here.device)
+        with torch.autocast(here.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(normalize(images))
+        counters.add(logits, labels, F.cross_entropy(logits.float(), labels))
+    for module, training in was_training.items():
+        module.training = training
+    return counters.read(here, prefix)
+
+
+def evaluate_run(run: Path, *, split: str = "test", which: str = "auto", here: World) -> dict:
+    """Evaluate a run directory's checkpoint and write the result to SPLIT.json in it. A collective call."""
+    recipe = read_recipe(run)
+    content = checkpoint.best_or_last(run) if which == "auto" else checkpoint.load(run / "checkpoints" / f"{which}.pt")
+    data = DataSet(recipe.data.path)
+    model = network(recipe, len(data.classes), start=False)
+    model.load_state_dict(content["model"])
+    memory = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
+    model.to(here.device, memory_format=memory)
+    loader = build_loader(recipe.data, data, split, here.rank, here.size)
+    found = evaluate(model, loader, Normalize(data, here.device, recipe.run.channels_last), here,
+                     recipe.run.precision, split)
+    loader.close()
+    best = content["best"] is not None and content["best"]["epoch"] == content["epoch"]
+    found |= {"checkpoint": "best" if best else "last", "epoch": content["epoch"], "step": content["step"],
+              "holdout": recipe.data.holdout, "start_saw_holdout": recipe.model.init_saw_holdout}
+    if here.first:
+        write_atomically(run / f"{split}.json", json.dumps(found, indent=1) + "\n")
+    return found
+
+
+@exit_on_input_error
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m nulsq.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--split", choices=["test", "val"], default="test")
+    parser.add_argument("--checkpoint", choices=["auto", "best", "last"], default="auto")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    arguments = parser.parse_args(argv)
+    with world(arguments.device) as here:
+        found = evaluate_run(arguments.run, split=arguments.split, which=arguments.checkpoint, here=here)
+        if here.first:
+            print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

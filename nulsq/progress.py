@@ -1,0 +1,63 @@
+"""What a person sees of a run: a bar on a terminal, plain lines otherwise. Rank 0 only."""
+
+import sys
+import time
+
+INTERVAL = 30.0  # seconds between two plain lines within an epoch
+
+
+class Progress:
+    """Progress of one epoch's steps, and the line that sums it up."""
+
+    def __init__(self, show: bool, epochs: int):
+        self.show, self.epochs = show, epochs
+        self.began = time.monotonic()
+        self.bar = None
+
+    def start(self, epoch: int, done: int, steps: int) -> None:
+        if not self.show:
+            return
+        self.epoch, self.steps, self.done = epoch, steps, done
+        self.last = time.monotonic()
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ModuleNotFoundError:
+                return
+            self.bar = tqdm(total=steps, initial=done, desc=f"epoch {epoch + 1}/{self.epochs}", leave=False, unit="step")
+
+    def advance(self) -> None:
+        if not self.show:
+            return
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update()
+        elif time.monotonic() - self.last >= INTERVAL:
+            self.last = time.monotonic()
+            print(f"epoch {self.epoch + 1}/{self.epochs}  step {self.done}/{self.steps}", flush=True)
+
+    def finish(self, metrics: dict, epochs_left: int, seconds: float) -> None:
+        if not self.show:
+            return
+        self.close()
+        val = f"  val top-1 {metrics['val_top1']:.2f}" if "val_top1" in metrics else ""
+        print(f"epoch {metrics['epoch']}/{self.epochs}  loss {metrics['train_loss']:.4f}  "
+              f"top-1 {metrics['train_top1']:.2f}{val}  {metrics['images_per_second']:.0f} img/s  "
+              f"waiting for data {100 * metrics['wait_share']:.1f}%  left {duration(epochs_left * seconds)}", flush=True)
+
+    def say(self, text: str) -> None:
+        if self.show:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def duration(seconds: float) -> str:
+    """90 -> 1m30s, 7200 -> 2h00m"""
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"

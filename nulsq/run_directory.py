@@ -1,0 +1,151 @@
+"""The run directory: the only thing that evaluation, inspection and search results read.
+
+    recipe.yaml    the resolved recipe          metrics.jsonl   a line per epoch
+    code.txt       code and package versions    outcome.json    how the run ended, and whether to requeue
+    checkpoints/   last.pt, best.pt             tensorboard/    the log
+    test.json      accuracy on the test images, written by `nulsq.evaluate`
+
+One run at a time: `lock` is held while one trains. The same directory with the same recipe means resume; with
+another recipe it is an error that names the settings.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nulsq._version import __version__
+from nulsq.config import Recipe, flatten, load, to_yaml
+from nulsq.errors import InputError
+
+# Settings that may change between the parts of a run: they do not enter its numbers.
+FREE = {"name", "run.dir", "run.root", "run.train_id", "run.device", "run.threads", "run.log_every", "data.loader",
+        "data.workers"}
+PACKAGES = ("torch", "torchvision", "timm", "pytorchcv", "numpy", "omegaconf", "ffcv", "numba", "ray")
+
+
+def path_of(recipe: Recipe) -> Path:
+    return Path(recipe.run.dir or Path(recipe.run.root) / f"{recipe.name}-{recipe.run.train_id}")
+
+
+class RunDirectory:
+    """A run directory that this process writes to. Rank 0 only."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def start(cls, recipe: Recipe) -> "RunDirectory":
+        """Make or continue the recipe's directory and lock it. Raises InputError where that cannot be."""
+        path = path_of(recipe)
+        if (path / "recipe.yaml").is_file():
+            _same_recipe(path, recipe)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"run directory {path} exists and holds something else; choose another run.dir")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path)
+            run._lock()
+            if not (path / "recipe.yaml").is_file():
+                (path / "recipe.yaml").write_text(to_yaml(recipe))
+            with (path / "code.txt").open("a") as file:
+                file.write(describe_code())
+        except OSError as error:
+            raise InputError(f"run directory {path} cannot be written: {error}") from None
+        return run
+
+    def release(self) -> None:
+        self._lock_file.close()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.path)
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def cut_metrics(self, epoch: int) -> None:
+        """Drop lines after an epoch: a resumed run writes them again."""
+        kept = [line for line in self.metrics() if line["epoch"] <= epoch]
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write_outcome(self, outcome: str, *, requeue: bool = False, **more: Any) -> None:
+        content = {"outcome": outcome, "requeue": requeue, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **more}
+        write_atomically(self.path / "outcome.json", json.dumps(content, indent=1) + "\n")
+
+    def _lock(self):
+        self._lock_file = (self.path / "lock").open("a")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock_file.close()
+            raise InputError(f"another process is training in {self.path}") from None
+
+
+def read_recipe(path: Path) -> Recipe:
+    if not (path / "recipe.yaml").is_file():
+        raise InputError(f"{path} is not a run directory (no recipe.yaml)")
+    return load(Recipe, path / "recipe.yaml")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that was cut off in the middle is left out."""
+    file = path / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def read_outcome(path: Path) -> dict[str, Any]:
+    """The content of outcome.json; {"outcome": "running"} before there is one."""
+    file = path / "outcome.json"
+    return json.loads(file.read_text()) if file.is_file() else {"outcome": "running", "requeue": False}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.unfinished")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def describe_code() -> str:
+    """Version of the code, of Python and of the packages, and the command."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = [subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=20).stdout.strip()
+               for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]
+        commit = f"commit {git[0]}{' with local changes' if git[1] else ''}" if git[0] else "not a git checkout"
+    except (OSError, subprocess.TimeoutExpired):
+        commit = "git is not there"
+    versions = []
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    devices = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return (f"{time.strftime('%Y-%m-%d %H:%M:%S')}  nulsq {__version__}, {commit}\n"
+            f"  python {platform.python_version()}, {', '.join(versions)}\n"
+            f"  {platform.node()}, {devices}\n  {' '.join(sys.argv)}\n")
+
+
+def _same_recipe(path, recipe):
+    before, now = flatten(read_recipe(path)), flatten(recipe)
+    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
+               if key not in FREE and before.get(key) != now.get(key)]
+    if changed:
+        raise InputError(f"{path} holds a run of another recipe ({'; '.join(changed[:4])}"
+                         f"{'; ...' if len(changed) > 4 else ''}); choose another run.dir or run.train_id")

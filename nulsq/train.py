@@ -1,0 +1,330 @@
+"""Training: one function for plain python, torchrun, Slurm and a Ray trial.
+
+    python -m nulsq.train configs/recipes/digits/w2a2.yaml optim.epochs=5
+    torchrun --nproc-per-node 2 -m nulsq.train configs/recipes/cifar10/w2a2.yaml
+
+    from nulsq.train import train
+    state = train(recipe, report=lambda metrics, checkpoint_dir: ..., stop=lambda: False)
+
+Exit codes: 0 finished, 2 input that cannot be used, 3 diverged, 99 saved before the end (start the same command again).
+Read top to bottom.
+"""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from nulsq import checkpoint, command_line
+from nulsq.config import Recipe
+from nulsq.data import DataSet, Normalize, build_loaders, check_data
+from nulsq.errors import InputError, exit_on_input_error
+from nulsq.evaluate import evaluate, evaluate_run
+from nulsq.metrics import Counters
+from nulsq.models import network
+from nulsq.optim import Optimizers, learning_rate
+from nulsq.progress import Progress
+from nulsq.quant.calibrate import average_batch_norm_, calibrate_
+from nulsq.quant.step import quantizers
+from nulsq.quant.swap import summary
+from nulsq.run_directory import RunDirectory, path_of
+from nulsq.state import TrainState
+from nulsq.world import World, world
+
+Report = Callable[[dict, Path], None]
+EXIT_DIVERGED, EXIT_SAVED = 3, 99
+STOP_INTERVAL = 8  # steps between two agreements of several ranks on whether to stop
+
+
+def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None = None,
+          stop: Callable[[], bool] | None = None, quiet: bool = False) -> TrainState:
+    """Train as the recipe says, from where its run directory stands, to the end or until `stop()`.
+
+    Args:
+        report: called once per epoch on every rank with the epoch's metrics and the checkpoints' folder.
+        resume: a checkpoint file to continue from; None continues the run directory's own, if there is one.
+        stop: polled at step boundaries; any rank's True saves the state and returns (outcome "saved").
+        quiet: print nothing.
+
+    Returns the state at the end; `state.outcome` is finished, saved or diverged, as in outcome.json. May be called
+    many times in one process: it leaves no thread, process group or global setting behind.
+
+    Raises InputError, before anything is written, for a recipe that cannot be run.
+    """
+    threads = torch.get_num_threads()
+    with world(recipe.run.device) as here, torch.random.fork_rng(), contextlib.ExitStack() as cleanup:
+        # ---- everything that can be wrong with the input is found here, before the run directory exists
+        if recipe.run.threads:
+            torch.set_num_threads(recipe.run.threads)
+            cleanup.callback(torch.set_num_threads, threads)
+        data, model, kind = prepare(recipe, here)
+        run = here.on_first(lambda: _start(recipe, cleanup))
+        progress = Progress(show=here.first and not quiet, epochs=recipe.optim.epochs)
+        cleanup.callback(progress.close)
+        run_path = path_of(recipe)
+        try:
+            return _run(recipe, here, data, model, kind, run, run_path, progress, report, resume, stop, cleanup)
+        except (Exception, KeyboardInterrupt) as error:
+            if here.first:
+                run.write_outcome("failed", error=f"{type(error).__name__}: {error}"[:2000])
+            raise
+
+
+def prepare(recipe: Recipe, here: World) -> tuple[DataSet, nn.Module, str]:
+    """Open the data, build the network with its starting weights and quantizers. Raises InputError; writes nothing."""
+    data = DataSet(recipe.data.path)
+    kind = check_data(recipe.data, data, here.size)
+    if recipe.data.batch % (recipe.optim.accumulate * here.size):
+        raise InputError(f"data.batch = {recipe.data.batch} does not divide over {here.size} ranks and "
+                         f"optim.accumulate = {recipe.optim.accumulate}")
+    if recipe.model.pretrained and recipe.model.init_from:
+        raise InputError("model.pretrained and model.init_from are both set; choose one")
+    model = network(recipe, len(data.classes))
+    return data, model, kind
+
+
+def _start(recipe, cleanup):
+    run = RunDirectory.start(recipe)
+    cleanup.callback(run.release)
+    return None if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 else run
+
+
+def _run(recipe, here, data, model, kind, run, run_path, progress, report, resume, stop, cleanup):
+    run = RunDirectory(run_path)
+    optim, device = recipe.optim, here.device
+
+    # ---- network, in the order that matters: device, calibration, then the wrappers
+    model.to(device, memory_format=torch.channels_last if recipe.run.channels_last else torch.contiguous_format)
+    loaders = build_loaders(recipe.data, data, recipe.run.seed, here.rank, here.size)
+    cleanup.callback(loaders.close)
+    normalize = Normalize(data, device, recipe.run.channels_last)
+    resume = resume or here.on_first(lambda: checkpoint.newest(run_path))
+    if resume is None and quantizers(model):
+        batches = (normalize(images) for _, (images, _, _) in
+                   zip(range(recipe.quant.calibration_batches), loaders.train.epoch(0), strict=False))
+        calibrate_(model, batches, recipe.quant.calibration)
+    if here.size > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    stepped = model
+    if here.size > 1:
+        stepped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                          broadcast_buffers=False)
+    if recipe.run.compile:
+        stepped = torch.compile(stepped)
+
+    # ---- state: fresh or resumed
+    state = TrainState(model, Optimizers(model, optim), Counters(device))
+    if resume is not None:
+        state.load_state_dict(checkpoint.load(Path(resume)))
+        if here.first:
+            run.cut_metrics(state.epoch)
+    steps = loaders.train.steps
+    total, warmup = steps * optim.epochs, round(steps * optim.warmup_epochs)
+    if here.first and state.step < total:
+        run.write_outcome("running")
+    _announce(progress, recipe, here, state, loaders, data, kind, run_path, total)
+    log = _tensorboard(run_path, state.step) if here.first and state.step < total else None
+    if log is not None:
+        cleanup.callback(log.close)
+
+    # ---- epochs
+    while state.epoch < optim.epochs:
+        began, first_step, waited = time.monotonic(), state.step, 0.0
+        progress.start(state.epoch, state.step - state.epoch * steps, steps)
+        model.train()
+        if optim.freeze_bn:
+            _freeze_batch_norm(model)
+        fetched = time.monotonic()
+        for images, labels, _ in loaders.train.epoch(state.epoch, state.step - state.epoch * steps):
+            waited += time.monotonic() - fetched
+            torch.manual_seed(_step_seed(recipe.run.seed, state.step, here.rank))
+            _backward(stepped, normalize(images), labels.to(device), recipe, state.counters)
+            rate = learning_rate(state.step, steps=total, warmup_steps=warmup, peak=optim.lr,
+                                 warmup_lr=optim.warmup_lr)
+            state.optimizers.step(rate)
+            state.step += 1
+            progress.advance()
+            if log is not None and state.step % recipe.run.log_every == 0:
+                _log_step(log, state, rate)
+            if _asked_to_stop(stop, here, state.step):
+                return _save_and_stop(state, here, run, progress)
+            fetched = time.monotonic()
+        seconds = time.monotonic() - began
+        metrics = {"epoch": state.epoch + 1, "step": state.step,
+                   "lr": learning_rate(state.step, steps=total, warmup_steps=warmup, peak=optim.lr,
+                                       warmup_lr=optim.warmup_lr),
+                   **state.counters.read(here, "train"),
+                   "images_per_second": (state.step - first_step) * recipe.data.batch / seconds,
+                   "wait_share": waited / seconds}
+
+        # ---- evaluation on the holdout; never on test
+        if device.type == "cpu":
+            average_batch_norm_(model.modules())  # torch has no SyncBatchNorm for the CPU
+        if loaders.val is not None:
+            found = evaluate(model, loaders.val, normalize, here, recipe.run.precision, "val")
+            metrics |= found
+        metrics["seconds"] = time.monotonic() - began
+        diverged = not math.isfinite(metrics["train_loss"])
+        improved = not diverged and "val_top1" in metrics and (
+            state.best is None or metrics["val_top1"] > state.best["val_top1"])
+        if improved:
+            state.best = dict(metrics)
+        state.epoch += 1
+        state.counters.reset()
+        if here.first:
+            run.append_metrics(metrics)
+            if log is not None:
+                _log_epoch(log, metrics)
+            if not diverged:
+                checkpoint.save(run_path, state.state_dict(), best=improved)
+        progress.finish(metrics, optim.epochs - state.epoch, metrics["seconds"])
+        if diverged:
+            state.outcome = "diverged"
+            if here.first:
+                run.write_outcome("diverged", epoch=state.epoch, step=state.step,
+                                  error=f"the training loss became {metrics['train_loss']}")
+        if report is not None:
+            report(metrics, run_path / "checkpoints")
+        if diverged:
+            progress.say(f"diverged: the loss of epoch {state.epoch} is {metrics['train_loss']}; the last checkpoint "
+                         f"before it is {run_path / 'checkpoints'}")
+            return state
+
+    state.outcome = "finished"
+    if here.first:
+        run.write_outcome("finished", epoch=state.epoch, best=state.best)
+    return state
+
+
+def _backward(model, images, labels, recipe, counters):
+    """Forward and backward of this rank's part of a batch, in micro-batches; gradients are left in the parameters."""
+    parts = recipe.optim.accumulate
+    for i, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+        last = i == parts - 1
+        alone = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+        with alone:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe.optim.label_smoothing)
+            (loss / parts).backward()
+        counters.add(logits, y, loss)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Random numbers inside the network (dropout) follow from (seed, step, rank): no state to save."""
+    return (seed * 1_000_003 + step) * 4099 + rank
+
+
+def _freeze_batch_norm(model):
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def _asked_to_stop(stop, here, step):
+    if stop is None:
+        return False
+    if here.size == 1:
+        return stop()
+    return step % STOP_INTERVAL == 0 and here.any(stop())
+
+
+def _save_and_stop(state, here, run, progress):
+    state.outcome = "saved"
+    # Ranks count their own images of the epoch under way; the checkpoint is rank 0's and holds the sum.
+    counted = here.sum_(state.counters.values.clone())
+    if here.first:
+        content = state.state_dict() | {"counters": counted}
+        checkpoint.save(run.path, content)
+        run.write_outcome("saved", requeue=True, epoch=state.epoch, step=state.step)
+    progress.say(f"saved at step {state.step} of epoch {state.epoch + 1}; the same command continues")
+    return state
+
+
+def _announce(progress, recipe, here, state, loaders, data, kind, run_path, total):
+    if quantizers(state.model):
+        progress.say(summary(state.model))
+    counts = f"{loaders.train.steps} steps of {recipe.data.batch}"
+    held = "nothing held out" if loaders.val is None else f"holdout {recipe.data.holdout}"
+    saw = ", which the starting weights have seen" if recipe.model.init_saw_holdout else ""
+    progress.say(f"{run_path}: {recipe.model.name} on {data.name} ({kind} loader, {counts} per epoch, {held}{saw}), "
+                 f"{here.size} {'rank' if here.size == 1 else 'ranks'} on {here.device.type}")
+    if here.size > 1 and here.device.type == "cpu":
+        progress.say("batch norm is per rank on the CPU (torch has no SyncBatchNorm for it); its running statistics "
+                     "are averaged over the ranks before each evaluation")
+    if state.step >= total:
+        progress.say("this run is finished already")
+    elif state.step:
+        progress.say(f"continuing at step {state.step} of {total}")
+
+
+def _tensorboard(run_path, step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        return None
+    return SummaryWriter(str(run_path / "tensorboard"), purge_step=step)
+
+
+def _log_step(log, state, rate):
+    loss, top1, _, count = state.counters.values.tolist()
+    log.add_scalar("step/lr", rate, state.step)
+    log.add_scalar("step/loss_of_epoch_so_far", loss / count, state.step)
+    log.add_scalar("step/top1_of_epoch_so_far", 100 * top1 / count, state.step)
+
+
+def _log_epoch(log, metrics):
+    for key, value in metrics.items():
+        log.add_scalar(f"epoch/{key}", value, metrics["step"])
+    log.flush()
+
+
+# ---- command line
+
+
+@exit_on_input_error
+def main(argv: list[str]) -> int:
+    parser = command_line.parser("python -m nulsq.train", "Train one recipe, then evaluate it once on the test images.")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    arguments, recipe = command_line.parse(parser, argv)
+    with world(recipe.run.device) as here:
+        if arguments.dry_run:
+            data, model, kind = prepare(recipe, here)
+            if here.first:
+                print(summary(model))
+                print(f"would train {recipe.optim.epochs} epochs on {data.name} ({kind} loader) in {path_of(recipe)}")
+            return 0
+        state = train(recipe, stop=_stop_on_signal())
+        if state.outcome == "saved":
+            return EXIT_SAVED
+        if state.outcome == "diverged":
+            return EXIT_DIVERGED
+        found = evaluate_run(path_of(recipe), here=here)
+        if here.first:
+            print(f"test top-1 {found['test_top1']:.2f}  top-5 {found['test_top5']:.2f}  ({found['test_images']} images, "
+                  f"{found['checkpoint']} checkpoint of epoch {found['epoch']})  {path_of(recipe)}")
+    return 0
+
+
+def _stop_on_signal() -> Callable[[], bool]:
+    """The first SIGTERM, SIGINT or SIGUSR1 asks to save and stop; a second one acts as usual."""
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, ask)
+    return lambda: bool(asked)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
