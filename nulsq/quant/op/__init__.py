@@ -1,10 +1,26 @@
 """The one fake-quantize operation that every quantizer declares itself to.
 
-A quantizer says what its levels are (`Table`) and which static rules hold (`Rule`); this package computes
-output, level index and gradients. Today there is one form, `oracle.py`, in plain PyTorch; faster forms stand
-beside it and are chosen here, so that no quantizer file ever changes for speed.
+A quantizer says what its levels are (`Table`) and which static rules hold (`Rule`); this package computes output,
+level index and gradients. The forms are chosen here and nowhere else, so no quantizer file changes for speed:
+
+    oracle.py   the definition; also what a compiler fuses into one pass, and the form for per-channel tables
+    eager.py    fewer passes over memory on the CPU without a compiler
 """
 
-from nulsq.quant.op.oracle import Rule, Table, encode, fake_quantize, scale_gradient
+import torch
+from torch import Tensor
 
-__all__ = ["Rule", "Table", "encode", "fake_quantize", "scale_gradient"]
+from nulsq.quant.op.eager import Eager
+from nulsq.quant.op.oracle import Oracle, Rule, Table, encode, scale_gradient
+
+__all__ = ["FORMS", "Rule", "Table", "encode", "fake_quantize", "scale_gradient"]
+
+FORMS = {"oracle": Oracle, "eager": Eager}
+
+
+def fake_quantize(x: Tensor, table: Table, rule: Rule, form: str | None = None) -> Tensor:
+    """x -> its level by `rule`; same shape and type. A 2-D table runs over dimension 0 of x. `form` forces one."""
+    if form is None:
+        lean = x.device.type == "cpu" and table.gaps.dim() == 1 and not torch.compiler.is_compiling()
+        form = "eager" if lean else "oracle"
+    return FORMS[form].apply(x, *table, rule)

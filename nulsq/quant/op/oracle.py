@@ -50,14 +50,9 @@ class Rule(NamedTuple):
 STE_RULES = ("clip", "clip_open", "half", "none")
 
 
-def fake_quantize(x: Tensor, table: Table, rule: Rule) -> Tensor:
-    """x -> its nearest level by `rule`; same shape and type. A 2-D table runs over dimension 0 of x."""
-    return _FakeQuantize.apply(x, *table, rule)
-
-
 def encode(x: Tensor, table: Table, rule: Rule) -> Tensor:
     """Level index of each element, by the very comparisons that `fake_quantize` makes. int64, shape of x."""
-    x, table = _compute_type(x, table)
+    x, table = compute_type(x, table)
     if rule.index == "uniform":
         return (_code(x, table, rule) - rule.codes[0]).long()
     index = torch.zeros_like(x, dtype=torch.int64)
@@ -66,19 +61,21 @@ def encode(x: Tensor, table: Table, rule: Rule) -> Tensor:
     return index
 
 
-class _FakeQuantize(torch.autograd.Function):
+class Oracle(torch.autograd.Function):
+    """x -> its level by `rule`; same shape and type. A 2-D table runs over dimension 0 of x."""
+
     @staticmethod
     def forward(ctx, x, gaps, low, high, levels, thresholds, rule):
         table = Table(gaps, low, high, levels, thresholds)
         ctx.rule = rule
         ctx.save_for_backward(x, *table)
-        return _quantize(x, table, rule)[0].to(x.dtype)
+        return quantize(x, table, rule)[0].to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         x, *saved = ctx.saved_tensors
         rule, stored, kind = ctx.rule, x.dtype, saved[0].dtype
-        y, x, table = _quantize(x, Table(*saved), rule)
+        y, x, table = quantize(x, Table(*saved), rule)
         dy = dy.to(x.dtype)
 
         # Comparing x / step with the codes, not x with the end levels, keeps the range that of the rounding.
@@ -86,7 +83,7 @@ class _FakeQuantize(torch.autograd.Function):
         at = x / _column(table.gaps, 0, x) if uniform else x
         low, high = rule.codes if uniform else (_column(table.levels, 0, x), _column(table.levels, -1, x))
         inside = (at >= low) & (at <= high)
-        dx = _input_gradient(dy, at, low, high, inside, rule.ste).to(stored)
+        dx = input_gradient(dy, at, low, high, inside, rule.ste).to(stored)
         if rule.reduction == "none" or not any(ctx.needs_input_grad[1:4]):
             return dx, None, None, None, None, None, None
 
@@ -94,7 +91,7 @@ class _FakeQuantize(torch.autograd.Function):
         error = torch.where(inside, dy * (y - x), 0)
         if rule.reduction == "total":
             dgaps = _sum(error, channels)
-        else:
+        else:  # x lies in gap k, that is l_{k-1} < x <= l_k
             dgaps = torch.cat([
                 _sum(torch.where((x > _column(table.levels, k, x)) & (x <= _column(table.levels, k + 1, x)), error, 0),
                      channels)
@@ -105,9 +102,9 @@ class _FakeQuantize(torch.autograd.Function):
         return dx, (dgaps / table.gaps).to(kind), dlow.to(kind), dhigh.to(kind), None, None, None
 
 
-def _quantize(x, table, rule):
+def quantize(x, table, rule):
     """y, and x and table in the type that is computed in."""
-    x, table = _compute_type(x, table)
+    x, table = compute_type(x, table)
     if rule.index == "uniform":
         return _code(x, table, rule) * _column(table.gaps, 0, x), x, table
     y = torch.where(x == x, _column(table.levels, 0, x), x)  # NaN in, NaN out
@@ -124,7 +121,7 @@ def _above(x, threshold, tie_goes_up):
     return x >= threshold if tie_goes_up else x > threshold
 
 
-def _input_gradient(dy, x, low, high, inside, ste):
+def input_gradient(dy, x, low, high, inside, ste):
     if ste == "none":
         return dy
     if ste == "clip":
@@ -146,7 +143,7 @@ def _sum(values, channels):
     return values.flatten(1).sum(1, keepdim=True) if channels else values.sum().view(1)
 
 
-def _compute_type(x, table):
+def compute_type(x, table):
     kind = torch.promote_types(x.dtype, table.gaps.dtype)
     return x.to(kind), Table(*(t if t is None else t.detach().to(kind) for t in table))
 

@@ -1,0 +1,94 @@
+"""The per-tensor form for the CPU without a compiler: the oracle's values with fewer passes over memory.
+
+Selecting (torch.where) costs ten times a multiplication on the CPU, so nothing is selected here. The level's index
+is counted once, kept as one byte per element, and everything follows from it by table lookup:
+
+    gap       index + [x > y]                      0 below the range, K + 1 above it, k inside gap k
+    error     y - clamp(x)                         zero outside, without a mask
+    sums      one weighted bincount over the gaps  V_1 ... V_K, and dy summed below and above
+              (in float64: a bin adds up millions of terms one by one)
+"""
+
+import torch
+
+from nulsq.quant.op.oracle import Table, compute_type, input_gradient
+
+
+class Eager(torch.autograd.Function):
+    """As `Oracle`, for per-tensor tables. Gradients of non-finite dy may differ: there is nothing to train then."""
+
+    @staticmethod
+    def forward(ctx, x, gaps, low, high, levels, thresholds, rule):
+        shape, stored = (x.shape, _order(x)), x.dtype
+        kept = _flat(x, shape[1])
+        x, table = compute_type(kept, Table(gaps, low, high, levels, thresholds))
+        if rule.index == "uniform":
+            index = None
+            y = (x / table.gaps).round_().clamp_(*rule.codes).mul_(table.gaps)
+        else:
+            index = torch.zeros_like(x, dtype=torch.uint8)
+            for k, up in enumerate(rule.ties_up):
+                index += x >= table.thresholds[k] if up else x > table.thresholds[k]
+            index += (x != x) * (len(rule.ties_up) + 1)  # NaN in, NaN out: one past the levels
+            y = _look_up(table.levels, index)
+        ctx.rule, ctx.shape = rule, shape
+        ctx.save_for_backward(kept, index, gaps, low, high, levels, thresholds)
+        return _unflat(y.to(stored), *shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, index, *saved = ctx.saved_tensors
+        rule, stored, kind = ctx.rule, x.dtype, saved[0].dtype
+        x, table = compute_type(x, Table(*saved))
+        dy = _flat(dy, ctx.shape[1]).to(x.dtype)
+
+        if rule.index == "uniform":
+            at, (low, high) = x / table.gaps, rule.codes
+            clamped = at.clamp(low, high)
+        else:
+            at, low, high = x, table.levels[0], table.levels[-1]
+            clamped = torch.maximum(torch.minimum(at, high), low)
+        inside = clamped == at
+        if rule.ste == "clip":
+            dx = dy * inside
+        else:
+            dx = input_gradient(dy, at, low, high, inside, rule.ste)
+        dx = _unflat(dx.to(stored), *ctx.shape)
+        if rule.reduction == "none" or not any(ctx.needs_input_grad[1:4]):
+            return dx, None, None, None, None, None, None
+
+        if rule.index == "uniform":
+            dgaps = clamped.round().sub_(clamped).mul_(dy).sum().view(1)
+            dlow, dhigh = (beyond.mul(dy).sum().view(1) for beyond in (at < low, at > high))
+        else:
+            y = _look_up(table.levels, index)
+            gap = index + (x > y)
+            weights = y.sub_(clamped).add_(~inside).mul_(dy).double()
+            count = rule.codes[1] - rule.codes[0]
+            sums = torch.bincount(gap, weights, count + 2)
+            dlow, dhigh = sums[:1], sums[-1:]
+            dgaps = sums[1:-1] if rule.reduction == "per_gap" else sums[1:-1].sum().view(1)
+            dgaps = dgaps / table.gaps
+        return dx, dgaps.to(kind), dlow.to(kind), dhigh.to(kind), None, None, None
+
+
+def _look_up(levels, index):
+    """levels[index]; an index past them is NaN."""
+    return torch.cat([levels, levels.new_full((1,), torch.nan)]).index_select(0, index.int())
+
+
+def _order(x):
+    """The permutation that brings x into its order in memory."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return (0, 2, 3, 1)
+    return tuple(range(x.dim()))
+
+
+def _flat(x, order=None):
+    """x in one dimension, in its order in memory: a view where x is dense."""
+    return x.permute(order or _order(x)).reshape(-1)
+
+
+def _unflat(flat, shape, order):
+    permuted = flat.view([shape[i] for i in order])
+    return permuted.permute([order.index(i) for i in range(len(order))])
