@@ -60,6 +60,15 @@ def evaluate_run(run: Path, *, split: str = "test", which: str = "auto", here: W
     return found
 
 
+def read_evaluation(run: Path, split: str = "test") -> dict | None:
+    """What an earlier evaluation of the checkpoint that the run now stands for found; None without one."""
+    file = run / f"{split}.json"
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text())
+    return found if found["step"] == checkpoint.best_or_last(run)["step"] else None
+
+
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m nulsq.evaluate", description=__doc__,

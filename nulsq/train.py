@@ -26,7 +26,7 @@ from nulsq import checkpoint, command_line
 from nulsq.config import Recipe
 from nulsq.data import DataSet, Normalize, build_loaders, check_data
 from nulsq.errors import InputError, exit_on_input_error
-from nulsq.evaluate import evaluate, evaluate_run
+from nulsq.evaluate import evaluate, evaluate_run, read_evaluation
 from nulsq.metrics import Counters
 from nulsq.models import network
 from nulsq.optim import Optimizers, learning_rate
@@ -306,7 +306,7 @@ def main(argv: list[str]) -> int:
             return EXIT_SAVED
         if state.outcome == "diverged":
             return EXIT_DIVERGED
-        found = evaluate_run(path_of(recipe), here=here)
+        found = here.on_first(lambda: read_evaluation(path_of(recipe))) or evaluate_run(path_of(recipe), here=here)
         if here.first:
             print(f"test top-1 {found['test_top1']:.2f}  top-5 {found['test_top5']:.2f}  ({found['test_images']} images, "
                   f"{found['checkpoint']} checkpoint of epoch {found['epoch']})  {path_of(recipe)}")

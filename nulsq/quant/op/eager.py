@@ -6,12 +6,13 @@ is counted once, kept as one byte per element, and everything follows from it by
     gap       index + [x > y]                      0 below the range, K + 1 above it, k inside gap k
     error     y - clamp(x)                         zero outside, without a mask
     sums      one weighted bincount over the gaps  V_1 ... V_K, and dy summed below and above
-              (in float64: a bin adds up millions of terms one by one)
 """
 
 import torch
 
 from nulsq.quant.op.oracle import Table, compute_type, input_gradient
+
+PIECE = 1 << 15  # elements that are summed up one by one in float32
 
 
 class Eager(torch.autograd.Function):
@@ -28,8 +29,8 @@ class Eager(torch.autograd.Function):
         else:
             index = torch.zeros_like(x, dtype=torch.uint8)
             for k, up in enumerate(rule.ties_up):
-                index += x >= table.thresholds[k] if up else x > table.thresholds[k]
-            index += (x != x) * (len(rule.ties_up) + 1)  # NaN in, NaN out: one past the levels
+                index += _byte(x >= table.thresholds[k] if up else x > table.thresholds[k])
+            index += _byte(x != x) * (len(rule.ties_up) + 1)  # NaN in, NaN out: one past the levels
             y = _look_up(table.levels, index)
         ctx.rule, ctx.shape = rule, shape
         ctx.save_for_backward(kept, index, gaps, low, high, levels, thresholds)
@@ -62,14 +63,25 @@ class Eager(torch.autograd.Function):
             dlow, dhigh = (beyond.mul(dy).sum().view(1) for beyond in (at < low, at > high))
         else:
             y = _look_up(table.levels, index)
-            gap = index + (x > y)
-            weights = y.sub_(clamped).add_(~inside).mul_(dy).double()
+            gap = index + _byte(x > y)
+            weights = y.sub_(clamped).add_(~inside).mul_(dy)
             count = rule.codes[1] - rule.codes[0]
-            sums = torch.bincount(gap, weights, count + 2)
+            sums = _sums(gap, weights, count + 2)
             dlow, dhigh = sums[:1], sums[-1:]
             dgaps = sums[1:-1] if rule.reduction == "per_gap" else sums[1:-1].sum().view(1)
             dgaps = dgaps / table.gaps
         return dx, dgaps.to(kind), dlow.to(kind), dhigh.to(kind), None, None, None
+
+
+def _sums(bins, weights, count):
+    """Sum of the weights in each bin. In pieces: bincount adds term by term, and a million terms would lose digits."""
+    pieces = zip(bins.split(PIECE), weights.split(PIECE), strict=True)
+    return torch.stack([torch.bincount(*piece, count) for piece in pieces]).double().sum(0)
+
+
+def _byte(mask):
+    """A mask as numbers, without the copy that adding booleans to bytes makes."""
+    return mask.view(torch.uint8)
 
 
 def _look_up(levels, index):
