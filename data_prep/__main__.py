@@ -1,12 +1,11 @@
 """python -m data_prep digits|cifar10|cifar100|folder|imagenet|check: prepare a data set, or check one."""
 
-import argparse
 import os
 from pathlib import Path
 
 from data_prep import check, cifar, digits, folder
 from data_prep.writing import Beton, existing
-from nulsq.errors import exit_on_input_error
+from nulsq.errors import Parser, exit_on_input_error
 
 HELP = {
     "digits": "scikit-learn's handwritten digits, at 32x32 RGB; needs no --source",
@@ -19,7 +18,7 @@ HELP = {
 
 @exit_on_input_error
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
+    parser = Parser(prog="python -m data_prep", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, text in HELP.items():
         verb = verbs.add_parser(name, help=text, description=text)

@@ -21,7 +21,8 @@ def prepare(out: Path, name: str, source: Path | None) -> Path:
                   "test": kind(str(root), train=False, download=download)}
     except Exception as error:
         if download:
-            raise InputError(f"{name} could not be downloaded ({error}); give --source with {kind.base_folder}") from None
+            raise InputError(f"{name} could not be downloaded ({error}); "
+                             f"give --source with {kind.base_folder}") from None
         raise InputError(f"{root} does not hold {kind.base_folder} with the published checksums: {error}") from None
     return write_arrays(out, name=name, classes=list(splits["train"].classes), source=str(source or kind.url),
                         images={split: data.data for split, data in splits.items()},

@@ -10,7 +10,7 @@ import argparse
 import difflib
 
 from nulsq.config import Recipe, describe, load_recipe
-from nulsq.errors import InputError
+from nulsq.errors import InputError, Parser
 
 ALIASES = {
     "lr": ["optim.lr"],
@@ -30,7 +30,7 @@ SIGNED = {"Positive_nuLSQ_quantizer": "false", "Symmetric_nuLSQ_quantizer": "tru
 INITIALIZERS = {"NMSE_initializer": "nmse", "LSQ_initializer": "lsq", "Const_initializer": "const"}
 
 
-def parser(prog: str, what: str) -> argparse.ArgumentParser:
+def parser(prog: str, what: str) -> Parser:
     """An argument parser whose --help lists every setting of a recipe."""
     epilog = "\n".join([
         "settings (key=default):", *describe(Recipe),
@@ -41,10 +41,9 @@ def parser(prog: str, what: str) -> argparse.ArgumentParser:
         f"quantizers of the published command line: {', '.join(QUANTIZERS)}",
         f"initializers: {', '.join(INITIALIZERS)}", "",
         "examples:", f"  {prog} configs/recipes/digits/w2a2.yaml optim.epochs=5 quant.bits=3",
-        f"  torchrun --nproc-per-node 2 -m nulsq.train configs/recipes/cifar10/w2a2.yaml",
+        "  torchrun --nproc-per-node 2 -m nulsq.train configs/recipes/cifar10/w2a2.yaml",
     ])
-    made = argparse.ArgumentParser(prog=prog, description=what, epilog=epilog, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(prog=prog, description=what, epilog=epilog)
     made.add_argument("recipe", help="YAML file, see configs/recipes/")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, they win over the file")
     published = made.add_argument_group("the published method's options")
@@ -55,7 +54,7 @@ def parser(prog: str, what: str) -> argparse.ArgumentParser:
     return made
 
 
-def parse(made: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
+def parse(made: Parser, argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     """The parsed arguments and the recipe that they mean. Raises InputError where a setting does not fit."""
     arguments = made.parse_intermixed_args(argv)
     return arguments, load_recipe(arguments.recipe, published_overrides(arguments) + arguments.overrides)

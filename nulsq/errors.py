@@ -1,5 +1,7 @@
 """What a user's input can do wrong, told in one line. Commands print it and exit with code 2."""
 
+import argparse
+import difflib
 import importlib
 import sys
 from collections.abc import Callable
@@ -21,6 +23,19 @@ def require(module: str, extra: str):
 
 def missing(module: str, extra: str) -> InputError:
     return InputError(f"this needs {module}, which is not installed: pip install 'nulsq[{extra}]'")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with the near miss, and leave by `exit_on_input_error`."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str):
+        word = next((word for word in message.split() if word.startswith("--")), "")
+        near = difflib.get_close_matches(word, self._option_string_actions, 1, 0.6) if "unrecognized" in message else []
+        hint = f". Did you mean {near[0]}?" if near else ""
+        raise InputError(f"{message}{hint} (see {self.prog} --help)")
 
 
 def exit_on_input_error(main: Callable[..., int]) -> Callable[..., int]:

@@ -6,7 +6,6 @@
 The checkpoint is the run's best on the holdout, or its last where nothing was held out.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from nulsq import checkpoint
 from nulsq.data import DataSet, Normalize, build_loader
-from nulsq.errors import exit_on_input_error
+from nulsq.errors import Parser, exit_on_input_error
 from nulsq.metrics import Counters
 from nulsq.models import network
 from nulsq.run_directory import read_recipe, write_atomically
@@ -71,8 +70,7 @@ def read_evaluation(run: Path, split: str = "test") -> dict | None:
 
 @exit_on_input_error
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nulsq.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m nulsq.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--checkpoint", choices=["auto", "best", "last"], default="auto")

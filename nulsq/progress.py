@@ -24,7 +24,8 @@ class Progress:
                 from tqdm import tqdm
             except ModuleNotFoundError:
                 return
-            self.bar = tqdm(total=steps, initial=done, desc=f"epoch {epoch + 1}/{self.epochs}", leave=False, unit="step")
+            self.bar = tqdm(total=steps, initial=done, desc=f"epoch {epoch + 1}/{self.epochs}", leave=False,
+                            unit="step")
 
     def advance(self) -> None:
         if not self.show:
@@ -43,7 +44,8 @@ class Progress:
         val = f"  val top-1 {metrics['val_top1']:.2f}" if "val_top1" in metrics else ""
         print(f"epoch {metrics['epoch']}/{self.epochs}  loss {metrics['train_loss']:.4f}  "
               f"top-1 {metrics['train_top1']:.2f}{val}  {metrics['images_per_second']:.0f} img/s  "
-              f"waiting for data {100 * metrics['wait_share']:.1f}%  left {duration(epochs_left * seconds)}", flush=True)
+              f"waiting for data {100 * metrics['wait_share']:.1f}%  left {duration(epochs_left * seconds)}",
+              flush=True)
 
     def say(self, text: str) -> None:
         if self.show:

@@ -37,33 +37,32 @@ def path_of(recipe: Recipe) -> Path:
 
 
 class RunDirectory:
-    """A run directory that this process writes to. Rank 0 only."""
+    """A run directory that this process writes to. Rank 0 only; the others know its path."""
 
     def __init__(self, path: Path):
         self.path = path
+        self._lock_file = None
 
-    @classmethod
-    def start(cls, recipe: Recipe) -> "RunDirectory":
-        """Make or continue the recipe's directory and lock it. Raises InputError where that cannot be."""
-        path = path_of(recipe)
+    def start(self, recipe: Recipe) -> None:
+        """Make the directory, or take it up, and lock it. Raises InputError where that cannot be."""
+        path = self.path
         if (path / "recipe.yaml").is_file():
             _same_recipe(path, recipe)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"run directory {path} exists and holds something else; choose another run.dir")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path)
-            run._lock()
+            self._lock()
             if not (path / "recipe.yaml").is_file():
                 (path / "recipe.yaml").write_text(to_yaml(recipe))
             with (path / "code.txt").open("a") as file:
                 file.write(describe_code())
         except OSError as error:
             raise InputError(f"run directory {path} cannot be written: {error}") from None
-        return run
 
     def release(self) -> None:
-        self._lock_file.close()
+        if self._lock_file is not None:
+            self._lock_file.close()
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.path)

@@ -11,8 +11,8 @@ Read top to bottom.
 """
 
 import contextlib
+import functools
 import math
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,12 +35,13 @@ from nulsq.quant.calibrate import average_batch_norm_, calibrate_
 from nulsq.quant.step import quantizers
 from nulsq.quant.swap import summary
 from nulsq.run_directory import RunDirectory, path_of
+from nulsq.signals import asked_to_stop, stop_on_signal
 from nulsq.state import TrainState
+from nulsq.tensorboard import TensorBoardLog
 from nulsq.world import World, world
 
 Report = Callable[[dict, Path], None]
 EXIT_DIVERGED, EXIT_SAVED = 3, 99
-STOP_INTERVAL = 8  # steps between two agreements of several ranks on whether to stop
 
 
 def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None = None,
@@ -65,12 +66,13 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
             torch.set_num_threads(recipe.run.threads)
             cleanup.callback(torch.set_num_threads, threads)
         data, model, kind = prepare(recipe, here)
-        run = here.on_first(lambda: _start(recipe, cleanup))
+        run = RunDirectory(path_of(recipe))
+        cleanup.callback(run.release)
+        here.on_first(lambda: run.start(recipe))
         progress = Progress(show=here.first and not quiet, epochs=recipe.optim.epochs)
         cleanup.callback(progress.close)
-        run_path = path_of(recipe)
         try:
-            return _run(recipe, here, data, model, kind, run, run_path, progress, report, resume, stop, cleanup)
+            return _run(recipe, here, data, model, kind, run, progress, report, resume, stop, cleanup)
         except (Exception, KeyboardInterrupt) as error:
             if here.first:
                 run.write_outcome("failed", error=f"{type(error).__name__}: {error}"[:2000])
@@ -90,14 +92,7 @@ def prepare(recipe: Recipe, here: World) -> tuple[DataSet, nn.Module, str]:
     return data, model, kind
 
 
-def _start(recipe, cleanup):
-    run = RunDirectory.start(recipe)
-    cleanup.callback(run.release)
-    return None if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 else run
-
-
-def _run(recipe, here, data, model, kind, run, run_path, progress, report, resume, stop, cleanup):
-    run = RunDirectory(run_path)
+def _run(recipe, here, data, model, kind, run, progress, report, resume, stop, cleanup):
     optim, device = recipe.optim, here.device
 
     # ---- network, in the order that matters: device, calibration, then the wrappers
@@ -105,7 +100,7 @@ def _run(recipe, here, data, model, kind, run, run_path, progress, report, resum
     loaders = build_loaders(recipe.data, data, recipe.run.seed, here.rank, here.size)
     cleanup.callback(loaders.close)
     normalize = Normalize(data, device, recipe.run.channels_last)
-    resume = resume or here.on_first(lambda: checkpoint.newest(run_path))
+    resume = resume or here.on_first(lambda: checkpoint.newest(run.path))
     if resume is None and quantizers(model):
         batches = (normalize(images) for _, (images, _, _) in
                    zip(range(recipe.quant.calibration_batches), loaders.train.epoch(0), strict=False))
@@ -126,13 +121,14 @@ def _run(recipe, here, data, model, kind, run, run_path, progress, report, resum
         if here.first:
             run.cut_metrics(state.epoch)
     steps = loaders.train.steps
-    total, warmup = steps * optim.epochs, round(steps * optim.warmup_epochs)
+    total = steps * optim.epochs
+    schedule = functools.partial(learning_rate, steps=total, warmup_steps=round(steps * optim.warmup_epochs),
+                                 peak=optim.lr, warmup_lr=optim.warmup_lr)
     if here.first and state.step < total:
         run.write_outcome("running")
-    _announce(progress, recipe, here, state, loaders, data, kind, run_path, total)
-    log = _tensorboard(run_path, state.step) if here.first and state.step < total else None
-    if log is not None:
-        cleanup.callback(log.close)
+    _announce(progress, recipe, here, state, loaders, data, kind, run.path, total)
+    log = TensorBoardLog(run.path, state.step, enabled=here.first and state.step < total)
+    cleanup.callback(log.close)
 
     # ---- epochs
     while state.epoch < optim.epochs:
@@ -146,20 +142,17 @@ def _run(recipe, here, data, model, kind, run, run_path, progress, report, resum
             waited += time.monotonic() - fetched
             torch.manual_seed(_step_seed(recipe.run.seed, state.step, here.rank))
             _backward(stepped, normalize(images), labels.to(device), recipe, state.counters)
-            rate = learning_rate(state.step, steps=total, warmup_steps=warmup, peak=optim.lr,
-                                 warmup_lr=optim.warmup_lr)
+            rate = schedule(state.step)
             state.optimizers.step(rate)
             state.step += 1
             progress.advance()
-            if log is not None and state.step % recipe.run.log_every == 0:
-                _log_step(log, state, rate)
-            if _asked_to_stop(stop, here, state.step):
+            if state.step % recipe.run.log_every == 0:
+                log.step(state.step, rate, state.counters)
+            if asked_to_stop(stop, here, state.step):
                 return _save_and_stop(state, here, run, progress)
             fetched = time.monotonic()
         seconds = time.monotonic() - began
-        metrics = {"epoch": state.epoch + 1, "step": state.step,
-                   "lr": learning_rate(state.step, steps=total, warmup_steps=warmup, peak=optim.lr,
-                                       warmup_lr=optim.warmup_lr),
+        metrics = {"epoch": state.epoch + 1, "step": state.step, "lr": schedule(state.step - 1),
                    **state.counters.read(here, "train"),
                    "images_per_second": (state.step - first_step) * recipe.data.batch / seconds,
                    "wait_share": waited / seconds}
@@ -168,8 +161,7 @@ def _run(recipe, here, data, model, kind, run, run_path, progress, report, resum
         if device.type == "cpu":
             average_batch_norm_(model.modules())  # torch has no SyncBatchNorm for the CPU
         if loaders.val is not None:
-            found = evaluate(model, loaders.val, normalize, here, recipe.run.precision, "val")
-            metrics |= found
+            metrics |= evaluate(model, loaders.val, normalize, here, recipe.run.precision, "val")
         metrics["seconds"] = time.monotonic() - began
         diverged = not math.isfinite(metrics["train_loss"])
         improved = not diverged and "val_top1" in metrics and (
@@ -180,10 +172,9 @@ def _run(recipe, here, data, model, kind, run, run_path, progress, report, resum
         state.counters.reset()
         if here.first:
             run.append_metrics(metrics)
-            if log is not None:
-                _log_epoch(log, metrics)
+            log.epoch(metrics)
             if not diverged:
-                checkpoint.save(run_path, state.state_dict(), best=improved)
+                checkpoint.save(run.path, state.state_dict(), best=improved)
         progress.finish(metrics, optim.epochs - state.epoch, metrics["seconds"])
         if diverged:
             state.outcome = "diverged"
@@ -191,10 +182,10 @@ def _run(recipe, here, data, model, kind, run, run_path, progress, report, resum
                 run.write_outcome("diverged", epoch=state.epoch, step=state.step,
                                   error=f"the training loss became {metrics['train_loss']}")
         if report is not None:
-            report(metrics, run_path / "checkpoints")
+            report(metrics, run.path / "checkpoints")
         if diverged:
             progress.say(f"diverged: the loss of epoch {state.epoch} is {metrics['train_loss']}; the last checkpoint "
-                         f"before it is {run_path / 'checkpoints'}")
+                         f"before it is in {run.path / 'checkpoints'}")
             return state
 
     state.outcome = "finished"
@@ -228,14 +219,6 @@ def _freeze_batch_norm(model):
             module.eval()
 
 
-def _asked_to_stop(stop, here, step):
-    if stop is None:
-        return False
-    if here.size == 1:
-        return stop()
-    return step % STOP_INTERVAL == 0 and here.any(stop())
-
-
 def _save_and_stop(state, here, run, progress):
     state.outcome = "saved"
     # Ranks count their own images of the epoch under way; the checkpoint is rank 0's and holds the sum.
@@ -265,65 +248,32 @@ def _announce(progress, recipe, here, state, loaders, data, kind, run_path, tota
         progress.say(f"continuing at step {state.step} of {total}")
 
 
-def _tensorboard(run_path, step):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
-        return None
-    return SummaryWriter(str(run_path / "tensorboard"), purge_step=step)
-
-
-def _log_step(log, state, rate):
-    loss, top1, _, count = state.counters.values.tolist()
-    log.add_scalar("step/lr", rate, state.step)
-    log.add_scalar("step/loss_of_epoch_so_far", loss / count, state.step)
-    log.add_scalar("step/top1_of_epoch_so_far", 100 * top1 / count, state.step)
-
-
-def _log_epoch(log, metrics):
-    for key, value in metrics.items():
-        log.add_scalar(f"epoch/{key}", value, metrics["step"])
-    log.flush()
-
-
 # ---- command line
 
 
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     parser = command_line.parser("python -m nulsq.train", "Train one recipe, then evaluate it once on the test images.")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    parser.add_argument("--dry-run", type=int, nargs="?", const=1, metavar="RANKS",
+                        help="check everything (for so many ranks), print the plan, write nothing")
     arguments, recipe = command_line.parse(parser, argv)
     with world(recipe.run.device) as here:
-        if arguments.dry_run:
-            data, model, kind = prepare(recipe, here)
+        if arguments.dry_run is not None:
+            data, model, kind = prepare(recipe, World(0, arguments.dry_run, here.device))
             if here.first:
                 print(summary(model))
                 print(f"would train {recipe.optim.epochs} epochs on {data.name} ({kind} loader) in {path_of(recipe)}")
             return 0
-        state = train(recipe, stop=_stop_on_signal())
+        state = train(recipe, stop=stop_on_signal())
         if state.outcome == "saved":
             return EXIT_SAVED
         if state.outcome == "diverged":
             return EXIT_DIVERGED
         found = here.on_first(lambda: read_evaluation(path_of(recipe))) or evaluate_run(path_of(recipe), here=here)
         if here.first:
-            print(f"test top-1 {found['test_top1']:.2f}  top-5 {found['test_top5']:.2f}  ({found['test_images']} images, "
-                  f"{found['checkpoint']} checkpoint of epoch {found['epoch']})  {path_of(recipe)}")
+            print(f"test top-1 {found['test_top1']:.2f}  top-5 {found['test_top5']:.2f}  ({found['test_images']} "
+                  f"images, {found['checkpoint']} checkpoint of epoch {found['epoch']})  {path_of(recipe)}")
     return 0
-
-
-def _stop_on_signal() -> Callable[[], bool]:
-    """The first SIGTERM, SIGINT or SIGUSR1 asks to save and stop; a second one acts as usual."""
-    asked = []
-
-    def ask(number, frame):
-        asked.append(number)
-        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, ask)
-    return lambda: bool(asked)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 A case whose names we do not know fails: it must be mapped in goldens.py, not skipped.
 """
 
+import goldens
 import pytest
 import torch
 
-import goldens
 from nulsq.quant.calibrate import keep_larger_
 from nulsq.quant.statistics import BatchStatistics
 

@@ -4,11 +4,11 @@ The order follows the vectors' README: one flipped threshold must not be mistake
 gradients and steps start from the reference's own initial step sizes.
 """
 
+import goldens
 import pytest
 import torch
 from torch.nn import functional as F
 
-import goldens
 import nulsq
 from nulsq.quant.policy import LayerRule, Policy, SideRule
 
@@ -60,7 +60,8 @@ def _check_all(found, store, prefix, **tolerance):
     assert keys, f"the vectors have nothing under {prefix}"
     for key in keys:
         ours, wanted = found[key[len(prefix):]].detach(), goldens.tensor(store, key)
-        torch.testing.assert_close(ours, wanted.view(ours.shape), **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(ours, wanted.view(ours.shape), **tolerance,
+                                   msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("case", _params())

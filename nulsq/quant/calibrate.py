@@ -8,6 +8,7 @@ Protocol "reference" is the authors': training mode, quantization on layer by la
 from the batch that it sees (the larger of the batches' values is kept), batch-norm statistics moving. For parity.
 """
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -83,7 +84,11 @@ def _in_float(model, layers, inputs, device):
     if missing:
         raise ValueError(f"calibrate_: no batch reached {', '.join(missing[:3])}; give at least one batch")
     for name, layer in needed.items():
-        layer.activation_quantizer.reset_(found[name].over_ranks(device))
+        statistics, quantizer = found[name].over_ranks(device), layer.activation_quantizer
+        quantizer.reset_(statistics)
+        if not quantizer.signed and statistics.low < 0:
+            warnings.warn(f"the input of {name} goes down to {statistics.low:.3g} and its {quantizer.name()} quantizer "
+                          "is unsigned: everything below zero becomes zero", stacklevel=3)
 
 
 def _settle_batch_norm(model, inputs, device):

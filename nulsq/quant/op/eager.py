@@ -27,10 +27,11 @@ class Eager(torch.autograd.Function):
             index = None
             y = (x / table.gaps).round_().clamp_(*rule.codes).mul_(table.gaps)
         else:
-            index = torch.zeros_like(x, dtype=torch.uint8)
+            count = len(rule.ties_up)
+            index = torch.zeros_like(x, dtype=torch.uint8 if count + 1 < 256 else torch.int16)
             for k, up in enumerate(rule.ties_up):
                 index += _byte(x >= table.thresholds[k] if up else x > table.thresholds[k])
-            index += _byte(x != x) * (len(rule.ties_up) + 1)  # NaN in, NaN out: one past the levels
+            index += _byte(x != x).to(index.dtype) * (count + 1)  # NaN in, NaN out: one past the levels
             y = _look_up(table.levels, index)
         ctx.rule, ctx.shape = rule, shape
         ctx.save_for_backward(kept, index, gaps, low, high, levels, thresholds)
@@ -50,10 +51,7 @@ class Eager(torch.autograd.Function):
             at, low, high = x, table.levels[0], table.levels[-1]
             clamped = torch.maximum(torch.minimum(at, high), low)
         inside = clamped == at
-        if rule.ste == "clip":
-            dx = dy * inside
-        else:
-            dx = input_gradient(dy, at, low, high, inside, rule.ste)
+        dx = dy * inside if rule.ste == "clip" else input_gradient(dy, at, low, high, inside, rule.ste)
         dx = _unflat(dx.to(stored), *ctx.shape)
         if rule.reduction == "none" or not any(ctx.needs_input_grad[1:4]):
             return dx, None, None, None, None, None, None

@@ -1,0 +1,63 @@
+"""Shared fixtures: one prepared digits data set, one float network with trained batch norms, and short recipes."""
+
+import os
+
+# One thread makes sums come out in the same order in every process: laws about equality are about equality.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+HAS_FFCV = importlib.util.find_spec("ffcv") is not None
+
+needs_ffcv = pytest.mark.skipif(not HAS_FFCV, reason="ffcv is not installed")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quantizer", default=None, help="run the contract tests on a quantizer module of your own")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """The embedded data set, prepared."""
+    pytest.importorskip("sklearn")
+    from data_prep.digits import prepare
+    return prepare(tmp_path_factory.mktemp("data") / "digits")
+
+
+@pytest.fixture(scope="session")
+def short(digits, tmp_path_factory):
+    """short(name, **dotted overrides): a recipe of a few steps on the digits, in a run directory of its own."""
+    from nulsq.config import Recipe, load
+    root = tmp_path_factory.mktemp("runs")
+
+    def make(name: str, **overrides):
+        settings = {
+            "name": name, "run.root": str(root), "run.threads": 1, "run.device": "cpu", "data.path": str(digits),
+            "data.batch": 32, "data.subset": 128, "data.holdout": "stratified:0.05", "data.crop": "pad",
+            "data.padding": 2, "data.loader": "torchvision", "optim.epochs": 2, "optim.lr": 0.05,
+            "quant.calibration_batches": 2,
+        }
+        return load(Recipe, None, settings | {key.replace("__", "."): value for key, value in overrides.items()})
+    return make
+
+
+FLOAT = {"quant__weight__quantizer": "fp", "quant__activation__quantizer": "fp", "quant__rules__edges__enabled": False}
+
+
+@pytest.fixture(scope="session")
+def float_run(short) -> Path:
+    """Run directory of a float network trained for two short epochs."""
+    from nulsq.run_directory import path_of
+    from nulsq.train import train
+    recipe = short("float", **FLOAT)
+    assert train(recipe, quiet=True).outcome == "finished"
+    return path_of(recipe)

@@ -1,0 +1,32 @@
+"""What a person sees while a search runs: a line per result, and where the search stands."""
+
+import time
+
+from ray.tune import Callback
+
+from nulsq.progress import duration
+
+
+class Watch(Callback):
+    """Prints results as they come in."""
+
+    def __init__(self, metric: str, total: int):
+        self.metric, self.total = metric, total
+        self.began = time.monotonic()
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        self._say(trials, trial, "started")
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        self._say(trials, trial, f"epoch {result['epoch']}  {self.metric} {result[self.metric]:.2f}")
+
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        self._say(trials, trial, "done")
+
+    def on_trial_error(self, iteration, trials, trial, **info):
+        self._say(trials, trial, f"failed, see {trial.local_path}")
+
+    def _say(self, trials, trial, text):
+        ended = sum(each.status in ("TERMINATED", "ERROR") for each in trials)
+        print(f"[{duration(time.monotonic() - self.began):>6}, {ended}/{self.total} trials ended] {trial}  {text}",
+              flush=True)
