@@ -7,9 +7,9 @@ from nulsq._version import __version__
 from nulsq.quant.base import Quantizer
 from nulsq.quant.calibrate import calibrate_
 from nulsq.quant.policy import LayerRule, Policy, SideRule
-from nulsq.quant.step import follow_step_, quantizers
+from nulsq.quant.step import follow_step_, quantizers_of
 from nulsq.quant.swap import quantize_, summary
 from nulsq.quantizers import available, get_quantizer
 
 __all__ = ["LayerRule", "Policy", "Quantizer", "SideRule", "__version__", "available", "calibrate_", "follow_step_",
-           "get_quantizer", "quantize_", "quantizers", "summary"]
+           "get_quantizer", "quantize_", "quantizers_of", "summary"]

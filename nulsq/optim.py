@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from nulsq.config import Optim
-from nulsq.quant.step import follow_step_, quantizers
+from nulsq.quant.step import follow_step_, quantizers_of
 
 
 @dataclass
@@ -24,7 +24,7 @@ class ParameterGroups:
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
     """Every parameter that requires a gradient, in exactly one group."""
-    owned = {id(p): p for quantizer in quantizers(model) for p in quantizer.parameters() if p.requires_grad}
+    owned = {id(p): p for quantizer in quantizers_of(model) for p in quantizer.parameters() if p.requires_grad}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in owned]
     return ParameterGroups(weights=[p for p in others if p.dim() > 1],
                            norms_and_biases=[p for p in others if p.dim() <= 1],
@@ -53,7 +53,7 @@ class Optimizers:
         if groups.quantizers:
             own = [{"params": groups.quantizers, "weight_decay": recipe.qparm_wd}]
             self.quantizers = _build(recipe.qparm_optimizer, own, recipe)
-        if quantizers(model):
+        if quantizers_of(model):
             follow_step_(self.quantizers or self.weights, model)
 
     def step(self, lr: float) -> None:

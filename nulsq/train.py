@@ -32,7 +32,7 @@ from nulsq.models import network
 from nulsq.optim import Optimizers, learning_rate
 from nulsq.progress import Progress
 from nulsq.quant.calibrate import average_batch_norm_, calibrate_
-from nulsq.quant.step import quantizers
+from nulsq.quant.step import quantizers_of
 from nulsq.quant.swap import summary
 from nulsq.run_directory import RunDirectory, path_of
 from nulsq.signals import asked_to_stop, stop_on_signal
@@ -101,7 +101,7 @@ def _run(recipe, here, data, model, kind, run, progress, report, resume, stop, c
     cleanup.callback(loaders.close)
     normalize = Normalize(data, device, recipe.run.channels_last)
     resume = resume or here.on_first(lambda: checkpoint.newest(run.path))
-    if resume is None and quantizers(model):
+    if resume is None and quantizers_of(model):
         batches = (normalize(images) for _, (images, _, _) in
                    zip(range(recipe.quant.calibration_batches), loaders.train.epoch(0), strict=False))
         calibrate_(model, batches, recipe.quant.calibration)
@@ -232,7 +232,7 @@ def _save_and_stop(state, here, run, progress):
 
 
 def _announce(progress, recipe, here, state, loaders, data, kind, run_path, total):
-    if quantizers(state.model):
+    if quantizers_of(state.model):
         progress.say(summary(state.model))
     counts = f"{loaders.train.steps} steps of {recipe.data.batch}"
     held = "nothing held out" if loaders.val is None else f"holdout {recipe.data.holdout}"

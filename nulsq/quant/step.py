@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from nulsq.quant.base import Quantizer
 
 
-def quantizers(model: nn.Module) -> list[Quantizer]:
+def quantizers_of(model: nn.Module) -> list[Quantizer]:
     """All quantizers of a model, in module order."""
     return [module for module in model.modules() if isinstance(module, Quantizer)]
 
@@ -21,7 +21,7 @@ def follow_step_(optimizer: Optimizer, model: nn.Module):
     hooks: attach again. In a process group every rank has to step: running ranges are reduced over the ranks, one
     collective for all of them.
     """
-    found = quantizers(model)
+    found = quantizers_of(model)
 
     def after_step(*_):
         _share_maxima_(found)

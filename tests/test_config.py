@@ -1,0 +1,104 @@
+"""Recipes and command lines: what is wrong is named, with its key, what is allowed and the near miss."""
+
+from pathlib import Path
+
+import pytest
+
+from nulsq.command_line import parse, parser
+from nulsq.config import Recipe, flatten, load, load_recipe, to_yaml
+from nulsq.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+W2A2 = ROOT / "configs/recipes/digits/w2a2.yaml"
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("optim.lrr=1", "optim.lrr: .*Did you mean: 'lr'.*Allowed: optimizer, lr"),
+    ("optm.lr=1", "optm: .*Did you mean: 'optim'"),
+    ("quant.bits=0", "quant.bits = 0, allowed: at least 1 and at most 8"),
+    ("quant.bits=two", "quant.bits: .*could not be converted to Integer"),
+    ("quant.rules.edges.bits=12", "quant.rules.edges.bits = 12, allowed"),
+    ("quant.rules.edges.bit=4", "quant.rules.edges.bit: .*Did you mean: 'bits'"),
+    ("optim.lr=-0.1", "optim.lr = -0.1, allowed: above 0"),
+    ("optim.lr=.nan", "optim.lr = nan"),
+    ("optim.epochs=true", "optim.epochs: .*'True' of type 'bool'"),
+    ("data.crop=padd", "data.crop: .*expected one of"),
+    ("optim.lr", "not of the form key.path=value"),
+    ("optim=3", "Merge error"),
+])
+def test_an_override_that_does_not_fit_names_the_key(override, message):
+    with pytest.raises(InputError, match=message):
+        load(Recipe, W2A2, [override])
+
+
+def test_exponents_are_numbers_and_dicts_are_the_same_keys():
+    assert load(Recipe, None, ["optim.lr=1e-4"]).optim.lr == 1e-4
+    assert load(Recipe, None, {"optim.lr": 1e-4, "quant.rules.edges.bits": 4}) == \
+        load(Recipe, None, ["optim.lr=1e-4", "quant.rules.edges.bits=4"])
+
+
+def test_a_saved_recipe_reads_back_equal(tmp_path):
+    recipe = load_recipe(W2A2, ["quant.rules.mid.match=[a.b,c*]", "quant.weight.options.x=1", "optim.clip_norm=2"])
+    (tmp_path / "r.yaml").write_text(to_yaml(recipe))
+    assert load(Recipe, tmp_path / "r.yaml") == recipe
+    assert flatten(recipe)["quant.rules.mid.match"] == ["a.b", "c*"]
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", "\x00\x01", "optim: {lr: {}}\n", ""])
+def test_a_file_that_is_no_recipe_is_an_input_error(tmp_path, content):
+    path = tmp_path / "r.yaml"
+    path.write_text(content)
+    if content == "":
+        assert load(Recipe, path) == load(Recipe)
+    else:
+        with pytest.raises(InputError):
+            load(Recipe, path)
+
+
+def test_a_missing_file_lists_what_is_there():
+    with pytest.raises(InputError, match="no file .*there are: .*w2a2.yaml"):
+        load(Recipe, W2A2.with_name("w2a3.yaml"))
+
+
+def test_the_published_command_line_means_the_dotted_keys():
+    arguments = ["--lr", "0.03", "--coeff_qparm_lr", "0.02", "--weight_decay", "2e-4", "--qparm_wd", "3e-4",
+                 "--x_quantizer", "Positive_nuLSQ_quantizer", "--w_quantizer", "LSQ_quantizer",
+                 "--initializer", "LSQ_initializer", "--num_bits", "3", "--train_id", "7", "--init_from", "a b.pth"]
+    _, published = parse(parser("x", ""), [str(W2A2), *arguments])
+    dotted = load_recipe(W2A2, [
+        "optim.lr=0.03", "optim.coeff_qparm_lr=0.02", "optim.weight_decay=2e-4", "optim.qparm_wd=3e-4",
+        "quant.activation.quantizer=nulsq", "quant.activation.signed=false", "quant.weight.quantizer=lsq",
+        "quant.weight.init=lsq", "quant.activation.init=lsq", "quant.bits=3", "run.train_id='7'",
+        "model.init_from='a b.pth'"])
+    assert published == dotted
+
+
+def test_dotted_and_published_options_mix_in_any_order():
+    _, recipe = parse(parser("x", ""), [str(W2A2), "--num_bits", "4", "optim.epochs=3", "--lr=0.5", "data.batch=8"])
+    assert (recipe.quant.bits, recipe.optim.epochs, recipe.optim.lr, recipe.data.batch) == (4, 3, 0.5, 8)
+
+
+def test_fp_on_both_sides_is_the_float_network():
+    from nulsq.models import is_float
+    _, recipe = parse(parser("x", ""), [str(W2A2), "--x_quantizer", "FP", "--w_quantizer", "FP"])
+    assert is_float(recipe)
+    _, recipe = parse(parser("x", ""), [str(W2A2), "--x_quantizer", "FP"])
+    assert not is_float(recipe)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--x_quantizer", "Positive_nuLSQ"], "Did you mean Positive_nuLSQ_quantizer"),
+    (["--w_quantizer", "Positive_nuLSQ_quantizer"], "weights are signed"),
+    (["--initializer", "NMSE"], "Did you mean NMSE_initializer"),
+    (["--num_bit", "3"], "unrecognized arguments: --num_bit 3. Did you mean --num_bits"),
+    (["--num_bits", "0"], "quant.bits = 0"),
+])
+def test_a_published_option_that_does_not_fit(arguments, message):
+    with pytest.raises(InputError, match=message):
+        parse(parser("x", ""), [str(W2A2), *arguments])
+
+
+def test_help_lists_every_setting():
+    text = parser("python -m nulsq.train", "").format_help()
+    for key in ("optim.coeff_qparm_lr=0.01", "data.holdout=stratified:0.1", "quant.bits=2", "--x_quantizer"):
+        assert key in text

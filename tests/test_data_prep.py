@@ -1,0 +1,81 @@
+"""Preparation: atomic, repeatable, and what is wrong is named."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.__main__ import main
+from nulsq.data.manifest import DataSet
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    """Twelve small photographs in two classes."""
+    draw = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        for i in range(6):
+            path = tmp_path / "source" / label / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(0, 255, (20 + i, 30, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "source"
+
+
+def test_digits_are_the_packages_own_images(digits):
+    from sklearn.datasets import load_digits
+    data = DataSet(digits)
+    assert sum(data.counts.values()) == len(load_digits().target)
+    assert data.images("train").shape[1:] == (32, 32, 3)
+    share = np.bincount(data.labels("test")) / np.bincount(load_digits().target)
+    assert abs(share - 0.2).max() < 0.01
+
+
+def test_a_second_call_reuses_what_is_there(digits, capsys):
+    before = (digits / "manifest.json").stat().st_mtime_ns
+    assert main(["digits", "--out", str(digits)]) == 0
+    assert "was there already" in capsys.readouterr().out
+    assert (digits / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_check_finds_a_changed_byte(digits, tmp_path, capsys):
+    copy = tmp_path / "digits"
+    shutil.copytree(digits, copy)
+    assert main(["check", str(copy)]) == 0
+    with (copy / "train_images.npy").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"\x07\x08\x09")
+    assert main(["check", str(copy)]) == 2
+    assert "train_images.npy: the checksum" in capsys.readouterr().err
+
+
+def test_class_folders_become_a_data_set_with_a_stratified_test(class_folders, tmp_path):
+    assert main(["folder", "--source", str(class_folders), "--out", str(tmp_path / "out")]) == 0
+    data = DataSet(tmp_path / "out")
+    assert data.classes == ["cat", "dog"] and data.counts == {"train": 10, "test": 2}
+    assert sorted(path.parent.name for path in data.paths("test")) == ["cat", "dog"]
+    assert not set(data.paths("test")) & set(data.paths("train"))
+
+
+def test_a_damaged_image_is_named_and_nothing_is_left(class_folders, tmp_path, capsys):
+    pytest.importorskip("ffcv")  # without it, pixels are first read in training
+    (class_folders / "dog" / "3.png").write_bytes(b"not an image")
+    assert main(["folder", "--source", str(class_folders), "--out", str(tmp_path / "out")]) == 2
+    assert "dog/3.png" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["imagenet", "--source", "{}/source", "--out", "{}/out"], "not ImageNet's usual layout"),
+    (["folder", "--source", "{}/nowhere", "--out", "{}/out"], "not a folder"),
+    (["folder", "--source", "{}/source/cat", "--out", "{}/out"], "no class folders"),
+    (["cifar10", "--source", "{}/source", "--out", "{}/out"], "does not hold cifar-10-batches-py"),
+    (["digits", "--out", "{}/source"], "not a prepared data set"),
+    (["check", "{}/source"], "not a prepared data set"),
+    (["digitz", "--out", "x"], "invalid choice: 'digitz'"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(class_folders, tmp_path, capsys, arguments, message):
+    assert main([each.format(tmp_path) for each in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

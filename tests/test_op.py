@@ -1,0 +1,145 @@
+"""The fake-quantize operation: its forms against each other and against an independent definition in float64."""
+
+import pytest
+import torch
+
+import nulsq
+from nulsq.quant.op import FORMS, fake_quantize
+from nulsq.quant.statistics import Statistics
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def ready(name, bits, signed, dtype=torch.float32, **options):
+    quantizer = nulsq.get_quantizer(name)(bits, "activation", signed=signed, **options)
+    draw = torch.Generator().manual_seed(bits)
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter.copy_(0.2 + 0.4 * torch.rand(parameter.shape, generator=draw))
+    quantizer.mark_ready_()
+    return quantizer.to(dtype)
+
+
+def gradients(quantizer, x, dy, form=None):
+    x = x.clone().requires_grad_()
+    quantizer.zero_grad()
+    y = fake_quantize(x, quantizer.table(), quantizer.rule(), form) if form else quantizer(x)
+    y.backward(dy)
+    return y.detach(), x.grad, [parameter.grad.clone() for parameter in quantizer.parameters()]
+
+
+@pytest.mark.parametrize("memory", FORMATS)
+@pytest.mark.parametrize("ste", ["clip", "clip_open", "half"])
+@pytest.mark.parametrize(("name", "bits", "signed"), [
+    ("nulsq", 2, False), ("nulsq", 4, False), ("nulsq", 3, True), ("nulsq", 8, True), ("lsq", 2, False),
+    ("lsq", 4, True), ("minmax", 8, True)])
+def test_all_forms_equal_the_oracle(name, bits, signed, ste, memory):
+    quantizer = ready(name, bits, signed, ste=ste)
+    x = torch.randn(8, 5, 9, 9, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory)
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=memory)
+    x[0, 0, 0, :4] = torch.tensor([0.0, torch.inf, -torch.inf, float(quantizer.levels()[-1])])
+    y, dx, ds = gradients(quantizer, x, dy, "oracle")
+    for form in FORMS:
+        other_y, other_dx, other_ds = gradients(quantizer, x, dy, form)
+        assert torch.equal(y, other_y) and torch.equal(dx, other_dx)
+        assert other_y.stride() == x.stride()
+        for a, b in zip(ds, other_ds, strict=True):  # sums in another order
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
+
+
+def straight_through(x, levels_of, steps):
+    """Quantize by the definition with plain autograd: the level nearest to x among cumulative sums of the steps.
+
+    x + (Q(x) - x).detach() has the right values; its gradient follows from u = (x - lower) / gap, y = lower + gap
+    (u + (round(u) - u).detach()).
+    """
+    levels = levels_of(steps)
+    upper = torch.searchsorted(levels.detach(), x.detach()).clamp(1, len(levels) - 1)
+    low, high = levels[upper - 1], levels[upper]
+    u = (x - low) / (high - low)
+    inside = low + (high - low) * (u + ((u > 0.5).double() - u).detach())
+    below, above = x < levels[0], x > levels[-1]
+    return torch.where(below, levels[0], torch.where(above, levels[-1], inside))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_nulsq_gradients_equal_autograd_of_the_definition_in_float64(bits, signed, form):
+    quantizer = ready("nulsq", bits, signed, torch.float64)
+    count = 2 ** (bits - 1) if signed else 0
+
+    def levels_of(steps):
+        zero = torch.zeros(1, dtype=steps.dtype)
+        return torch.cat([-steps[:count].cumsum(0).flip(0), zero, steps[count:].cumsum(0)])
+
+    draw = torch.Generator().manual_seed(bits)
+    x = torch.randn(5000, generator=draw, dtype=torch.float64) * 2
+    dy = torch.randn(5000, generator=draw, dtype=torch.float64)
+    y, dx, (ds,) = gradients(quantizer, x, dy, form)
+
+    x2, steps = x.clone().requires_grad_(), quantizer.steps.detach().clone().requires_grad_()
+    wanted = straight_through(x2, levels_of, steps)
+    wanted.backward(dy)
+    torch.testing.assert_close(y, wanted.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dx, x2.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ds, steps.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("role", ["weight", "activation"])
+def test_equal_steps_make_nulsq_equal_lsq(bits, role):
+    signed = role == "weight"
+    lsq = nulsq.get_quantizer("lsq")(bits, role, signed=signed).double()
+    non_uniform = nulsq.get_quantizer("nulsq")(bits, role, signed=signed).double()
+    with torch.no_grad():
+        lsq.step.fill_(0.37)
+        non_uniform.steps.fill_(0.37)
+    lsq.mark_ready_()
+    non_uniform.mark_ready_()
+    draw = torch.Generator().manual_seed(3)
+    x, dy = (torch.randn(4000, generator=draw, dtype=torch.float64) for _ in range(2))  # random: away from ties
+    y, dx, (ds,) = gradients(lsq, x, dy)
+    y2, dx2, (ds2,) = gradients(non_uniform, x, dy)
+    torch.testing.assert_close(y, y2, rtol=1e-12, atol=1e-12)
+    assert torch.equal(dx, dx2)
+    torch.testing.assert_close(ds, ds2.sum().view(1), rtol=1e-9, atol=1e-9)
+
+
+def test_per_channel_equals_one_quantizer_for_each_channel():
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    for name in nulsq.available():
+        whole = nulsq.get_quantizer(name)(3, "weight", channels=3)
+        whole.reset_(Statistics.of(x, per_channel=True))
+        y, dx, ds = gradients(whole, x, dy)
+        for c in range(3):
+            single = nulsq.get_quantizer(name)(3, "weight")
+            single.reset_(Statistics.of(x[c]))
+            y_c, dx_c, ds_c = gradients(single, x[c], dy[c])
+            assert torch.equal(y[c], y_c) and torch.equal(dx[c], dx_c)
+            for a, b in zip(ds, ds_c, strict=True):
+                torch.testing.assert_close(a[c].view(-1), b.view(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_scale_is_the_papers():
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).relu()
+    for name, count in (("lsq", 3), ("nulsq", 3)):
+        plain, paper, channels = (ready(name, 2, False, grad_scale=scale) for scale in ("none", "lsq", "channels"))
+        dy = torch.ones_like(x)
+        unscaled = gradients(plain, x, dy)[2][0]
+        torch.testing.assert_close(gradients(paper, x, dy)[2][0], unscaled / (48 * count) ** 0.5)
+        torch.testing.assert_close(gradients(channels, x, dy)[2][0], unscaled / (3 * count) ** 0.5)
+
+
+def test_minmax_range_is_the_running_average_of_the_batches_maxima():
+    quantizer = nulsq.get_quantizer("minmax")(8, "activation", signed=True, momentum=0.25)
+    quantizer.reset_(Statistics.of(torch.tensor([-2.0, 1.0])))
+    x = torch.tensor([3.0, -4.0])
+    before = quantizer(x)
+    assert float(before.abs().max()) == 2.0  # forward uses the range as it was before the step
+    quantizer.after_step_()
+    assert float(quantizer.largest) == 2.0 + 0.25 * (4.0 - 2.0)
+    quantizer.eval()(x * 100)
+    quantizer.after_step_()
+    assert float(quantizer.largest) == 2.5  # evaluation leaves it alone

@@ -1,0 +1,288 @@
+"""Laws of the training loop: resume equals uninterrupted, two ranks equal one, test stays closed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FLOAT
+
+from nulsq import checkpoint
+from nulsq.config import to_yaml
+from nulsq.errors import InputError
+from nulsq.evaluate import evaluate_run, read_evaluation
+from nulsq.optim import learning_rate
+from nulsq.run_directory import path_of, read_metrics, read_outcome
+from nulsq.train import train
+from nulsq.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+TIMES = {"images_per_second", "wait_share", "seconds"}
+
+
+def numbers(run: Path) -> list[dict]:
+    """The metrics without the clock's."""
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(run)]
+
+
+def last(run: Path) -> dict:
+    return checkpoint.load(run / "checkpoints" / "last.pt")
+
+
+def assert_same_state(a, b):
+    """Equal, bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - TIMES:
+            assert_same_state(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same_state(x, y)
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="module")
+def straight(short, float_run):
+    """An uninterrupted quantized run of three epochs."""
+    recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
+    train(recipe, quiet=True)
+    return path_of(recipe)
+
+
+@pytest.mark.parametrize("stops", [[3], [4, 9], [1, 2, 11]])
+def test_resume_equals_uninterrupted(short, float_run, straight, stops):
+    recipe = short(f"stopped-{'-'.join(map(str, stops))}", model__init_from=str(float_run), optim__epochs=3)
+    for at in stops:
+        polls = iter(range(1_000))
+        before = last(path_of(recipe))["step"] if path_of(recipe).exists() else 0
+        state = train(recipe, stop=lambda at=at, before=before, polls=polls: before + next(polls) + 1 >= at, quiet=True)
+        assert (state.outcome, state.step) == ("saved", at)
+        assert read_outcome(path_of(recipe)) | {"time": ""} == {
+            "outcome": "saved", "requeue": True, "time": "", "epoch": at // 4 - (at % 4 == 0 and at > 0), "step": at}
+    assert train(recipe, quiet=True).outcome == "finished"
+    assert numbers(path_of(recipe)) == numbers(straight)
+    assert_same_state(last(path_of(recipe)), last(straight))
+
+
+def test_quantized_training_learns_and_reports_every_epoch(short, float_run, straight):
+    lines = read_metrics(straight)
+    assert [line["epoch"] for line in lines] == [1, 2, 3] and lines[-1]["step"] == 12
+    assert {"train_loss", "train_top1", "train_top5", "val_top1", "val_top5", "val_loss"} | TIMES <= set(lines[0])
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert read_outcome(straight)["outcome"] == "finished"
+    content = checkpoint.best_or_last(straight)
+    assert content["best"]["val_top1"] == max(line["val_top1"] for line in lines)
+    steps = [value for key, value in content["model"].items() if key.endswith((".steps", ".step"))]
+    assert steps and all((value > 0).all() for value in steps)
+
+
+def test_a_finished_run_is_not_trained_again(short, float_run, straight):
+    before = (straight / "checkpoints" / "last.pt").stat().st_mtime_ns
+    recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
+    assert train(recipe, quiet=True).outcome == "finished"
+    assert (straight / "checkpoints" / "last.pt").stat().st_mtime_ns == before
+
+
+def test_another_recipe_in_the_same_directory_is_an_error(short, float_run, straight):
+    recipe = short("straight", model__init_from=str(float_run), optim__epochs=3, optim__lr=0.01)
+    with pytest.raises(InputError, match="another recipe .optim.lr 0.05 -> 0.01"):
+        train(recipe, quiet=True)
+
+
+def test_a_directory_in_use_is_an_error(short, float_run, straight):
+    import fcntl
+    recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
+    with (straight / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process is training"):
+            train(recipe, quiet=True)
+
+
+def test_training_never_opens_the_test_images(short, float_run, digits, tmp_path):
+    blind = tmp_path / "digits"
+    shutil.copytree(digits, blind)
+    for file in blind.glob("test*"):
+        file.write_bytes(b"\0" * file.stat().st_size)  # the size is what opening checks
+    recipe = short("blind", model__init_from=str(float_run), data__path=str(blind))
+    assert train(recipe, quiet=True).outcome == "finished"
+    with pytest.raises(ValueError):
+        evaluate_run(path_of(recipe), here=ALONE)
+
+
+def test_evaluation_counts_every_test_image_once(straight, digits):
+    found = evaluate_run(straight, here=ALONE)
+    assert found["test_images"] == json.loads((digits / "manifest.json").read_text())["counts"]["test"]
+    assert found == read_evaluation(straight)
+    again = evaluate_run(straight, split="val", here=ALONE)
+    assert again["val_top1"] == checkpoint.best_or_last(straight)["best"]["val_top1"]
+
+
+def test_report_gets_each_epoch_and_may_end_the_run(short, float_run):
+    recipe, reported = short("reporting", model__init_from=str(float_run)), []
+
+    def report(metrics, checkpoints):
+        assert (checkpoints / "last.pt").is_file()
+        reported.append(metrics["epoch"])
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        train(recipe, report=report, quiet=True)
+    assert reported == [1]
+    train(recipe, report=lambda metrics, _: reported.append(metrics["epoch"]), quiet=True)
+    assert reported == [1, 2]
+
+
+def test_divergence_ends_the_run_with_its_last_good_checkpoint(short):
+    recipe = short("diverging", **FLOAT, optim__lr=1e30)
+    state = train(recipe, quiet=True)
+    assert state.outcome == "diverged" == read_outcome(path_of(recipe))["outcome"]
+    assert not (path_of(recipe) / "checkpoints" / "last.pt").exists()
+
+
+def test_training_leaves_global_settings_alone(short, float_run):
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    train(short("clean", model__init_from=str(float_run), run__threads=2, optim__epochs=1), quiet=True)
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("settings", [
+    {"optim__accumulate": 4}, {"optim__clip_norm": 0.5}, {"run__precision": "bf16"}, {"data__holdout": "none"},
+    {"optim__optimizer": "adamw", "optim__lr": 1e-3}, {"optim__qparm_optimizer": "sgd"}, {"run__channels_last": False},
+    {"quant__weight__per_channel": True}, {"quant__weight__quantizer": "nulsq"}, {"quant__calibration": "reference"},
+    {"model__name": "pytorchcv:resnet20_cifar10", "model__init_from": None},
+])
+def test_settings_train(short, float_run, settings):
+    name = "setting-" + "-".join(str(value) for value in settings.values()).replace(":", "_")
+    recipe = short(name, **{"model__init_from": str(float_run), "optim__epochs": 1} | settings)
+    state = train(recipe, quiet=True)
+    assert state.outcome == "finished" and read_metrics(path_of(recipe))[0]["train_loss"] < 10
+
+
+def test_accumulation_changes_nothing_but_the_order_of_sums(short, float_run):
+    losses = []
+    for parts in (1, 4):
+        recipe = short(f"parts-{parts}", model__init_from=str(float_run), optim__accumulate=parts,
+                       optim__freeze_bn=True, optim__epochs=1)
+        train(recipe, quiet=True)
+        losses.append(read_metrics(path_of(recipe))[0]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_learning_rate_is_warmup_then_cosine():
+    rate = [learning_rate(step, steps=100, warmup_steps=10, peak=1.0, warmup_lr=0.0) for step in range(101)]
+    assert rate[0] == 0 and rate[5] == pytest.approx(0.5) and rate[10] == 1 and rate[55] == pytest.approx(0.5)
+    assert rate[100] == pytest.approx(0) and all(a >= b for a, b in zip(rate[10:], rate[11:], strict=False))
+
+
+def test_wrong_input_writes_nothing(short, tmp_path):
+    for settings, message in (
+        ({"data__path": str(tmp_path / "none")}, "not a prepared data set"),
+        ({"model__init_from": str(tmp_path / "none.pth")}, "no file or run directory"),
+        ({"model__name": "pytorchcv:preresnet21_cifar10"}, "Did you mean preresnet20_cifar10"),
+        ({"quant__weight__quantizer": "nulsqq"}, "Did you mean 'nulsq'"),
+        ({"data__batch": 30, "optim__accumulate": 4}, "does not divide"),
+    ):
+        recipe = short("never", run__root=str(tmp_path / "runs"), **settings)
+        with pytest.raises(InputError, match=message):
+            train(recipe, quiet=True)
+        assert not (tmp_path / "runs").exists()
+
+
+# ---- weights
+
+
+def test_weights_load_from_every_form(short, float_run, tmp_path):
+    from safetensors.torch import save_file
+
+    from nulsq.weights import read_weights
+    plain = checkpoint.best_or_last(float_run)["model"]
+    torch.save(plain, tmp_path / "plain.pth")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in plain.items()}}, tmp_path / "wrapped.pth")
+    save_file({key: value.contiguous() for key, value in plain.items()}, tmp_path / "plain.safetensors")
+    for source in ("plain.pth", "wrapped.pth", "plain.safetensors", float_run):
+        assert_same_state(read_weights(tmp_path / source), plain)
+
+
+def test_weights_of_another_architecture_are_listed(short, float_run, tmp_path):
+    weights = checkpoint.best_or_last(float_run)["model"]
+    del weights["output.bias"]
+    weights["extra"] = torch.zeros(1)
+    weights["output.weight"] = torch.zeros(3, 3)
+    torch.save(weights, tmp_path / "odd.pth")
+    with pytest.raises(InputError, match=r"1 missing \(output.bias\); 1 unexpected \(extra\); 1 misshapen \(output"):
+        train(short("odd", model__init_from=str(tmp_path / "odd.pth")), quiet=True)
+
+
+def test_a_damaged_or_executable_file_is_refused(short, tmp_path):
+    (tmp_path / "text.pth").write_text("not weights")
+    torch.save({"a": Path("/")}, tmp_path / "object.pth")  # needs code to load
+    for name in ("text.pth", "object.pth"):
+        with pytest.raises(InputError, match="cannot be read as weights"):
+            train(short("bad", model__init_from=str(tmp_path / name)), quiet=True)
+
+
+def test_a_quantized_run_starts_one_of_other_bits(short, straight):
+    recipe = short("three-bits", model__init_from=str(straight), quant__bits=3, optim__epochs=1)
+    assert train(recipe, quiet=True).outcome == "finished"
+
+
+# ---- ranks
+
+
+def torchrun(recipe, path: Path, ranks: int, module="nulsq.train") -> subprocess.CompletedProcess:
+    file = path / f"{recipe.name}.yaml"
+    file.write_text(to_yaml(recipe))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks),
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", module]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_two_ranks_equal_one_process(short, float_run, tmp_path):
+    """With batch norm frozen: same validation counts, same losses up to the order of float summation."""
+    settings = {"model__init_from": str(float_run), "optim__freeze_bn": True, "optim__epochs": 2, "optim__lr": 0.01}
+    one, two = short("one-rank", **settings), short("two-ranks", **settings)
+    assert train(one, quiet=True).outcome == "finished"
+    done = torchrun(two, tmp_path, 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = read_metrics(path_of(one)), read_metrics(path_of(two))
+    for x, y in zip(a, b, strict=True):
+        assert (x["val_images"], x["train_images"], x["step"]) == (y["val_images"], y["train_images"], y["step"])
+        # Summation order moves a value across a threshold now and then, so losses drift apart slowly.
+        assert x["train_loss"] == pytest.approx(y["train_loss"], rel=2e-3)
+    before, after = last(path_of(one))["model"], last(path_of(two))["model"]
+    assert before.keys() == after.keys()
+    assert read_evaluation(path_of(two))["test_images"] == evaluate_run(path_of(one), here=ALONE)["test_images"]
+    assert "batch norm is per rank on the CPU" in done.stdout
+
+
+def test_two_ranks_calibrate_to_the_parameters_of_one_process(short, float_run, tmp_path):
+    settings = {"model__init_from": str(float_run), "optim__epochs": 1, "optim__freeze_bn": True,
+                "optim__lr": 1e-12, "quant__bits": 3, "optim__qparm_wd": 0.0}
+    one, two = short("calibrated-1", **settings), short("calibrated-2", **settings)
+    train(one, quiet=True)
+    assert torchrun(two, tmp_path, 2).returncode == 0
+    a, b = last(path_of(one))["model"], last(path_of(two))["model"]
+    for key in a:
+        if "quantizer" in key and not key.endswith("largest"):
+            torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=0)
+
+
+def test_two_ranks_evaluate_every_image_once(straight):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2",
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
+               "-m", "nulsq.evaluate", str(straight), "--split", "val", "--device", "cpu"]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ranks, one = read_evaluation(straight, "val"), evaluate_run(straight, split="val", here=ALONE)
+    assert (ranks["val_images"], ranks["val_top1"]) == (one["val_images"], one["val_top1"])
