@@ -25,7 +25,8 @@ def epoch(loader, number, start=0):
 
 
 def same(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
+    return len(a) == len(b) and all(torch.equal(x, y) for p, q in zip(a, b, strict=True)
+                                    for x, y in zip(p, q, strict=True))
 
 
 def test_stratified_holdout_takes_its_share_of_every_class():
@@ -41,7 +42,8 @@ def test_last_and_none():
     assert len(split(LABELS, "none", 0)[1]) == 0
 
 
-@pytest.mark.parametrize("holdout", ["last:0", "last:200", "last:x", "stratified:0", "stratified:1", "random:0.1", "none:3"])
+@pytest.mark.parametrize("holdout", ["last:0", "last:200", "last:x", "stratified:0", "stratified:1", "random:0.1",
+                                     "none:3"])
 def test_a_holdout_that_makes_no_sense_names_the_allowed_forms(holdout):
     with pytest.raises(InputError, match="stratified:SHARE"):
         split(LABELS, holdout, 0)

@@ -135,9 +135,9 @@ def _write_csv(path: Path, search: Search, rows: list[Row]) -> Path:
         table.writerow(["study", "number", "status", "epochs", search.metric, f"best_{search.metric}",
                         *grid, *sampled, "run"])
         for row in rows:
-            best = max(row.curve) if search.mode == "max" else min(row.curve)
+            best = (max if search.mode == "max" else min)(row.curve, default="")
             table.writerow([row.trial.study, row.trial.number, row.status, row.epochs,
-                            row.score if row.curve else "", best if row.curve else "",
+                            row.score if row.curve else "", best,
                             *(row.trial.overrides[key] for key in grid + sampled), row.path])
     aside.replace(path)
     return path

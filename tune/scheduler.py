@@ -40,6 +40,8 @@ class StratifiedAsha(FIFOScheduler):
 
     def decide(self, study: str, number: int, epoch: int, score: float | None) -> str:
         """CONTINUE or STOP for a result; the score enters the study's rung if the epoch is one."""
+        if epoch >= self.settings[0][study]:
+            return CONTINUE  # the trial is at its end and closes its run by itself
         self._load()
         key = f"{study}/{number:03d}"
         if key in self.stopped:
@@ -52,7 +54,7 @@ class StratifiedAsha(FIFOScheduler):
             if key not in asha._trial_info:
                 asha.on_trial_add(None, trial)
             action = asha.on_trial_result(None, trial, {"epoch": epoch, "score": score * self.sign})
-        if action == STOP and epoch < self.settings[0][study]:
+        if action == STOP:
             self.stopped[key] = epoch
         self._save()
         return action

@@ -8,7 +8,9 @@ Selection sees the holdout only; each study's winner is evaluated once on the te
 """
 
 import fcntl
+import logging
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -75,36 +77,43 @@ def plan(search: Search) -> str:
 
 def run(search: Search, address: str | None = None) -> int:
     """Start or continue the search, write its results. Returns the exit code."""
-    # matplotlib and ray are looked for before hours are spent
-    require("matplotlib", "search")
+    if address is None and "RAY_AUTH_MODE" not in os.environ:
+        # Ray's servers listen on every interface, so a token guards them; this one lives as long as the search.
+        # Ray reads it when it is imported.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    require("matplotlib", "search")  # looked for before hours are spent
     require("ray.tune", "search")
     from tune import results
 
     if not (search.directory / "finished").is_file() and not _fit(search, address):
         print(f"interrupted; the same command continues the search in {search.directory}")
         return EXIT_INTERRUPTED
-    (search.directory / "finished").touch()
     rows = results.collect(search, trials(search))
+    best = results.winners(search, rows)
+    if not best:
+        print(f"error: no trial finished an epoch; the reasons are in {search.directory}/ray/*/error.txt and "
+              f"{search.directory}/trials/*/*/outcome.json; the same command tries again", file=sys.stderr)
+        return 1
+    (search.directory / "finished").touch()
     print("evaluating each study's winner on the test images", flush=True)
-    tests = results.evaluate_winners(results.winners(search, rows))
+    tests = results.evaluate_winners(best)
     made = results.write(search, rows, tests)
     print()
     print(results.leaderboard(search, rows, tests))
     print("\n".join(str(path) for path in made))
-    if not tests:
-        print("error: no trial finished an epoch; see trials/*/*/outcome.json", file=sys.stderr)
-        return 1
     return 0
 
 
 def _fit(search: Search, address: str | None) -> bool:
     """Run the trials on Ray. Returns whether all of them ended."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial's run directory has its own logs
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Watch says what happens
     import ray
     import ray.tune
 
     from tune.trial import run as trainable
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Watch tells what went wrong, in one line
 
     storage = search.directory.resolve()
     started = not ray.is_initialized()
@@ -135,7 +144,7 @@ def _tuner(search, trainable, storage):
     from tune.watch import Watch
 
     every = trials(search)
-    common = {"directory": str(storage), "cpus": search.cpus, "metric": search.metric,
+    common = {"directory": str(storage), "folder": os.getcwd(), "cpus": search.cpus, "metric": search.metric,
               "recipe": str(Path(search.recipe).resolve())}
     listed = [{"study": each.study, "number": each.number, "overrides": search.overrides | each.overrides}
               for each in every]
@@ -162,14 +171,13 @@ def _trial_name(trial):
 
 
 def _start_ray(search, address):
-    """Join a cluster, or start one here: no dashboard, and a token, since Ray's servers listen on every interface."""
+    """Join a cluster, or start one here, without a dashboard."""
     import ray
 
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-                   "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
+                   "RAY_CHDIR_TO_TRIAL_DIR": "0"}
     options = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         options |= {"include_dashboard": False, "object_store_memory": 256 * 2**20,
                     "num_cpus": max(os.cpu_count() or 1, int(search.cpus))}
     began = time.monotonic()

@@ -5,6 +5,7 @@ Ray keeps or forgets, and a trial that is started again continues from it.
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ WORST = {"val_top1": 0.0, "val_loss": 1e9}
 
 
 def run(config: dict[str, Any]) -> None:
-    """One trial. `config` holds `recipe`, `directory`, `cpus`, `metric` and `trial` (study, number, overrides)."""
+    """One trial, in a process of its own.
+
+    `config` holds `trial` (study, number, overrides), `recipe`, `metric`, `cpus`, the search's `directory`, and the
+    `folder` that relative paths of recipes start from.
+    """
+    os.chdir(config["folder"])
     trial = config["trial"]
     own = {"run.dir": str(directory(Path(config["directory"]), trial["study"], trial["number"])),
            "run.threads": max(1, int(config["cpus"]))}

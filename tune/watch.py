@@ -1,6 +1,7 @@
 """What a person sees while a search runs: a line per result, and where the search stands."""
 
 import time
+from pathlib import Path
 
 from ray.tune import Callback
 
@@ -24,7 +25,9 @@ class Watch(Callback):
         self._say(trials, trial, "done")
 
     def on_trial_error(self, iteration, trials, trial, **info):
-        self._say(trials, trial, f"failed, see {trial.local_path}")
+        lines = Path(trial.error_file).read_text().splitlines() if trial.error_file else []
+        reason = next((line for line in reversed(lines) if line.strip()), "")
+        self._say(trials, trial, f"failed: {reason[:300]}")
 
     def _say(self, trials, trial, text):
         ended = sum(each.status in ("TERMINATED", "ERROR") for each in trials)
