@@ -1,0 +1,45 @@
+# make search   from nothing to a finished search on the embedded data set
+# make test     from nothing to green tests
+# Both install into .venv first, once; `make help` lists the rest.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help install search test check proofs clean
+
+help:
+	@echo "make search    install, prepare the digits, train a float network, search quantized ones from it"
+	@echo "make test      install, then 'make check'"
+	@echo "make check     ruff and the tests (without the long proofs)"
+	@echo "make proofs    the long proofs"
+	@echo "make install   .venv with the project and its pinned versions; ffcv where it can be built"
+	@echo "make clean     remove .venv and what 'make search' made"
+
+install: .venv/installed
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt data_prep/install_ffcv.sh
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.11 ..." >&2; exit 2; }
+	@echo "installing into .venv (some minutes: torch alone is several GB)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,search,digits,dev]'
+	sh data_prep/install_ffcv.sh $(BIN)/pip
+	@touch $@
+
+search: .venv/installed
+	$(BIN)/python -m data_prep digits --out data/digits
+	$(BIN)/python -m nulsq.train configs/recipes/digits/float.yaml
+	$(BIN)/python -m tune.search configs/search/demo.yaml
+
+test: .venv/installed check
+
+check:
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m "not slow and not slurm"
+
+proofs:
+	$(BIN)/python -m pytest -m "slow or slurm" || [ $$? -eq 5 ]
+
+clean:
+	rm -rf .venv data/digits runs/digits-float-0 runs/search-demo

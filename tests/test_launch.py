@@ -1,0 +1,128 @@
+"""Starting runs on this machine, and misuse: one line, exit code 2, nothing written, from every command alike."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.__main__ import main as launch
+from nulsq.config import to_yaml
+from nulsq.run_directory import path_of, read_metrics, read_outcome
+from nulsq.train import main as train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def recipe_file(short, float_run, tmp_path):
+    """A recipe that would run, in a folder of its own."""
+    recipe = short("launched", model__init_from=str(float_run), optim__epochs=1, run__root=str(tmp_path / "runs"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe))
+    return path
+
+
+def commands(recipe, *arguments):
+    return (lambda: train([str(recipe), *arguments])), (lambda: launch(["local", "train", str(recipe), "--nproc", "2",
+                                                                        *arguments]))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["optim.lrr=0.1"], "Did you mean: 'lr'"),
+    (["--num_bits", "0"], "quant.bits = 0, allowed: at least 1"),
+    (["--w_quantizer", "LSQ_quantizr"], "Did you mean LSQ_quantizer"),
+    (["--num_bitz", "2"], "Did you mean --num_bits"),
+])
+def test_misuse_that_the_recipe_shows(recipe_file, capsys, arguments, message):
+    for command in commands(recipe_file, *arguments):
+        assert command() == 2
+        error = capsys.readouterr().err
+        assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not (recipe_file.parent / "runs").exists()
+
+
+@pytest.mark.parametrize("case", ["no_quantizer", "missing_beton", "truncated_beton", "architecture"])
+def test_misuse_that_only_a_look_at_the_files_shows(recipe_file, digits, tmp_path, capfd, case):
+    import shutil
+    arguments, message = ["quant.activation.quantizer=nulsqq"], "Did you mean 'nulsq'"
+    if case.endswith("beton"):
+        if not (digits / "train.beton").is_file():
+            pytest.skip("ffcv is not installed")
+        shutil.copytree(digits, tmp_path / "digits")
+        victim = tmp_path / "digits" / "train.beton"
+        victim.unlink() if case == "missing_beton" else os.truncate(victim, 5000)
+        arguments = [f"data.path={tmp_path}/digits"]
+        message = "train.beton is missing" if case == "missing_beton" else "truncated or replaced"
+    if case == "architecture":
+        torch.save({"conv1.weight": torch.zeros(8, 3, 7, 7)}, tmp_path / "other.pth")
+        arguments, message = ["--init_from", str(tmp_path / "other.pth")], "of another architecture"
+    for command in commands(recipe_file, *arguments):
+        assert command() == 2
+        error = capfd.readouterr().err
+        assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_print_shows_the_command_and_runs_nothing(recipe_file, capsys):
+    assert launch(["local", "train", str(recipe_file), "--nproc", "2", "--print", "optim.lr=0.1"]) == 0
+    printed = capsys.readouterr().out
+    assert "torch.distributed.run" in printed
+    assert printed.rstrip().endswith(f"-m nulsq.train {recipe_file} optim.lr=0.1")
+    assert "127.0.0.1" in printed
+    assert launch(["local", "train", str(recipe_file), "--print"]) == 0
+    assert "torch.distributed" not in capsys.readouterr().out
+    assert not (recipe_file.parent / "runs").exists()
+
+
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_a_launched_run_trains_and_is_evaluated(recipe_file, capfd, nproc):
+    code = launch(["local", "train", str(recipe_file), "--nproc", nproc, "run.train_id=" + nproc])
+    assert code == 0, capfd.readouterr().err[-2000:]
+    run = recipe_file.parent / "runs" / f"launched-{nproc}"
+    assert read_outcome(run)["outcome"] == "finished" and len(read_metrics(run)) == 1
+    assert json.loads((run / "test.json").read_text())["test_images"] > 300
+    recipe, code = (run / "recipe.yaml").read_text(), (run / "code.txt").read_text()
+    assert "lr: 0.05" in recipe and f"torch {torch.__version__.split('+')[0]}" in code and "nulsq" in code
+
+
+def test_how_ranks_ended_is_the_exit_code(recipe_file, capfd):
+    """torchrun makes 1 of it; the outcome file knows better."""
+    assert launch(["local", "train", str(recipe_file), "--nproc", "2", "optim.lr=1e30"]) == 3
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_and_the_same_command_continues(recipe_file, number):
+    import signal
+    import time
+    command = [sys.executable, "-m", "nulsq.train", str(recipe_file), "optim.epochs=40", f"run.train_id={number}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = recipe_file.parent / "runs" / f"launched-{number}"
+    deadline = time.monotonic() + 120
+    while len(read_metrics(run)) < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, number))
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 99, printed
+    saved = read_outcome(run)
+    assert saved["outcome"] == "saved" and saved["requeue"] and 0 < saved["step"] < 160
+
+
+def test_search_validates_before_ray(tmp_path, capfd):
+    demo = ROOT / "configs/search/demo.yaml"
+    assert launch(["local", "search", str(demo), "space.lr.key=optim.lrr", f"dir={tmp_path}/out"]) == 2
+    error = capfd.readouterr().err
+    assert "Did you mean: 'lr'" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_with_odd_characters_are_passed_on(short, float_run, tmp_path, capfd):
+    odd = tmp_path / "a b'$(touch x)"
+    odd.mkdir()
+    recipe = short("odd", model__init_from=str(float_run), optim__epochs=1, run__root=str(odd / "runs"))
+    (odd / "r.yaml").write_text(to_yaml(recipe))
+    assert launch(["local", "train", str(odd / "r.yaml")]) == 0, capfd.readouterr().err[-2000:]
+    assert read_outcome(path_of(recipe))["outcome"] == "finished"

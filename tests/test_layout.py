@@ -1,0 +1,189 @@
+"""The house's laws: who may import whom, file sizes, every YAML loads, every command of the README parses."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nulsq.config import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("nulsq", "tune", "launch", "data_prep", "bench")
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+MODELS = {"torchvision", "timm", "pytorchcv"}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of everything imported in a file, anywhere in it, `require("...")` included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert all(alias.name != "*" for alias in node.names), f"{path}: star import"
+            found.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
+            found.add(node.args[0].value.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_import_directions(path):
+    used, where = imports(path), path.relative_to(ROOT)
+    room = where.parts[0]
+    forbidden = {"nulsq": {"tune", "launch", "data_prep", "bench"}, "tune": {"launch", "data_prep", "bench"},
+                 "launch": {"tune", "data_prep", "bench"}, "data_prep": {"tune", "launch", "bench"}}.get(room, set())
+    assert not used & forbidden
+    assert room == "tune" or "ray" not in used
+    assert "ffcv" not in used or room == "data_prep" or str(where) == "nulsq/data/beton.py"
+    assert "omegaconf" not in used or str(where) == "nulsq/config.py"
+    if room == "nulsq" and where.name != "models.py":
+        # the torchvision loader uses its functional transforms
+        assert not used & (MODELS - ({"torchvision"} if str(where) == "nulsq/data/folder.py" else set()))
+    if str(where).startswith(("nulsq/quant/", "nulsq/quantizers/")):
+        assert used <= set(sys.stdlib_module_names) | {"torch", "nulsq"}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.is_relative_to(ROOT / "nulsq/quant")
+                                  or p.is_relative_to(ROOT / "nulsq/quantizers")], ids=lambda p: p.name)
+def test_quantization_needs_nothing_of_the_rest(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("nulsq"):
+            assert node.module.startswith(("nulsq.quant",)), f"{path} imports {node.module}"
+
+
+def test_importing_nulsq_needs_torch_alone():
+    code = ("import sys, nulsq, torch\n"
+            "nulsq.calibrate_(nulsq.quantize_(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))), "
+            "[torch.randn(8, 4)])\n"
+            "print(sorted({'omegaconf', 'yaml', 'ray', 'ffcv', 'timm', 'torchvision', 'pytorchcv', 'numba'} "
+            "& set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("missing", "code", "extra"), [
+    ("omegaconf", "from nulsq.config import *; load(Recipe)", "train"),
+    ("timm", "from nulsq.models import *; build_model('timm:resnet18', 10)", "train"),
+    ("pytorchcv", "from nulsq.models import *; build_model('pytorchcv:preresnet20_cifar10', 10)", "train"),
+    ("ffcv", "from nulsq.data import *; from nulsq.config import Data; from types import SimpleNamespace as N; "
+             "import numpy; check_data(Data(loader='ffcv', batch=1), N(kind='arrays', "
+             "labels=lambda split: numpy.arange(20) % 2))", "ffcv"),
+    ("ray", "import os; from tune.search import run; from tune.space import Search; from pathlib import Path; "
+            "run(Search(name='x', dir='/nonexistent'))", "search"),
+])
+def test_what_is_missing_says_which_extra_to_install(missing, code, extra):
+    """Hide one package from a fresh interpreter, use what needs it."""
+    hide = ("import sys, importlib.abc\n"
+            "class Hide(importlib.abc.MetaPathFinder):\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            f"        if name.partition('.')[0] == {missing!r}: raise ModuleNotFoundError(name=name)\n"
+            "sys.meta_path.insert(0, Hide())\n"
+            "import importlib.util; real = importlib.util.find_spec\n"
+            f"importlib.util.find_spec = lambda name, *rest: None if name == {missing!r} else real(name, *rest)\n"
+            f"try:\n    exec({code!r})\nexcept Exception as error: print(type(error).__name__, error)\n")
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=ROOT)
+    assert f"InputError this needs {missing}" in done.stdout, done.stdout + done.stderr[-500:]
+    assert f"pip install 'nulsq[{extra}]'" in done.stdout
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short_and_tell_what_they_are(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    assert ast.get_docstring(ast.parse(text))
+    assert path.stem not in {"utils", "util", "helpers", "manager", "engine", "trainer", "common", "misc"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_and_opens_with_its_command(path):
+    load_recipe(path)
+    assert re.search(r"^# run: +python -m nulsq\.train " + re.escape(str(path.relative_to(ROOT))), path.read_text(),
+                     re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/search").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_search_loads_and_opens_with_its_command(path, monkeypatch):
+    from tune.space import load_search
+    monkeypatch.chdir(ROOT)
+    load_search(path)
+    assert f"# run:      python -m tune.search {path.relative_to(ROOT)}" in path.read_text()
+
+
+# ---- the README and the docs
+
+
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def shell_lines():
+    for path in DOCS:
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", path.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = line.partition("  #")[0].strip()
+                if line and not line.startswith("#"):
+                    yield pytest.param(line, id=f"{path.name}: {line[:60]}")
+
+
+@pytest.mark.parametrize("line", shell_lines())
+def test_documented_commands_parse(line, monkeypatch):
+    """Every command in the docs names a module or make target that exists, with arguments that it takes."""
+    from nulsq import command_line
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)
+    while words and "=" in words[0]:
+        words = words[1:]  # environment
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    if words[0] in ("git", "cd", "pip", "tensorboard", "export", "source", "sh"):
+        return
+    assert words[0] in ("python", "torchrun"), line
+    if "-m" not in words:
+        assert words[1].startswith("$NULSQ_DATA") or (ROOT / words[1]).is_file(), line
+        return
+    module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2:]
+    if module == "nulsq.train":
+        arguments = [each for each in arguments if not each.startswith("--dry-run")]
+        command_line.parse(command_line.parser("x", ""), arguments)
+    elif module == "tune.search":
+        from tune.space import load_search
+        load_search(arguments[0], [each for each in arguments[1:] if not each.startswith("--")])
+    elif module == "launch":
+        from launch.__main__ import main
+        assert main([*arguments[:3], "--print", *arguments[3:]]) == 0
+    else:
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file() or \
+            (ROOT / module.replace(".", "/") / "__main__.py").is_file() or module == "pytest", line
+
+
+def test_the_readmes_python_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd="/", timeout=300)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_readmes_tree_names_every_file():
+    text = (ROOT / "README.md").read_text()
+    for path in FILES:
+        if path.name != "__init__.py":
+            assert path.name in text, f"{path.relative_to(ROOT)} is not in the README's tree"
+
+
+def test_nothing_committed_names_this_machine_or_a_registry():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split():
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".yaml", ".cfg", ".toml", ".txt", ".sh", ""} and path.is_file():
+            text = path.read_text()
+            for word in ("py" + "pi.org", "/wo" + "rk/", "regis" + "try.npm"):
+                assert word not in text, f"{name} names {word}"

@@ -1,0 +1,151 @@
+"""Searches in YAML and the stratified scheduler, without a cluster."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from nulsq.errors import InputError
+from tune.space import Sampler, load_search, rungs, studies, trials
+
+pytest.importorskip("ray")
+from tune.scheduler import CONTINUE, STOP, StratifiedAsha  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "configs/search/demo.yaml"
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_studies_take_turns_and_share_their_draws():
+    search = load_search(DEMO, ["studies.bits.values=[2, 4]", "trials=3"])
+    names, every = [study.name for study in studies(search)], trials(search)
+    assert names == ["lsq_nulsq_2", "lsq_nulsq_4", "lsq_lsq_2", "lsq_lsq_4"]
+    assert [trial.study for trial in every] == names * 3
+    for number in range(3):
+        drawn = [trial.drawn for trial in every if trial.number == number]
+        assert all(draw == drawn[0] for draw in drawn)
+    assert len({trial.drawn["lr"] for trial in every}) == 3
+
+
+def test_a_draw_does_not_depend_on_how_many_there_are():
+    few, many = load_search(DEMO, ["trials=2"]), load_search(DEMO, ["trials=9", "space.extra={key: optim.momentum, "
+                                                                    "sample: uniform, low: 0.8, high: 0.95}"])
+    for a in trials(few):
+        b = next(trial for trial in trials(many) if trial.key == a.key)
+        assert all(b.drawn[name] == value for name, value in a.drawn.items())
+
+
+def test_samplers_stay_in_their_range():
+    log, flat = Sampler("a", "loguniform", 1e-4, 1e-1), Sampler("a", "uniform", 2, 3)
+    assert log.draw(0) == pytest.approx(1e-4) and log.draw(0.5) == pytest.approx(10**-2.5)
+    assert flat.draw(0.25) == 2.25
+    assert [Sampler("a", "choice", values=["x", "y", "z"]).draw(u) for u in (0, 0.4, 0.99)] == ["x", "y", "z"]
+
+
+def test_rungs_are_below_the_last_epoch():
+    assert rungs(90, 5, 3) == [5, 15, 45] and rungs(4, 1, 2) == [1, 2] and rungs(3, 3, 2) == []
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("space.lr.key=optim.lrr", "space.lr: .*optim.lrr.*Did you mean: 'lr'"),
+    ("studies.bits.values=[2, 12]", "quant.bits = 12, allowed"),
+    ("space.lr.low=0", "above 0"),
+    ("space.lr.low=0.5", "needs low < high"),
+    ("space.lr.sample=normal", "expected one of"),
+    ("trial=3", "Did you mean: 'trials'"),
+    ("grace=10", "grace = 10, but a trial has only 4 epochs"),
+    ("metric=top1", "metric: .*expected one of"),
+    ("recipe=configs/recipes/digits/w2a3.yaml", "no file .*w2a2.yaml"),
+    ("space.extra={key: quant.bits, sample: choice, values: [2]}", "quant.bits is set by two entries"),
+    ("overrides={data.holdout: none}", "ranks trials on the holdout"),
+])
+def test_a_search_that_cannot_work_is_an_error_at_once(override, message):
+    with pytest.raises(InputError, match=message):
+        load_search(DEMO, [override])
+
+
+# ---- the scheduler
+
+
+def scheduler(tmp_path, epochs=9, names=("good", "bad"), grace=1, reduction=3):
+    return StratifiedAsha(dict.fromkeys(names, epochs), grace=grace, reduction=reduction, metric="val_top1",
+                          mode="max", file=tmp_path / "rungs")
+
+
+def test_studies_do_not_eliminate_each_other(tmp_path):
+    """Each study decides as if it were alone, however much better the other one is."""
+    draw = random.Random(0)
+    scores = {name: [base + draw.random() for _ in range(12)] for name, base in (("good", 90), ("bad", 10))}
+    both = scheduler(tmp_path)
+    together = {name: [] for name in scores}
+    for number in range(12):
+        for name in scores:
+            together[name].append(both.decide(name, number, 1, scores[name][number]))
+    for name in scores:
+        (tmp_path / name).mkdir()
+        alone = scheduler(tmp_path / name, names=(name,))
+        assert [alone.decide(name, number, 1, scores[name][number]) for number in range(12)] == together[name]
+    assert STOP in together["bad"] and CONTINUE in together["bad"]
+
+
+def test_one_asha_for_all_would_stop_the_worse_study(tmp_path):
+    mixed = scheduler(tmp_path, names=("all",))
+    answers = [[mixed.decide("all", 2 * i, 1, 90 + i), mixed.decide("all", 2 * i + 1, 1, 10 + i)] for i in range(6)]
+    assert [bad for _, bad in answers] == [STOP] * 6
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), None])
+def test_a_score_that_is_no_number_stops_the_trial_and_enters_no_rung(tmp_path, score):
+    asha = scheduler(tmp_path)
+    asha.decide("good", 0, 1, 50.0)
+    assert asha.decide("good", 1, 1, score) == STOP
+    assert asha.decide("good", 2, 1, 51.0) == CONTINUE
+    assert list(json.loads(asha.file.read_text())["rungs"]["good"][-1][1]) == ["good/000", "good/002"]
+
+
+def test_the_last_epoch_is_left_to_the_trial(tmp_path):
+    asha = scheduler(tmp_path, epochs=3)
+    asha.decide("good", 0, 1, 90.0)
+    assert asha.decide("good", 1, 3, 1.0) == CONTINUE
+
+
+def test_a_restored_scheduler_decides_as_the_uninterrupted_one(tmp_path):
+    import pickle
+    draw = random.Random(1)
+    results = [("good", number, epoch, 50 + number + epoch + draw.random()) for epoch in (1, 3)
+               for number in range(10)]
+    draw.shuffle(results)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    straight, stopped = scheduler(tmp_path / "a"), scheduler(tmp_path / "b")
+    saved = pickle.dumps(stopped)  # as Tune does, once, before the first result
+    answers, again = [], []
+    for i, result in enumerate(results):
+        answers.append(straight.decide(*result))
+        if i == 8:
+            stopped = pickle.loads(saved)
+        again.append(stopped.decide(*result))
+    assert answers == again and STOP in answers
+
+
+def test_a_stopped_trial_that_runs_again_is_stopped_at_the_same_epoch(tmp_path):
+    asha = scheduler(tmp_path, epochs=30)
+    for number, score in enumerate([90, 91, 92]):
+        assert asha.decide("good", number, 1, score) == CONTINUE
+        asha.decide("good", number, 3, score)
+    assert asha.decide("good", 3, 1, 95) == CONTINUE
+    assert asha.decide("good", 3, 3, 10) == STOP
+    assert [asha.decide("good", 3, epoch, score) for epoch, score in ((1, 95), (2, 50), (3, 99))] == \
+        [CONTINUE, CONTINUE, STOP]
+
+
+def test_loss_is_ranked_downwards(tmp_path):
+    asha = StratifiedAsha({"s": 9}, grace=1, reduction=3, metric="val_loss", mode="min", file=tmp_path / "rungs")
+    assert asha.decide("s", 0, 1, 0.5) == CONTINUE
+    assert asha.decide("s", 1, 1, 0.9) == STOP
+    assert asha.decide("s", 2, 1, 0.1) == CONTINUE
