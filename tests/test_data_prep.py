@@ -79,3 +79,24 @@ def test_bad_input_is_one_line_and_exit_code_2(class_folders, tmp_path, capsys, 
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_without_ffcv_everything_but_the_beton_files_is_written(tmp_path, monkeypatch, capsys):
+    import importlib.util
+    pytest.importorskip("sklearn")
+    from nulsq.config import Data
+    from nulsq.data import build_loaders
+    from nulsq.errors import InputError
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ffcv" else real(name, *rest))
+    assert main(["digits", "--out", str(tmp_path / "digits")]) == 0
+    assert "ffcv is not installed" in capsys.readouterr().out
+    data = DataSet(tmp_path / "digits")
+    assert not list(data.path.glob("*.beton"))
+    assert build_loaders(Data(path=str(data.path)), data, 0).kind == "torchvision"
+    with pytest.raises(InputError, match="needs ffcv"):
+        build_loaders(Data(path=str(data.path), loader="ffcv"), data, 0)
+    monkeypatch.setattr(importlib.util, "find_spec", real)
+    if real("ffcv"):  # installed later: the data set is still without
+        with pytest.raises(InputError, match="no train.beton"):
+            build_loaders(Data(path=str(data.path), loader="ffcv"), data, 0)
