@@ -34,11 +34,11 @@ search: .venv/installed
 
 test: .venv/installed check
 
-check:
+check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m "not slow and not slurm"
 
-proofs:
+proofs: .venv/installed
 	$(BIN)/python -m pytest -m "slow or slurm" || [ $$? -eq 5 ]
 
 clean:

@@ -1,10 +1,12 @@
 """python -m data_prep digits|cifar10|cifar100|folder|imagenet|check: prepare a data set, or check one."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 from data_prep import check, cifar, digits, folder
 from data_prep.writing import Beton, existing
+from nulsq.data.manifest import DataSet
 from nulsq.errors import Parser, exit_on_input_error
 
 HELP = {
@@ -16,10 +18,9 @@ HELP = {
 }
 
 
-@exit_on_input_error
-def main(argv: list[str]) -> int:
-    parser = Parser(prog="python -m data_prep", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
+def parser() -> Parser:
+    made = Parser(prog="python -m data_prep", description=__doc__)
+    verbs = made.add_subparsers(dest="verb", required=True)
     for name, text in HELP.items():
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("--out", type=Path, required=True, help="folder of the prepared data set")
@@ -38,13 +39,19 @@ def main(argv: list[str]) -> int:
             verb.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
     checking = verbs.add_parser("check", help="is a data set as it was written?")
     checking.add_argument("path", type=Path)
-    arguments = parser.parse_args(argv)
+    return made
 
+
+@exit_on_input_error
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
     if arguments.verb == "check":
         print(check.check(arguments.path))
         return 0
-    if existing(arguments.out):
+    if existing(arguments.out, arguments.verb):
         print(f"{check.check(arguments.out)} (was there already)")
+        if importlib.util.find_spec("ffcv") is not None and DataSet(arguments.out).beton("train") is None:
+            print(f"it was written without ffcv: for train.beton remove {arguments.out} and run this again")
         return 0
     if arguments.verb == "digits":
         digits.prepare(arguments.out)

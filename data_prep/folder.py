@@ -1,4 +1,4 @@
-"""Photographs in class folders: SOURCE/train/CLASS/*.jpg with SOURCE/val (or test), or SOURCE/CLASS/*.jpg alone.
+"""Photographs in class folders: SOURCE/train/CLASS/*.jpg, with SOURCE/val (or test) or without, or SOURCE/CLASS/*.jpg.
 
 `imagenet` is the same with the usual layout and the published mean and standard deviation. Without a val or test
 folder a seeded stratified fifth becomes the test set.
@@ -34,7 +34,7 @@ def prepare(out: Path, source: Path, *, name: str, beton: Beton, workers: int) -
     elif imagenet:
         raise InputError(f"{source} is not ImageNet's usual layout: train/CLASS/*.JPEG and val/CLASS/*.JPEG")
     else:
-        train, test = _scan(source), {}
+        train, test = _scan(source / "train" if (source / "train").is_dir() else source), {}
         classes = sorted(train)
     paths, labels = {}, {}
     for split, found in (("train", train), ("test", test)):

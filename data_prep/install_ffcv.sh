@@ -4,7 +4,10 @@
 # usage: install_ffcv.sh PIP
 set -u
 pip=$1
+python="$(dirname "$pip")/python"
 needed="pkg-config libopencv-dev libturbojpeg0-dev g++"
+headers=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+[ -f "$headers/Python.h" ] || needed="$needed python3-dev"
 
 "$pip" show --quiet ffcv 2>/dev/null && exit 0
 
@@ -16,7 +19,8 @@ without() {
 }
 
 found() {
-    command -v g++ >/dev/null && command -v pkg-config >/dev/null && pkg-config --exists opencv4 libturbojpeg
+    command -v g++ >/dev/null && command -v pkg-config >/dev/null && pkg-config --exists opencv4 libturbojpeg &&
+        [ -f "$headers/Python.h" ]
 }
 
 if ! found; then
@@ -31,10 +35,14 @@ if ! found; then
     echo "installing ffcv's system packages: $needed"
     $sudo apt-get update -qq || without "apt-get update failed"
     # shellcheck disable=SC2086  # the list is words
-    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $needed >/dev/null ||
+    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $needed >/dev/null ||
         without "apt-get install failed"
-    found || without "pkg-config does not find opencv4 and libturbojpeg after installing them"
+    found || without "opencv4, libturbojpeg or Python.h are not found after installing them"
 fi
 echo "building ffcv"
 "$pip" install --quiet --disable-pip-version-check --constraint constraints.txt ffcv ||
     without "it could not be built, see above"
+"$python" -c 'import ffcv' || {
+    "$pip" uninstall --quiet --yes ffcv
+    without "it was built but cannot be imported, see above"
+}

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from nulsq.data.manifest import SPLITS, Manifest, describe_file, write
+from nulsq.data.manifest import SPLITS, DataSet, Manifest, describe_file, write
 from nulsq.errors import InputError
 
 
@@ -61,9 +62,12 @@ def write_files(out: Path, *, name: str, classes: list[str], source: str, root: 
     return out
 
 
-def existing(out: Path) -> bool:
-    """Whether a finished data set is there; InputError where something else is."""
+def existing(out: Path, name: str) -> bool:
+    """Whether a finished data set `name` is there; InputError where something else is."""
     if (out / "manifest.json").is_file():
+        found = DataSet(out).name
+        if found != name:
+            raise InputError(f"{out} holds the data set {found}, not {name}; choose another --out")
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a prepared data set; choose another --out")
@@ -129,6 +133,9 @@ class _Photographs:
 def _write_beton(path: Path, samples: Sequence, options: dict, workers: int) -> None:
     if importlib.util.find_spec("ffcv") is None:
         print(f"ffcv is not installed: {path.name} is left out, the torchvision loader needs none")
+        if isinstance(samples, _Photographs):  # every photograph is decoded once all the same: damaged ones are found
+            for index in tqdm(range(len(samples)), desc="reading"):
+                samples[index]
         return
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter

@@ -26,14 +26,17 @@ def save(run: Path, content: dict, *, best: bool = False) -> Path:
         torch.save(content | {"format": FORMAT}, file)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(folder / LAST)
-    if best:  # a link costs nothing: last.pt is replaced by renaming, never written into
-        aside.unlink(missing_ok=True)
+    if best:
+        # First: a last.pt that calls itself the best must find its best.pt. A link costs nothing, and neither file is
+        # ever written into.
+        second = folder / f".{BEST}.unfinished"
+        second.unlink(missing_ok=True)
         try:
-            os.link(folder / LAST, aside)
+            os.link(aside, second)
         except OSError:
-            shutil.copyfile(folder / LAST, aside)
-        aside.replace(folder / BEST)
+            shutil.copyfile(aside, second)
+        second.replace(folder / BEST)
+    aside.replace(folder / LAST)
     _sync_folder(folder)
     return folder
 

@@ -1,6 +1,6 @@
 """Typed YAML: recipes, searches and site files are frozen dataclasses read by one loader.
 
-    recipe = load(Recipe, "configs/recipes/digits/w2a2.yaml", ["optim.lr=0.02", "quant.bits=3"])
+    recipe = load_recipe("configs/recipes/digits/w2a2.yaml", ["optim.lr=0.02", "quant.bits=3"])
 
 defaults < file < dotted overrides (strings as above, or a dict of the same keys with typed values). An unknown key,
 a wrong type or an impossible value is an InputError that names the key, what is allowed and the near miss.
@@ -8,13 +8,19 @@ This file alone knows OmegaConf.
 """
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from nulsq.errors import InputError, require
-from nulsq.quant.policy import Policy
+from nulsq.quant.base import GRAD_SCALES
+from nulsq.quant.init import INITIALIZERS
+from nulsq.quant.op.oracle import STE_RULES
+from nulsq.quant.policy import FLOAT, Policy
+from nulsq.quantizers import get_quantizer
 
 T = TypeVar("T")
 
@@ -130,8 +136,38 @@ def load(cls: type[T], path: str | Path | None = None, overrides: Iterable[str] 
 def load_recipe(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
     """A Recipe whose `name` is settled: `configs/recipes/digits/w2a2.yaml` is called digits-w2a2."""
     recipe = load(Recipe, path, overrides)
+    check_names(recipe)
     path = Path(path).resolve()
     return recipe if recipe.name else dataclasses.replace(recipe, name=f"{path.parent.name}-{path.stem}")
+
+
+def check_names(recipe: Recipe) -> None:
+    """Quantizers, initializers and the like by name, and pairs of settings that exclude each other, by their keys.
+
+    Raises InputError; nothing has been read from disk by then.
+    """
+    allowed = {"init": tuple(INITIALIZERS), "grad_scale": GRAD_SCALES, "ste": STE_RULES}
+    for key, value in flatten(recipe.quant, "quant").items():
+        name = key.rpartition(".")[2]
+        if value is None or ".options" in key:
+            continue
+        if name == "quantizer" and value != FLOAT:
+            try:
+                get_quantizer(value)
+            except ValueError as error:
+                raise InputError(f"{key}: {error}") from None
+        elif name in allowed and value not in allowed[name]:
+            near = difflib.get_close_matches(str(value), allowed[name], 1, 0.4)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{key} = {value!r}.{hint} Allowed: {', '.join(allowed[name])}")
+    optim = recipe.optim
+    if optim.nesterov and optim.optimizer == "sgd" and not optim.momentum > 0:
+        raise InputError("optim.nesterov = true needs optim.momentum above 0")
+    if optim.warmup_epochs >= optim.epochs:
+        raise InputError(f"optim.warmup_epochs = {optim.warmup_epochs}, allowed: below optim.epochs = {optim.epochs}")
+    if not re.fullmatch(r"none|last:\d+|stratified:(0?\.\d+)", recipe.data.holdout):
+        raise InputError(f"data.holdout = {recipe.data.holdout!r}, allowed: stratified:SHARE with 0 < SHARE < 1, "
+                         "last:N, or none")
 
 
 def to_yaml(value: Any) -> str:

@@ -50,8 +50,7 @@ def evaluate_run(run: Path, *, split: str = "test", which: str = "auto", here: W
     loader = build_loader(recipe.data, data, split, here.rank, here.size)
     found = evaluate(model, loader, Normalize(data, here.device, recipe.run.channels_last), here,
                      recipe.run.precision, split)
-    loader.close()
-    best = content["best"] is not None and content["best"]["epoch"] == content["epoch"]
+    best = content["best"] is not None and content["best"]["step"] == content["step"]
     found |= {"checkpoint": "best" if best else "last", "epoch": content["epoch"], "step": content["step"],
               "holdout": recipe.data.holdout, "start_saw_holdout": recipe.model.init_saw_holdout}
     if here.first:
@@ -68,14 +67,19 @@ def read_evaluation(run: Path, split: str = "test") -> dict | None:
     return found if found["step"] == checkpoint.best_or_last(run)["step"] else None
 
 
+def parser() -> Parser:
+    made = Parser(prog="python -m nulsq.evaluate", description=__doc__)
+    made.add_argument("run", type=Path, help="run directory")
+    made.add_argument("--split", choices=["test", "val"], default="test", help="(%(default)s)")
+    made.add_argument("--checkpoint", choices=["auto", "best", "last"], default="auto",
+                      help="auto: best where there is one")
+    made.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(%(default)s)")
+    return made
+
+
 @exit_on_input_error
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python -m nulsq.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--split", choices=["test", "val"], default="test")
-    parser.add_argument("--checkpoint", choices=["auto", "best", "last"], default="auto")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     with world(arguments.device) as here:
         found = evaluate_run(arguments.run, split=arguments.split, which=arguments.checkpoint, here=here)
         if here.first:

@@ -7,6 +7,7 @@ import difflib
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nulsq.config import Recipe
 from nulsq.errors import InputError, require
@@ -26,7 +27,7 @@ def build_model(name: str, classes: int, pretrained: bool = False) -> nn.Module:
     if library not in LIBRARIES or not network:
         raise InputError(f"model.name = {name!r}, allowed: {', '.join(f'{each}:NAME' for each in LIBRARIES)}")
     build, known = {"pytorchcv": _pytorchcv, "timm": _timm, "torchvision": _torchvision}[library]()
-    if network not in known:
+    if network.partition(".")[0] not in known:  # timm names published weights after a dot
         near = difflib.get_close_matches(network, known, 3, 0.6)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise InputError(f"model.name = {name!r}: {library} has no such network.{hint}")
@@ -39,8 +40,8 @@ def build_model(name: str, classes: int, pretrained: bool = False) -> nn.Module:
         if not pretrained:
             raise
         text = " ".join(str(error).split())[:200]
-        raise InputError(f"model.pretrained: the weights of {name} are neither cached nor reachable ({text}); "
-                         "give a file with model.init_from") from None
+        raise InputError(f"model.pretrained: no published weights of {name} with {classes} classes are cached or "
+                         f"reachable ({text}); give a file with model.init_from") from None
 
 
 def network(recipe: Recipe, classes: int, *, start: bool = True) -> nn.Module:
@@ -59,6 +60,22 @@ def network(recipe: Recipe, classes: int, *, start: bool = True) -> nn.Module:
     except ValueError as error:
         raise InputError(str(error)) from None
     return model
+
+
+def sync_batch_norm(model: nn.Module) -> nn.Module:
+    """The model with batch norms that share their statistics over the ranks.
+
+    torch's conversion drops what a subclass adds (timm's BatchNormAct2d has the activation in it): timm's own keeps it.
+    Raises InputError for a subclass that neither knows.
+    """
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    odd = {type(module) for module in model.modules() if isinstance(module, _BatchNorm) and type(module) not in plain}
+    if not odd:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if all(kind.__module__.startswith("timm.") for kind in odd):
+        return require("timm.layers", "train").convert_sync_batchnorm(model)
+    raise InputError(f"batch norm of several ranks: {', '.join(kind.__name__ for kind in odd)} cannot be converted to "
+                     "SyncBatchNorm; freeze it with optim.freeze_bn=true or train on one GPU")
 
 
 def is_float(recipe: Recipe) -> bool:
@@ -89,12 +106,7 @@ def _torchvision():
     def build(name, classes, pretrained):
         if not pretrained:
             return models.get_model(name, num_classes=classes)
-        model = models.get_model(name, weights="DEFAULT")
-        if sum(1 for _ in model.parameters()) and _outputs(model) != classes:
-            raise ValueError(f"the published weights have {_outputs(model)} classes, the data {classes}")
-        return model
+        if classes != 1000:
+            raise ValueError("torchvision's have 1000")
+        return models.get_model(name, weights="DEFAULT")
     return build, models.list_models(models)
-
-
-def _outputs(model: nn.Module) -> int:
-    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1].out_features

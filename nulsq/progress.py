@@ -2,6 +2,13 @@
 
 import sys
 import time
+from pathlib import Path
+
+from nulsq.config import Recipe
+from nulsq.quant.step import quantizers_of
+from nulsq.quant.swap import summary
+from nulsq.state import TrainState
+from nulsq.world import World
 
 INTERVAL = 30.0  # seconds between two plain lines within an epoch
 
@@ -13,6 +20,23 @@ class Progress:
         self.show, self.epochs = show, epochs
         self.began = time.monotonic()
         self.bar = None
+
+    def announce(self, recipe: Recipe, here: World, state: TrainState, data: str, loader: str, steps: int,
+                 run: Path) -> None:
+        """What is about to be trained, on what, and from where."""
+        if quantizers_of(state.model):
+            self.say(summary(state.model))
+        held = "nothing held out" if recipe.data.holdout == "none" else f"holdout {recipe.data.holdout}"
+        saw = ", which the starting weights have seen" if recipe.model.init_saw_holdout else ""
+        self.say(f"{run}: {recipe.model.name} on {data} ({loader} loader, {steps} steps of {recipe.data.batch} per "
+                 f"epoch, {held}{saw}), {here.size} {'rank' if here.size == 1 else 'ranks'} on {here.device.type}")
+        if here.size > 1 and here.device.type == "cpu":
+            self.say("batch norm is per rank on the CPU (torch has no SyncBatchNorm for it); its running statistics "
+                     "are averaged over the ranks before each evaluation")
+        if state.epoch >= self.epochs:
+            self.say("this run is finished already")
+        elif state.step:
+            self.say(f"continuing at step {state.step} of {steps * self.epochs}")
 
     def start(self, epoch: int, done: int, steps: int) -> None:
         if not self.show:

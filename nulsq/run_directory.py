@@ -33,6 +33,9 @@ PACKAGES = ("torch", "torchvision", "timm", "pytorchcv", "numpy", "omegaconf", "
 
 
 def path_of(recipe: Recipe) -> Path:
+    """Where the recipe's run lives: run.dir, or ROOT/NAME-TRAIN_ID."""
+    if not (recipe.run.dir or recipe.name):
+        raise InputError("the recipe has neither a name nor run.dir; load it with load_recipe, or set one")
     return Path(recipe.run.dir or Path(recipe.run.root) / f"{recipe.name}-{recipe.run.train_id}")
 
 
@@ -54,7 +57,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             self._lock()
             if not (path / "recipe.yaml").is_file():
-                (path / "recipe.yaml").write_text(to_yaml(recipe))
+                write_atomically(path / "recipe.yaml", to_yaml(recipe))
             with (path / "code.txt").open("a") as file:
                 file.write(describe_code())
         except OSError as error:

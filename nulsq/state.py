@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from nulsq.errors import InputError
 from nulsq.metrics import Counters
 from nulsq.optim import Optimizers
 
@@ -28,7 +29,11 @@ class TrainState:
                 "counters": self.counters.values, "step": self.step, "epoch": self.epoch, "best": self.best}
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.counters.values.copy_(state["counters"])
-        self.step, self.epoch, self.best = state["step"], state["epoch"], state["best"]
+        """Continue from a checkpoint's content. Raises InputError where it is of another network."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizers.load_state_dict(state["optimizers"])
+            self.counters.values.copy_(state["counters"])
+            self.step, self.epoch, self.best = state["step"], state["epoch"], state["best"]
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise InputError(f"the checkpoint is not of this recipe: {' '.join(str(error).split())[:200]}") from None

@@ -16,7 +16,7 @@ class TensorBoardLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ModuleNotFoundError:
                 return
-            self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+            self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def step(self, step: int, rate: float, counters: Counters) -> None:
         """Rank 0's own part of the batches. Synchronizes: call it every so many steps."""

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,12 +24,12 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from nulsq import checkpoint, command_line
-from nulsq.config import Recipe
+from nulsq.config import Recipe, check_names
 from nulsq.data import DataSet, Normalize, build_loaders, check_data
 from nulsq.errors import InputError, exit_on_input_error
 from nulsq.evaluate import evaluate, evaluate_run, read_evaluation
 from nulsq.metrics import Counters
-from nulsq.models import network
+from nulsq.models import build_model, network, sync_batch_norm
 from nulsq.optim import Optimizers, learning_rate
 from nulsq.progress import Progress
 from nulsq.quant.calibrate import average_batch_norm_, calibrate_
@@ -60,27 +61,39 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
     Raises InputError, before anything is written, for a recipe that cannot be run.
     """
     threads = torch.get_num_threads()
-    with world(recipe.run.device) as here, torch.random.fork_rng(), contextlib.ExitStack() as cleanup:
-        # ---- everything that can be wrong with the input is found here, before the run directory exists
+    with world(recipe.run.device) as here, contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(torch.random.fork_rng(devices=[here.device] if here.device.type == "cuda" else []))
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
             cleanup.callback(torch.set_num_threads, threads)
-        data, model, kind = prepare(recipe, here)
+
+        # ---- everything that can be wrong with the input is found here, before the run directory exists
         run = RunDirectory(path_of(recipe))
+        resume = resume or here.on_first(lambda: checkpoint.newest(run.path))
+        resumed = checkpoint.load(Path(resume)) if resume is not None else None
+        data, model, kind = prepare(recipe, here, start=resumed is None)
         cleanup.callback(run.release)
         here.on_first(lambda: run.start(recipe))
         progress = Progress(show=here.first and not quiet, epochs=recipe.optim.epochs)
         cleanup.callback(progress.close)
         try:
-            return _run(recipe, here, data, model, kind, run, progress, report, resume, stop, cleanup)
+            return _run(recipe, here, data, model, kind, run, progress, report, resumed, stop, quiet, cleanup)
+        except SystemExit:  # out of `report`: whoever listens ends the run; its last epoch is saved
+            if here.first:
+                run.write_outcome("saved")
+            raise
         except (Exception, KeyboardInterrupt) as error:
             if here.first:
                 run.write_outcome("failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise
 
 
-def prepare(recipe: Recipe, here: World) -> tuple[DataSet, nn.Module, str]:
-    """Open the data, build the network with its starting weights and quantizers. Raises InputError; writes nothing."""
+def prepare(recipe: Recipe, here: World, *, start: bool = True) -> tuple[DataSet, nn.Module, str]:
+    """Open the data, build the network with its starting weights and quantizers. Raises InputError; writes nothing.
+
+    With `start=False` no weights are read: a checkpoint has them.
+    """
+    check_names(recipe)
     data = DataSet(recipe.data.path)
     kind = check_data(recipe.data, data, here.size)
     if recipe.data.batch % (recipe.optim.accumulate * here.size):
@@ -88,45 +101,52 @@ def prepare(recipe: Recipe, here: World) -> tuple[DataSet, nn.Module, str]:
                          f"optim.accumulate = {recipe.optim.accumulate}")
     if recipe.model.pretrained and recipe.model.init_from:
         raise InputError("model.pretrained and model.init_from are both set; choose one")
-    model = network(recipe, len(data.classes))
+    if recipe.quant.calibration == "reference" and here.size > 1:
+        raise InputError("quant.calibration = reference is the authors' protocol of one process; it has no meaning for "
+                         f"{here.size} ranks")
+    if recipe.model.pretrained and start and torch.distributed.is_initialized():
+        # one rank downloads, the others find the file
+        here.on_first(lambda: build_model(recipe.model.name, len(data.classes), pretrained=True) and None)
+    model = network(recipe, len(data.classes), start=start)
     return data, model, kind
 
 
-def _run(recipe, here, data, model, kind, run, progress, report, resume, stop, cleanup):
+def _run(recipe, here, data, model, kind, run, progress, report, resumed, stop, quiet, cleanup):
     optim, device = recipe.optim, here.device
 
     # ---- network, in the order that matters: device, calibration, then the wrappers
     model.to(device, memory_format=torch.channels_last if recipe.run.channels_last else torch.contiguous_format)
     loaders = build_loaders(recipe.data, data, recipe.run.seed, here.rank, here.size)
-    cleanup.callback(loaders.close)
     normalize = Normalize(data, device, recipe.run.channels_last)
-    resume = resume or here.on_first(lambda: checkpoint.newest(run.path))
-    if resume is None and quantizers_of(model):
-        batches = (normalize(images) for _, (images, _, _) in
-                   zip(range(recipe.quant.calibration_batches), loaders.train.epoch(0), strict=False))
-        calibrate_(model, batches, recipe.quant.calibration)
+    if resumed is None and quantizers_of(model):
+        _calibrate(recipe, here, model, loaders, normalize, progress, quiet)
     if here.size > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = sync_batch_norm(model)
     stepped = model
     if here.size > 1:
-        stepped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                          broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # torch 2.15 announces another spelling of broadcast_buffers, which 2.11 does not have
+            warnings.simplefilter("ignore", FutureWarning)
+            stepped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                              broadcast_buffers=False)
     if recipe.run.compile:
         stepped = torch.compile(stepped)
 
     # ---- state: fresh or resumed
     state = TrainState(model, Optimizers(model, optim), Counters(device))
-    if resume is not None:
-        state.load_state_dict(checkpoint.load(Path(resume)))
-        if here.first:
-            run.cut_metrics(state.epoch)
+    if resumed is not None:
+        state.load_state_dict(resumed)
+        if not here.first:
+            state.counters.reset()  # the checkpoint has the sum over the ranks
+    if here.first:
+        run.cut_metrics(state.epoch)  # a line without its checkpoint is written again
     steps = loaders.train.steps
     total = steps * optim.epochs
     schedule = functools.partial(learning_rate, steps=total, warmup_steps=round(steps * optim.warmup_epochs),
                                  peak=optim.lr, warmup_lr=optim.warmup_lr)
     if here.first and state.step < total:
         run.write_outcome("running")
-    _announce(progress, recipe, here, state, loaders, data, kind, run.path, total)
+    progress.announce(recipe, here, state, data.name, kind, steps, run.path)
     log = TensorBoardLog(run.path, state.step, enabled=here.first and state.step < total)
     cleanup.callback(log.close)
 
@@ -163,7 +183,8 @@ def _run(recipe, here, data, model, kind, run, progress, report, resume, stop, c
         if loaders.val is not None:
             metrics |= evaluate(model, loaders.val, normalize, here, recipe.run.precision, "val")
         metrics["seconds"] = time.monotonic() - began
-        diverged = not math.isfinite(metrics["train_loss"])
+        # The training loss is that before the last update; val shows what the update left behind.
+        diverged = not all(math.isfinite(metrics[key]) for key in ("train_loss", "val_loss") if key in metrics)
         improved = not diverged and "val_top1" in metrics and (
             state.best is None or metrics["val_top1"] > state.best["val_top1"])
         if improved:
@@ -180,18 +201,30 @@ def _run(recipe, here, data, model, kind, run, progress, report, resume, stop, c
             state.outcome = "diverged"
             if here.first:
                 run.write_outcome("diverged", epoch=state.epoch, step=state.step,
-                                  error=f"the training loss became {metrics['train_loss']}")
+                                  error=f"train_loss {metrics['train_loss']}, val_loss {metrics.get('val_loss')}")
         if report is not None:
             report(metrics, run.path / "checkpoints")
         if diverged:
-            progress.say(f"diverged: the loss of epoch {state.epoch} is {metrics['train_loss']}; the last checkpoint "
-                         f"before it is in {run.path / 'checkpoints'}")
+            progress.say(f"diverged in epoch {state.epoch}: a loss is no number; what was saved before it is in "
+                         f"{run.path / 'checkpoints'}")
             return state
 
     state.outcome = "finished"
     if here.first:
         run.write_outcome("finished", epoch=state.epoch, best=state.best)
     return state
+
+
+def _calibrate(recipe, here, model, loaders, normalize, progress, quiet):
+    batches = (normalize(images) for _, (images, _, _) in
+               zip(range(recipe.quant.calibration_batches), loaders.train.epoch(0), strict=False))
+    try:
+        calibrate_(model, batches, recipe.quant.calibration)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if loaders.val is not None and not quiet:
+        found = evaluate(model, loaders.val, normalize, here, recipe.run.precision, "val")
+        progress.say(f"after calibration, before training: val top-1 {found['val_top1']:.2f}")
 
 
 def _backward(model, images, labels, recipe, counters):
@@ -221,6 +254,8 @@ def _freeze_batch_norm(model):
 
 def _save_and_stop(state, here, run, progress):
     state.outcome = "saved"
+    if here.device.type == "cpu":
+        average_batch_norm_(state.model.modules())  # running averages: averaged now or at the end is the same
     # Ranks count their own images of the epoch under way; the checkpoint is rank 0's and holds the sum.
     counted = here.sum_(state.counters.values.clone())
     if here.first:
@@ -229,23 +264,6 @@ def _save_and_stop(state, here, run, progress):
         run.write_outcome("saved", requeue=True, epoch=state.epoch, step=state.step)
     progress.say(f"saved at step {state.step} of epoch {state.epoch + 1}; the same command continues")
     return state
-
-
-def _announce(progress, recipe, here, state, loaders, data, kind, run_path, total):
-    if quantizers_of(state.model):
-        progress.say(summary(state.model))
-    counts = f"{loaders.train.steps} steps of {recipe.data.batch}"
-    held = "nothing held out" if loaders.val is None else f"holdout {recipe.data.holdout}"
-    saw = ", which the starting weights have seen" if recipe.model.init_saw_holdout else ""
-    progress.say(f"{run_path}: {recipe.model.name} on {data.name} ({kind} loader, {counts} per epoch, {held}{saw}), "
-                 f"{here.size} {'rank' if here.size == 1 else 'ranks'} on {here.device.type}")
-    if here.size > 1 and here.device.type == "cpu":
-        progress.say("batch norm is per rank on the CPU (torch has no SyncBatchNorm for it); its running statistics "
-                     "are averaged over the ranks before each evaluation")
-    if state.step >= total:
-        progress.say("this run is finished already")
-    elif state.step:
-        progress.say(f"continuing at step {state.step} of {total}")
 
 
 # ---- command line
@@ -264,7 +282,8 @@ def main(argv: list[str]) -> int:
                 print(summary(model))
                 print(f"would train {recipe.optim.epochs} epochs on {data.name} ({kind} loader) in {path_of(recipe)}")
             return 0
-        state = train(recipe, stop=stop_on_signal())
+        with stop_on_signal() as stop:
+            state = train(recipe, stop=stop)
         if state.outcome == "saved":
             return EXIT_SAVED
         if state.outcome == "diverged":

@@ -4,6 +4,7 @@ Whoever makes the group destroys it. Ray Train's workers, and a main that trains
 before `train` is called: `world()` finds it and leaves it. Under torchrun or Slurm it is made from the environment.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,7 +71,11 @@ def world(device: str = "auto") -> Iterator[World]:
         dist.init_process_group("nccl" if cuda else "gloo")
         try:
             yield World(dist.get_rank(), dist.get_world_size(), chosen)
+            dist.barrier()  # a rank that leaves first closes connections that others still use
         finally:
+            # A DistributedDataParallel that waits for the garbage collector holds the group's threads: freed at the
+            # interpreter's end they abort the process ("terminate called without an active exception").
+            gc.collect()
             dist.destroy_process_group()
     else:
         yield World(0, 1, chosen)

@@ -24,6 +24,7 @@ W2A2 = ROOT / "configs/recipes/digits/w2a2.yaml"
     ("optim.epochs=true", "optim.epochs: .*'True' of type 'bool'"),
     ("data.crop=padd", "data.crop: .*expected one of"),
     ("optim.lr", "not of the form key.path=value"),
+    ("quant.bits=3.5", "quant.bits: "),
     ("optim=3", "Merge error"),
 ])
 def test_an_override_that_does_not_fit_names_the_key(override, message):
@@ -102,3 +103,18 @@ def test_help_lists_every_setting():
     text = parser("python -m nulsq.train", "").format_help()
     for key in ("optim.coeff_qparm_lr=0.01", "data.holdout=stratified:0.1", "quant.bits=2", "--x_quantizer"):
         assert key in text
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("quant.weight.quantizer=nulsqq", "quant.weight.quantizer: no quantizer 'nulsqq'. Did you mean 'nulsq'"),
+    ("quant.activation.init=nmsee", "quant.activation.init = 'nmsee'. Did you mean 'nmse'"),
+    ("quant.rules.edges.weight.ste=clipp", "quant.rules.edges.weight.ste = 'clipp'. Did you mean 'clip'"),
+    ("quant.weight.grad_scale=paper", "quant.weight.grad_scale = 'paper'. Allowed: none, lsq, channels"),
+    ("data.holdout=random:0.1", "data.holdout = 'random:0.1', allowed: stratified:SHARE"),
+    ("optim.warmup_epochs=6", "optim.warmup_epochs = 6.0, allowed: below optim.epochs = 6"),
+])
+def test_names_and_pairs_are_checked_before_anything_is_read(override, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe(W2A2, ["data.path=/nowhere", override])
+    with pytest.raises(InputError, match="needs optim.momentum above 0"):
+        load_recipe(W2A2, ["optim.nesterov=true", "optim.momentum=0"])

@@ -57,11 +57,31 @@ def test_class_folders_become_a_data_set_with_a_stratified_test(class_folders, t
     assert not set(data.paths("test")) & set(data.paths("train"))
 
 
-def test_a_damaged_image_is_named_and_nothing_is_left(class_folders, tmp_path, capsys):
-    pytest.importorskip("ffcv")  # without it, pixels are first read in training
+def test_a_train_folder_without_val_is_not_a_class(class_folders, tmp_path):
+    (tmp_path / "outer").mkdir()
+    class_folders.rename(tmp_path / "outer" / "train")
+    assert main(["folder", "--source", str(tmp_path / "outer"), "--out", str(tmp_path / "out")]) == 0
+    data = DataSet(tmp_path / "out")
+    assert data.classes == ["cat", "dog"] and data.paths("train")[0].is_file()
+
+
+def test_another_data_set_in_the_same_place_is_an_error(digits, capsys):
+    assert main(["cifar10", "--out", str(digits)]) == 2
+    assert "holds the data set digits, not cifar10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("with_ffcv", [True, False])
+def test_damaged_images_are_found_with_and_without_ffcv(class_folders, tmp_path, capsys, monkeypatch, with_ffcv):
+    import importlib.util
+    if not with_ffcv:
+        real = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *r: None if name == "ffcv" else real(name, *r))
+    whole = (class_folders / "cat" / "1.png").read_bytes()
+    (class_folders / "cat" / "1.png").write_bytes(whole[:len(whole) // 2])
     (class_folders / "dog" / "3.png").write_bytes(b"not an image")
     assert main(["folder", "--source", str(class_folders), "--out", str(tmp_path / "out")]) == 2
-    assert "dog/3.png" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "dog/3.png" in error and "cat/1.png" in error and "2 of" in error
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

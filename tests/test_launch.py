@@ -94,21 +94,32 @@ def test_how_ranks_ended_is_the_exit_code(recipe_file, capfd):
     assert launch(["local", "train", str(recipe_file), "--nproc", "2", "optim.lr=1e30"]) == 3
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_saves_and_the_same_command_continues(recipe_file, number):
+@pytest.mark.parametrize(("number", "module"), [
+    ("SIGTERM", ["nulsq.train"]), ("SIGINT", ["nulsq.train"]), ("SIGUSR1", ["nulsq.train"]),
+    ("SIGTERM", ["launch", "local", "train", "--nproc", "2"]),
+    ("SIGUSR1", ["launch", "local", "train", "--nproc", "2"]),
+    ("SIGINT", ["launch", "local", "train"])])
+def test_a_signal_saves_and_the_same_command_continues(recipe_file, number, module):
     import signal
     import time
-    command = [sys.executable, "-m", "nulsq.train", str(recipe_file), "optim.epochs=40", f"run.train_id={number}"]
+    label = f"{number}-{len(module)}"
+    command = [sys.executable, "-m", *module, str(recipe_file), "optim.epochs=10", f"run.train_id={label}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    run = recipe_file.parent / "runs" / f"launched-{number}"
+    run = recipe_file.parent / "runs" / f"launched-{label}"
     deadline = time.monotonic() + 120
     while len(read_metrics(run)) < 1 and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.02)
     process.send_signal(getattr(signal, number))
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=90)
     assert process.returncode == 99, printed
     saved = read_outcome(run)
-    assert saved["outcome"] == "saved" and saved["requeue"] and 0 < saved["step"] < 160
+    assert saved["outcome"] == "saved" and saved["requeue"] and 0 < saved["step"] < 40
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"continuing at step {saved['step']} of 40" in done.stdout
+    lines = read_metrics(run)
+    assert [line["epoch"] for line in lines] == list(range(1, 11))
+    assert all(line["train_images"] == 128 for line in lines)  # an interrupted epoch counts every image once
 
 
 def test_search_validates_before_ray(tmp_path, capfd):

@@ -190,3 +190,46 @@ def test_nmse_constants_are_optimal(bits):
     # max(0, z) has E[x^2] = 1/2, so its factor sqrt(2 E[x^2]) is 1; zeros have no error whatever the step
     found = best(HALF_NORMAL_STEP[levels], lambda x, s: (x / s).round().clamp(0, levels) * s)
     assert found == pytest.approx(HALF_NORMAL_STEP[levels], abs=1e-4)
+
+
+def test_a_rule_whose_layers_are_taken_says_so():
+    rules = Policy().rules | {"stem": LayerRule(["role:first"], quantizer="lsq", bits=4)}
+    with pytest.raises(ValueError, match="quant.rules.stem changes nothing: its layers were taken by edges"):
+        nulsq.quantize_(network(), Policy(rules=rules))
+
+
+def test_trained_batch_norm_without_a_counter_of_batches_is_left_alone():
+    model = trained_batch_norm(network())
+    model[1].num_batches_tracked.zero_()
+    before = model[1].running_var.clone()
+    nulsq.calibrate_(nulsq.quantize_(model), [images(seed=5)])
+    assert torch.equal(model[1].running_var, before)
+
+
+def test_the_references_protocol_keeps_the_larger_of_the_batches():
+    policy = Policy(rules={"edges": LayerRule(["role:first"], quantizer="minmax", bits=8,
+                                              activation=SideRule(options={"range": "static"}))})
+    model = nulsq.quantize_(trained_batch_norm(network()), policy)
+    large, small = images() * 3, images(seed=1)
+    nulsq.calibrate_(model, [large, small], protocol="reference")
+    assert float(model[0].activation_quantizer.largest) == float(large.abs().max())
+
+
+def test_batch_norms_that_do_more_keep_it_when_shared_over_ranks():
+    timm = pytest.importorskip("timm")
+    from nulsq.models import sync_batch_norm
+    model = timm.create_model("efficientnet_lite0", num_classes=10)
+    before = sum(type(module).__name__ == "BatchNormAct2d" for module in model.modules())
+    kinds = {type(module).__name__ for module in sync_batch_norm(model).modules()}
+    assert before and "SyncBatchNormAct" in kinds and "SyncBatchNorm" not in kinds
+
+
+class OddNorm(nn.BatchNorm2d):
+    pass
+
+
+def test_a_batch_norm_that_nobody_knows_is_not_converted():
+    from nulsq.errors import InputError
+    from nulsq.models import sync_batch_norm
+    with pytest.raises(InputError, match="OddNorm cannot be converted"):
+        sync_batch_norm(nn.Sequential(OddNorm(3)))

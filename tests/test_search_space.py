@@ -63,6 +63,10 @@ def test_rungs_are_below_the_last_epoch():
     ("recipe=configs/recipes/digits/w2a3.yaml", "no file .*w2a2.yaml"),
     ("space.extra={key: quant.bits, sample: choice, values: [2]}", "quant.bits is set by two entries"),
     ("overrides={data.holdout: none}", "ranks trials on the holdout"),
+    ("overrides={optim.lr: 0.1}", "optim.lr is set by two entries"),
+    ("overrides={run.dir: x}", "run.dir is each trial's own"),
+    ("space.lr.key=data.holdout_seed", "data.holdout_seed cannot be sampled"),
+    ("studies.bits.values=[2, 2]", "two studies would be called lsq_nulsq_2"),
 ])
 def test_a_search_that_cannot_work_is_an_error_at_once(override, message):
     with pytest.raises(InputError, match=message):
@@ -134,14 +138,23 @@ def test_a_restored_scheduler_decides_as_the_uninterrupted_one(tmp_path):
 
 
 def test_a_stopped_trial_that_runs_again_is_stopped_at_the_same_epoch(tmp_path):
-    asha = scheduler(tmp_path, epochs=30)
+    asha = scheduler(tmp_path, epochs=4)
     for number, score in enumerate([90, 91, 92]):
         assert asha.decide("good", number, 1, score) == CONTINUE
         asha.decide("good", number, 3, score)
     assert asha.decide("good", 3, 1, 95) == CONTINUE
     assert asha.decide("good", 3, 3, 10) == STOP
-    assert [asha.decide("good", 3, epoch, score) for epoch, score in ((1, 95), (2, 50), (3, 99))] == \
-        [CONTINUE, CONTINUE, STOP]
+    assert [asha.decide("good", 3, epoch, score) for epoch, score in ((1, 95), (2, 50), (3, 99), (4, 99))] == \
+        [CONTINUE, CONTINUE, STOP, STOP]  # at its last epoch too: it may not slip through to the end
+
+
+def test_telling_a_continued_trials_epochs_again_changes_nothing(tmp_path):
+    asha = scheduler(tmp_path)
+    for number, score in enumerate([90, 80, 95]):
+        asha.decide("good", number, 1, score)
+    before = asha.file.read_text()
+    answers = [asha.decide("good", number, 1, score) for number, score in enumerate([90, 80, 95])]
+    assert answers == [CONTINUE, STOP, CONTINUE] and asha.file.read_text() == before
 
 
 def test_loss_is_ranked_downwards(tmp_path):

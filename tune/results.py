@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from nulsq.evaluate import evaluate_run, read_evaluation
 from nulsq.run_directory import read_metrics, read_outcome, read_recipe, write_atomically
 from nulsq.world import World
 from tune.space import Search, Trial, base_recipe, rungs, studies
-from tune.trial import WORST, directory
+from tune.trial import directory
+
+WORST = {"val_top1": 0.0, "val_loss": float("inf")}
 
 
 @dataclass
@@ -22,32 +26,35 @@ class Row:
     """What became of one trial."""
 
     trial: Trial
-    status: str  # finished, stopped, diverged, failed, not started
+    status: str  # finished, stopped (by ASHA), diverged, failed, not started
     epochs: int
-    score: float  # the metric at the last epoch; the worst value for trials that diverged or never reported
+    score: float  # the metric at the last epoch; the worst value where that is no number
     curve: list[float]
     path: Path
 
 
 def collect(search: Search, trials: list[Trial]) -> list[Row]:
     """Read every trial's run directory."""
+    rungs_file = search.directory / "rungs"
+    stopped = json.loads(rungs_file.read_text())["stopped"] if rungs_file.is_file() else {}
     rows = []
     for trial in trials:
         path = directory(search.directory, trial.study, trial.number)
         metrics = read_metrics(path)
-        outcome = read_outcome(path)["outcome"] if metrics or path.is_dir() else "not started"
-        status = "stopped" if outcome in ("running", "saved") and metrics else outcome
+        status = read_outcome(path)["outcome"] if path.is_dir() else "not started"
+        if status in ("running", "saved"):  # ended from outside: by ASHA, or its process died
+            status = "stopped" if trial.key in stopped else "failed"
         curve = [line[search.metric] for line in metrics]
-        score = curve[-1] if curve and status != "diverged" else WORST[search.metric]
-        rows.append(Row(trial, status, len(metrics), score, curve, path))
+        score = curve[-1] if curve and math.isfinite(curve[-1]) and status != "diverged" else WORST[search.metric]
+        rows.append(Row(trial, status, metrics[-1]["epoch"] if metrics else 0, score, curve, path))
     return rows
 
 
 def ranked(rows: list[Row], study: str, mode: str) -> list[Row]:
-    """A study's trials, best first: the longest trained, then the better score. A stopped one ranks below."""
+    """A study's trials, best first: longest trained, then better score. What diverged or failed comes last."""
     sign = 1 if mode == "max" else -1
     own = [row for row in rows if row.trial.study == study]
-    return sorted(own, key=lambda row: (row.status == "diverged", -row.epochs, -sign * row.score))
+    return sorted(own, key=lambda row: (row.status not in ("finished", "stopped"), -row.epochs, -sign * row.score))
 
 
 def winners(search: Search, rows: list[Row]) -> dict[str, Row]:
@@ -55,7 +62,7 @@ def winners(search: Search, rows: list[Row]) -> dict[str, Row]:
     found = {}
     for study in studies(search):
         best = ranked(rows, study.name, search.mode)[:1]
-        if best and best[0].curve and best[0].status not in ("diverged", "failed"):
+        if best and best[0].status in ("finished", "stopped"):
             found[study.name] = best[0]
     return found
 
@@ -118,12 +125,12 @@ def leaderboard(search: Search, rows: list[Row], tests: dict[str, dict], top: in
         lines.append("")
     spent = sum(row.epochs for row in rows)
     lines.append(f"{spent} epochs trained; all trials to their end would have been "
-                 f"{sum(_full_epochs(search, row) for row in rows)}")
+                 f"{sum(search.trials * epochs for epochs in _full_epochs(search).values())}")
     return "\n".join(lines)
 
 
-def _full_epochs(search, row):
-    return base_recipe(search, row.trial.overrides).optim.epochs
+def _full_epochs(search: Search) -> dict[str, int]:
+    return {study.name: base_recipe(search, study.overrides).optim.epochs for study in studies(search)}
 
 
 def _write_csv(path: Path, search: Search, rows: list[Row]) -> Path:
@@ -149,7 +156,7 @@ def _plot(path: Path, search: Search, rows: list[Row], best: dict[str, Row]) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cells = studies(search)
+    cells, most = studies(search), _full_epochs(search)
     columns = min(3, len(cells))
     lines = -(-len(cells) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(5 * columns, 3.6 * lines), sharey=True, squeeze=False)
@@ -163,8 +170,7 @@ def _plot(path: Path, search: Search, rows: list[Row], best: dict[str, Row]) -> 
             if row.status != "finished":
                 axis.plot(len(row.curve), row.curve[-1], marker="o" if row.status == "stopped" else "x", color="0.4",
                           markersize=4, zorder=2)
-        most = max((_full_epochs(search, row) for row in own), default=1)
-        for rung in rungs(most, search.grace, search.reduction):
+        for rung in rungs(most[study.name], search.grace, search.reduction):
             axis.axvline(rung, color="0.85", linestyle=":", zorder=1)
         axis.set_title(study.name, fontsize=10)
         axis.set_xlabel("epoch")

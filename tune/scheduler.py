@@ -40,12 +40,12 @@ class StratifiedAsha(FIFOScheduler):
 
     def decide(self, study: str, number: int, epoch: int, score: float | None) -> str:
         """CONTINUE or STOP for a result; the score enters the study's rung if the epoch is one."""
-        if epoch >= self.settings[0][study]:
-            return CONTINUE  # the trial is at its end and closes its run by itself
         self._load()
         key = f"{study}/{number:03d}"
         if key in self.stopped:
             return STOP if epoch >= self.stopped[key] else CONTINUE
+        if epoch >= self.settings[0][study]:
+            return CONTINUE  # the trial is at its end and closes its run by itself
         if score is None or not math.isfinite(score):
             action = STOP
         else:
@@ -62,6 +62,8 @@ class StratifiedAsha(FIFOScheduler):
     # ---- what Tune calls
 
     def on_trial_result(self, tune_controller, trial, result):
+        if "epoch" not in result:
+            return CONTINUE  # Tune's own result of a trial that ended without a report
         which = trial.config["trial"]
         return self.decide(which["study"], which["number"], result["epoch"], result.get(self.metric_name))
 

@@ -118,10 +118,11 @@ def load_search(path: str | Path, overrides: Iterable[str] = ()) -> Search:
     for name, axis in search.studies.items():
         if not axis.key or not axis.values:
             raise InputError(f"studies.{name} needs a key and values, as in {{key: quant.bits, values: [2, 4]}}")
-    keys = [part.key for part in (*search.studies.values(), *search.space.values())]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise InputError(f"{path}: {twice[0]} is set by two entries of studies and space")
+    _check_keys(path, search)
+    names = [study.name for study in studies(search)]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"studies: two studies would be called {twice}; give each axis distinct values")
     epochs = {study.name: base_recipe(search, study.overrides).optim.epochs for study in studies(search)}
     if max(epochs.values()) < search.grace:
         raise InputError(f"grace = {search.grace}, but a trial has only {max(epochs.values())} epochs (optim.epochs)")
@@ -174,6 +175,20 @@ def rungs(epochs: int, grace: int, reduction: int) -> list[int]:
         found.append(grace)
         grace *= reduction
     return found
+
+
+def _check_keys(path, search):
+    keys = [*(part.key for part in (*search.studies.values(), *search.space.values())), *search.overrides]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise InputError(f"{path}: {twice[0]} is set by two entries of studies, space and overrides")
+    own = [key for key in keys if key.startswith("run.") and key != "run.seed"]
+    if own:
+        raise InputError(f"{path}: {own[0]} is each trial's own and cannot be searched or overridden")
+    for name, sampler in search.space.items():
+        if sampler.key in ("optim.epochs", "data.holdout", "data.holdout_seed"):
+            raise InputError(f"space.{name}: {sampler.key} cannot be sampled, trials of a study are compared by it; "
+                             "make it an axis of studies")
 
 
 def _uniform(seed, number, name):

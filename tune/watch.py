@@ -13,21 +13,30 @@ class Watch(Callback):
 
     def __init__(self, metric: str, total: int):
         self.metric, self.total = metric, total
-        self.began = time.monotonic()
+
+    def setup(self, stop=None, num_samples=None, total_num_samples=None, **info):
+        self.began = time.monotonic()  # here, not in the constructor: a restored search unpickles an old one
 
     def on_trial_start(self, iteration, trials, trial, **info):
         self._say(trials, trial, "started")
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
-        self._say(trials, trial, f"epoch {result['epoch']}  {self.metric} {result[self.metric]:.2f}")
+        if "epoch" in result:
+            self._say(trials, trial, f"epoch {result['epoch']}  {self.metric} {result[self.metric]:.2f}")
 
     def on_trial_complete(self, iteration, trials, trial, **info):
         self._say(trials, trial, "done")
 
+    def on_trial_recover(self, iteration, trials, trial, **info):
+        self._say(trials, trial, f"crashed and is tried again: {self._reason(trial)}")
+
     def on_trial_error(self, iteration, trials, trial, **info):
-        lines = Path(trial.error_file).read_text().splitlines() if trial.error_file else []
-        reason = next((line for line in reversed(lines) if line.strip()), "")
-        self._say(trials, trial, f"failed: {reason[:300]}")
+        self._say(trials, trial, f"failed: {self._reason(trial)}")
+
+    def _reason(self, trial):
+        file = Path(trial.error_file) if trial.error_file else None
+        lines = file.read_text().splitlines() if file is not None and file.is_file() else []
+        return next((line for line in reversed(lines) if line.strip()), "no reason is known")[:300]
 
     def _say(self, trials, trial, text):
         ended = sum(each.status in ("TERMINATED", "ERROR") for each in trials)

@@ -2,7 +2,6 @@
 
     loader.steps                             steps per epoch on this rank
     for images, labels, indices in loader.epoch(epoch, start_step=0): ...
-    loader.close()
 
 Images are uint8 [B, 3, H, W] whatever the loader; `normalize` is the one place where they become floats.
 """
@@ -28,11 +27,6 @@ class Loaders:
     train: object
     val: object | None  # None where the recipe holds nothing out
     kind: str  # "ffcv" or "torchvision"
-
-    def close(self):
-        self.train.close()
-        if self.val is not None:
-            self.val.close()
 
 
 class Normalize:

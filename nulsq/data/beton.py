@@ -18,6 +18,7 @@ from nulsq.data.augment import _mix, center_crop, is_flipped, resized_crop, unif
 from nulsq.data.manifest import DataSet
 from nulsq.data.order import Order
 from nulsq.data.view import View
+from nulsq.errors import InputError
 
 _threads = torch.get_num_threads()
 import numba  # noqa: E402
@@ -77,13 +78,13 @@ class BetonLoader:
         decoder, *rest = self.keyed
         threads = torch.get_num_threads()
         self.loader = Loader(
-            str(data.beton(split)), batch_size=max(len(batch) for batch in order(0)), num_workers=max(1, workers),
-            os_cache=True, order=OrderOption.SEQUENTIAL, drop_last=False,
+            str(data.beton(split)), batch_size=max((len(batch) for batch in order(0)), default=1),
+            num_workers=max(1, workers), os_cache=True, order=OrderOption.SEQUENTIAL, drop_last=False,
             pipelines={"image": [decoder, *rest, ToTensor(), ToTorchImage()], "label": None},
         )
         torch.set_num_threads(threads)  # numba's threading layer may share OpenMP's setting with torch
         if self.loader.reader.num_samples != len(self.labels):
-            raise ValueError(f"{data.beton(split)} has {self.loader.reader.num_samples} samples, "
+            raise InputError(f"{data.beton(split)} has {self.loader.reader.num_samples} samples, "
                              f"the manifest {len(self.labels)}")
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -99,9 +100,6 @@ class BetonLoader:
                 yield pixels, self.labels[indices], indices
         finally:
             images.close()  # a loop that is left early would leave FFCV's thread running
-
-    def close(self):
-        pass
 
 
 def _operations(kind, view):

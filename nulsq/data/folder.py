@@ -36,9 +36,6 @@ class FolderLoader:
             indices = torch.from_numpy(indices)
             yield images, self.labels[indices], indices
 
-    def close(self):
-        pass
-
     def _arrays(self, batches, epoch):
         view = self.view
         for indices in batches:

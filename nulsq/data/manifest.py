@@ -51,7 +51,9 @@ class DataSet:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.manifest = _read(self.path)
+        self.manifest = manifest = _read(self.path)
+        self.name, self.kind, self.classes = manifest.name, manifest.kind, manifest.classes
+        self.counts, self.files, self.mean, self.std = manifest.counts, manifest.files, manifest.mean, manifest.std
         for name, wanted in self.manifest.files.items():
             file = self.path / name
             if not file.is_file():
@@ -59,9 +61,6 @@ class DataSet:
             if file.stat().st_size != wanted.bytes:
                 raise InputError(f"{file} has {file.stat().st_size} bytes, it was written with {wanted.bytes}: "
                                  "truncated or replaced; make the data set again with python -m data_prep")
-
-    def __getattr__(self, name):
-        return getattr(self.manifest, name)
 
     def labels(self, split: str) -> np.ndarray:
         return np.load(self.path / f"{split}_labels.npy")

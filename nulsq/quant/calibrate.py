@@ -95,10 +95,12 @@ def _settle_batch_norm(model, inputs, device):
     """Batch norms that never saw data first get their statistics from the same batches, averaged over the ranks.
 
     A network fresh from its constructor has running statistics (0, 1) that describe no data; step sizes measured
-    behind them would be wrong by the scale of each layer. Trained ones are left alone.
+    behind them would be wrong by the scale of each layer. Trained ones are left alone. (On several ranks the variance
+    is that within each rank's share of a batch: all ranks agree, but not exactly with one process.)
     """
-    fresh = [module for module in model.modules()
-             if isinstance(module, _BatchNorm) and module.track_running_stats and int(module.num_batches_tracked) == 0]
+    # By value: a checkpoint without counters of batches has trained statistics all the same.
+    fresh = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
+             and not module.running_mean.any() and bool((module.running_var == 1).all())]
     if not fresh:
         return inputs
     inputs = list(inputs)
@@ -146,11 +148,14 @@ def _keep_larger(layer, args):
 
 def keep_larger_(quantizer: Quantizer, statistics: Statistics) -> None:
     """Reset from one batch; where parameters were set before, keep the larger of old and new, element by element."""
-    before = [parameter.clone() for parameter in quantizer.parameters()] if quantizer.ready else None
+    def settled():
+        return [*quantizer.parameters(), *(buffer for buffer in quantizer.buffers() if buffer.is_floating_point())]
+
+    before = [value.clone() for value in settled()] if quantizer.ready else None
     quantizer.reset_(statistics)
     if before is not None:
-        for parameter, old in zip(quantizer.parameters(), before, strict=True):
-            parameter.copy_(torch.maximum(parameter, old))
+        for value, old in zip(settled(), before, strict=True):
+            value.copy_(torch.maximum(value, old))
 
 
 def _images(batch) -> Tensor:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from nulsq.quant.statistics import Statistics
 
-# Optimal step of a standard normal tensor on the mid-rise grid of 2^b levels, by Qp (1 bit: half a level, Qp = 0).
+# Optimal step of a standard normal tensor on the mid-rise grid of 2^b levels, by Qp = 2^(b-1) - 1.
 # The digits are those of the UniQ and nuLSQ authors: two units in the last place more or less move whole networks.
 NORMAL_STEP = {
-    0: 1.5957691216057308, 1: 0.9956866859435065, 3: 0.5860194414434872, 7: 0.33520061219993685,
+    1: 0.9956866859435065, 3: 0.5860194414434872, 7: 0.33520061219993685,
     15: 0.18813879027991698, 31: 0.10406300944201481, 63: 0.05686767238235839, 127: 0.03076238758025524,
 }
 # Optimal step of a half-normal tensor with E[x^2] = 1/2 on {0, s, ..., Qp s}, by Qp = 2^b - 1.

@@ -72,14 +72,19 @@ class Policy:
         if not names:
             raise ValueError("the model has no Conv2d or Linear layer to quantize")
         roles = {f"role:{role}": {names[0 if role == "first" else -1]} for role in LAYER_ROLES}
-        chosen: dict[str, LayerRule] = {}
+        chosen: dict[str, str] = {}
         for label, rule in self.rules.items():
             if not rule.enabled:
                 continue
-            for pattern in rule.match:
-                for name in _matches(label, pattern, names, roles):
-                    chosen.setdefault(name, rule)
-        return {name: tuple(self._side(side, chosen.get(name, LayerRule())) for side in ("weight", "activation"))
+            wanted = [name for pattern in rule.match for name in _matches(label, pattern, names, roles)]
+            for name in wanted:
+                chosen.setdefault(name, label)
+            if wanted and label not in chosen.values():
+                earlier = ", ".join(sorted({chosen[name] for name in wanted}))
+                raise ValueError(f"quant.rules.{label} changes nothing: its layers were taken by {earlier}, which "
+                                 f"comes first. Set quant.rules.{earlier.partition(',')[0]}, or its enabled=false")
+        rules = {name: self.rules[label] for name, label in chosen.items()}
+        return {name: tuple(self._side(side, rules.get(name, LayerRule())) for side in ("weight", "activation"))
                 for name in names}
 
     def _side(self, side: str, rule: LayerRule) -> SideRule:

@@ -62,6 +62,8 @@ class MinMax(Quantizer):
         return fake_quantize(x, self.table(), self.rule())
 
     def encode(self, x):
+        if self.range == "reference":
+            raise ValueError("minmax: range = reference has no codes of b bits (it does not clamp), it is for parity")
         if self.range == "dynamic" and torch.isfinite(x).all():
             self.largest.copy_(self._largest_of(x))
         return super().encode(x)
