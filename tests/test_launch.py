@@ -94,11 +94,13 @@ def test_how_ranks_ended_is_the_exit_code(recipe_file, capfd):
     assert launch(["local", "train", str(recipe_file), "--nproc", "2", "optim.lr=1e30"]) == 3
 
 
+PLAIN, TWO_RANKS = ["nulsq.train"], ["launch", "local", "train", "--nproc", "2"]
+
+
 @pytest.mark.parametrize(("number", "module"), [
-    ("SIGTERM", ["nulsq.train"]), ("SIGINT", ["nulsq.train"]), ("SIGUSR1", ["nulsq.train"]),
-    ("SIGTERM", ["launch", "local", "train", "--nproc", "2"]),
-    ("SIGUSR1", ["launch", "local", "train", "--nproc", "2"]),
-    ("SIGINT", ["launch", "local", "train"])])
+    ("SIGUSR1", PLAIN), ("SIGTERM", TWO_RANKS), ("SIGINT", ["launch", "local", "train"]),
+    pytest.param("SIGTERM", PLAIN, marks=pytest.mark.slow), pytest.param("SIGINT", PLAIN, marks=pytest.mark.slow),
+    pytest.param("SIGUSR1", TWO_RANKS, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_continues(recipe_file, number, module):
     import signal
     import time
