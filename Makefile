@@ -23,7 +23,7 @@ install: .venv/installed
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.11 ..." >&2; exit 2; }
 	@echo "installing into .venv (some minutes: torch alone is several GB)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,search,digits,dev]'
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,search,digits,dev]'
 	sh data_prep/install_ffcv.sh $(BIN)/pip
 	@touch $@
 
