@@ -120,3 +120,20 @@ def test_without_ffcv_everything_but_the_beton_files_is_written(tmp_path, monkey
     if real("ffcv"):  # installed later: the data set is still without
         with pytest.raises(InputError, match="no train.beton"):
             build_loaders(Data(path=str(data.path), loader="ffcv"), data, 0)
+
+
+def test_where_ffcvs_packages_cannot_be_installed_the_script_says_what_to_ask_for(tmp_path):
+    """A machine without compiler and apt-get, and a fresh environment without ffcv: go on, and say what is missing."""
+    import subprocess
+    import venv
+    from pathlib import Path
+    script = Path(__file__).resolve().parent.parent / "data_prep" / "install_ffcv.sh"
+    venv.create(tmp_path / "venv", with_pip=True)
+    (tmp_path / "bin").mkdir()
+    for name in ("dirname", "id"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    done = subprocess.run(["/bin/sh", str(script), str(tmp_path / "venv/bin/pip")], capture_output=True, text=True,
+                          env={"PATH": str(tmp_path / "bin")})
+    assert done.returncode == 0, done.stderr
+    assert "ffcv is left out" in done.stderr and "torchvision loader" in done.stderr
+    assert "apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++" in done.stderr
