@@ -16,14 +16,14 @@ INTERVAL = 30.0  # seconds between two plain lines within an epoch
 class Progress:
     """Progress of one epoch's steps, and the line that sums it up."""
 
-    def __init__(self, show: bool, epochs: int):
-        self.show, self.epochs = show, epochs
-        self.began = time.monotonic()
+    def __init__(self, epochs: int, here: World, quiet: bool = False):
+        self.epochs, self.here, self.quiet = epochs, here, quiet
+        self.show = here.first and not quiet
         self.bar = None
 
-    def announce(self, recipe: Recipe, here: World, state: TrainState, data: str, loader: str, steps: int,
-                 run: Path) -> None:
+    def announce(self, recipe: Recipe, state: TrainState, data: str, loader: str, steps: int, run: Path) -> None:
         """What is about to be trained, on what, and from where."""
+        here = self.here
         if quantizers_of(state.model):
             self.say(summary(state.model))
         held = "nothing held out" if recipe.data.holdout == "none" else f"holdout {recipe.data.holdout}"

@@ -71,13 +71,13 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
         run = RunDirectory(path_of(recipe))
         resume = resume or here.on_first(lambda: checkpoint.newest(run.path))
         resumed = checkpoint.load(Path(resume)) if resume is not None else None
-        data, model, kind = prepare(recipe, here, start=resumed is None)
+        prepared = prepare(recipe, here, start=resumed is None)
         cleanup.callback(run.release)
         here.on_first(lambda: run.start(recipe))
-        progress = Progress(show=here.first and not quiet, epochs=recipe.optim.epochs)
+        progress = Progress(recipe.optim.epochs, here, quiet=quiet)
         cleanup.callback(progress.close)
         try:
-            return _run(recipe, here, data, model, kind, run, progress, report, resumed, stop, quiet, cleanup)
+            return _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup)
         except SystemExit:  # out of `report`: whoever listens ends the run; its last epoch is saved
             if here.first:
                 run.write_outcome("saved")
@@ -111,15 +111,15 @@ def prepare(recipe: Recipe, here: World, *, start: bool = True) -> tuple[DataSet
     return data, model, kind
 
 
-def _run(recipe, here, data, model, kind, run, progress, report, resumed, stop, quiet, cleanup):
-    optim, device = recipe.optim, here.device
+def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
+    (data, model, kind), optim, device = prepared, recipe.optim, here.device
 
     # ---- network, in the order that matters: device, calibration, then the wrappers
     model.to(device, memory_format=torch.channels_last if recipe.run.channels_last else torch.contiguous_format)
     loaders = build_loaders(recipe.data, data, recipe.run.seed, here.rank, here.size)
     normalize = Normalize(data, device, recipe.run.channels_last)
     if resumed is None and quantizers_of(model):
-        _calibrate(recipe, here, model, loaders, normalize, progress, quiet)
+        _calibrate(recipe, here, model, loaders, normalize, progress)
     if here.size > 1 and device.type == "cuda":
         model = sync_batch_norm(model)
     stepped = model
@@ -146,7 +146,7 @@ def _run(recipe, here, data, model, kind, run, progress, report, resumed, stop, 
                                  peak=optim.lr, warmup_lr=optim.warmup_lr)
     if here.first and state.step < total:
         run.write_outcome("running")
-    progress.announce(recipe, here, state, data.name, kind, steps, run.path)
+    progress.announce(recipe, state, data.name, kind, steps, run.path)
     log = TensorBoardLog(run.path, state.step, enabled=here.first and state.step < total)
     cleanup.callback(log.close)
 
@@ -215,14 +215,14 @@ def _run(recipe, here, data, model, kind, run, progress, report, resumed, stop, 
     return state
 
 
-def _calibrate(recipe, here, model, loaders, normalize, progress, quiet):
+def _calibrate(recipe, here, model, loaders, normalize, progress):
     batches = (normalize(images) for _, (images, _, _) in
                zip(range(recipe.quant.calibration_batches), loaders.train.epoch(0), strict=False))
     try:
         calibrate_(model, batches, recipe.quant.calibration)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if loaders.val is not None and not quiet:
+    if loaders.val is not None and not progress.quiet:  # a collective: all ranks are as quiet as rank 0
         found = evaluate(model, loaders.val, normalize, here, recipe.run.precision, "val")
         progress.say(f"after calibration, before training: val top-1 {found['val_top1']:.2f}")
 
