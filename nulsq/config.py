@@ -10,7 +10,7 @@ This file alone knows OmegaConf.
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -185,6 +185,13 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def differences(before: Any, now: Any, free: Collection[str] = ()) -> list[str]:
+    """"KEY OLD -> NEW" for each dotted key in which two dataclasses differ, those in `free` left out."""
+    old, new = flatten(before), flatten(now)
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
+            if key not in free and old.get(key) != new.get(key)]
 
 
 def describe(cls: type, prefix: str = "") -> list[str]:

@@ -18,12 +18,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from nulsq._version import __version__
-from nulsq.config import Recipe, flatten, load, to_yaml
+from nulsq.config import Recipe, differences, load, to_yaml
 from nulsq.errors import InputError
 
 # Settings that may change between the parts of a run: they do not enter its numbers.
@@ -55,7 +55,7 @@ class RunDirectory:
             raise InputError(f"run directory {path} exists and holds something else; choose another run.dir")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._lock_file = lock(path, "training")
             if not (path / "recipe.yaml").is_file():
                 write_atomically(path / "recipe.yaml", to_yaml(recipe))
             with (path / "code.txt").open("a") as file:
@@ -83,13 +83,16 @@ class RunDirectory:
         content = {"outcome": outcome, "requeue": requeue, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **more}
         write_atomically(self.path / "outcome.json", json.dumps(content, indent=1) + "\n")
 
-    def _lock(self):
-        self._lock_file = (self.path / "lock").open("a")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock_file.close()
-            raise InputError(f"another process is training in {self.path}") from None
+
+def lock(path: Path, doing: str) -> TextIO:
+    """Hold a folder's `lock` until the returned file is closed. Raises InputError where another process holds it."""
+    file = (path / "lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"another process is {doing} in {path}") from None
+    return file
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -145,9 +148,7 @@ def describe_code() -> str:
 
 
 def _same_recipe(path, recipe):
-    before, now = flatten(read_recipe(path)), flatten(recipe)
-    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
-               if key not in FREE and before.get(key) != now.get(key)]
+    changed = differences(read_recipe(path), recipe, FREE)
     if changed:
         raise InputError(f"{path} holds a run of another recipe ({'; '.join(changed[:4])}"
                          f"{'; ...' if len(changed) > 4 else ''}); choose another run.dir or run.train_id")

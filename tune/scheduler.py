@@ -16,6 +16,8 @@ from types import SimpleNamespace
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
+from tune.space import trial_key
+
 CONTINUE, STOP = FIFOScheduler.CONTINUE, FIFOScheduler.STOP
 
 
@@ -41,7 +43,7 @@ class StratifiedAsha(FIFOScheduler):
     def decide(self, study: str, number: int, epoch: int, score: float | None) -> str:
         """CONTINUE or STOP for a result; the score enters the study's rung if the epoch is one."""
         self._load()
-        key = f"{study}/{number:03d}"
+        key = trial_key(study, number)
         if key in self.stopped:
             return STOP if epoch >= self.stopped[key] else CONTINUE
         if epoch >= self.settings[0][study]:

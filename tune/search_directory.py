@@ -5,11 +5,9 @@
     finished                   there when all trials have ended    trials.csv, leaderboard.txt, search.png, studies/
 """
 
-import fcntl
-
-from nulsq.config import Recipe, flatten, load, load_recipe, to_yaml
+from nulsq.config import Recipe, differences, load, load_recipe, to_yaml
 from nulsq.errors import InputError
-from nulsq.run_directory import write_atomically
+from nulsq.run_directory import lock, write_atomically
 from tune.space import Search
 
 
@@ -31,9 +29,7 @@ class SearchDirectory:
         """Raises InputError where the folder holds another search, or something else."""
         if (self.path / "search.yaml").is_file():
             for file, cls, now in (("search.yaml", Search, self.search), ("recipe.yaml", Recipe, self.recipe)):
-                before, now = flatten(load(cls, self.path / file)), flatten(now)
-                changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
-                           if key != "dir" and before.get(key) != now.get(key)]
+                changed = differences(load(cls, self.path / file), now, {"dir"})
                 if changed:
                     raise InputError(f"{self.path} holds another search ({'; '.join(changed[:3])}); "
                                      "choose another dir")
@@ -43,13 +39,9 @@ class SearchDirectory:
     def __enter__(self) -> "SearchDirectory":
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.path / "lock").open("a")
+            self.lock = lock(self.path, "searching")
         except OSError as error:
             raise InputError(f"search directory {self.path} cannot be written: {error}") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is searching in {self.path}") from None
         if not (self.path / "search.yaml").is_file():
             write_atomically(self.path / "recipe.yaml", to_yaml(self.recipe))
             write_atomically(self.path / "search.yaml", to_yaml(self.search))

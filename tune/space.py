@@ -103,7 +103,12 @@ class Trial:
 
     @property
     def key(self) -> str:
-        return f"{self.study}/{self.number:03d}"
+        return trial_key(self.study, self.number)
+
+
+def trial_key(study: str, number: int) -> str:
+    """STUDY/NUMBER: what a trial is called in the rungs, and its folder below the search's trials/."""
+    return f"{study}/{number:03d}"
 
 
 def load_search(path: str | Path, overrides: Iterable[str] = ()) -> Search:

@@ -14,6 +14,7 @@ from nulsq import checkpoint
 from nulsq.config import load_recipe
 from nulsq.run_directory import read_metrics
 from nulsq.train import train
+from tune.space import trial_key
 
 
 def run(config: dict[str, Any]) -> None:
@@ -47,4 +48,4 @@ def run(config: dict[str, Any]) -> None:
 
 def directory(search: Path, study: str, number: int) -> Path:
     """The run directory of a trial."""
-    return search / "trials" / study / f"{number:03d}"
+    return search / "trials" / trial_key(study, number)
