@@ -34,10 +34,12 @@ def parser(prog: str, what: str) -> Parser:
     """An argument parser whose --help lists every setting of a recipe."""
     epilog = "\n".join([
         "settings (key=default):", *describe(Recipe),
-        "  quant.bits=2                                 bits of weights and activations",
-        "  quant.weight.quantizer=lsq, .init, .per_channel, .grad_scale, .ste, .options.KEY; likewise quant.activation",
-        "  quant.rules.NAME.match=[PATTERN,...]         layers by name or role:first, role:last; then .bits, "
-        ".quantizer, ...", "",
+        "  quant.weight.quantizer=lsq                   then .bits, .init, .per_channel, .normalization, .grad_scale, "
+        ".ste, .learn_scale, .options.KEY",
+        "  quant.activation.quantizer=nulsq             likewise, but for .per_channel and .normalization",
+        "  quant.rules.NAME.match=[PATTERN,...]         layers by name (layer1.*) or role:first, role:last, "
+        "role:depthwise,", f"{'':<47}role:downsample, role:qkv,",
+        f"{'':<47}then .bits, .quantizer, .weight.bits, .activation.bits, .enabled and so on", "",
         f"quantizers of the published command line: {', '.join(QUANTIZERS)}",
         f"initializers: {', '.join(INITIALIZERS)}", "",
         "examples:", f"  {prog} configs/recipes/digits/w2a2.yaml optim.epochs=5 quant.bits=3",

@@ -15,12 +15,12 @@ import nulsq
 DIRECTORY = os.environ.get("NULSQ_GOLDENS")
 # reference name -> (our quantizer, signed where the name decides it)
 OURS = {"LSQ": ("lsq", None), "Positive_nuLSQ": ("nulsq", False), "Symmetric_nuLSQ": ("nulsq", True),
-        "MinMax": ("minmax", None)}
-NOT_YET = {"LCQ", "APoT"}  # known methods of the reference that this package does not have yet
+        "MinMax": ("minmax", None), "LCQ": ("lcq", None), "APoT": ("apot", None)}
 INITIALIZERS = {"NMSE": "nmse", "LSQ": "lsq", "Const": "const"}
 GRAD_SCALES = {None: "none", "LSQ_grad_scale": "channels"}
-# The reference's gradient at the ends of the range is an accident of torch's operators: LSQ passes half of it.
-STE = {"LSQ": "half"}
+# The reference's gradient at the ends of the range is an accident of torch's operators: LSQ passes half, APoT none.
+STE = {"LSQ": "half", "APoT": "clip_open"}
+CONSTANTS = {"dst"}  # arrays among the parameters that are none: LCQ's interval ends k / 16
 
 
 def cases(file: str) -> list[dict]:
@@ -39,20 +39,28 @@ def tensor(store, key) -> torch.Tensor:
 def build(case: dict, *, kind: str, bits: int, grad_scale=None, signed=None, init="NMSE") -> nulsq.Quantizer:
     """Our quantizer for a case, with the parity options. KeyError for a name that we do not know."""
     name, sign = OURS[case]
+    if case == "LCQ" and kind == "activation" and signed:
+        bits += 1  # the reference has 2^bits - 1 levels on each side: our signed grid of one bit more
     options = {"signed": sign if signed is None else signed, "grad_scale": GRAD_SCALES[grad_scale],
-               "init": INITIALIZERS[init]}
-    if case in STE:
-        options["ste"] = STE[case]
+               "init": INITIALIZERS[init], "ste": ste(case, kind, bits)}
     if name == "minmax":
         options["range"] = "reference"
     return nulsq.get_quantizer(name)(bits, kind, **options)
 
 
-def parameter(quantizer: nulsq.Quantizer, key: str):
-    """Our parameter for the reference's `scale`; both store nuLSQ steps in the same order."""
-    assert key == "scale", f"unknown reference parameter {key!r}"
-    (found,) = quantizer.parameters()
-    return found
+def ste(case: str, kind: str, bits: int) -> str | None:
+    """The parity option for the ends of the range; APoT's 2-bit weights pass everything, as ours do."""
+    return None if (case, kind, bits) == ("APoT", "weight", 2) else STE.get(case)
+
+
+PARAMETERS = {"lsq": {"scale": "step"}, "nulsq": {"scale": "steps"},
+              "lcq": {"threshold": "alpha", "companding_params": "theta", "theta": "theta"},
+              "apot": {"threshold": "alpha"}}
+
+
+def parameter(quantizer: nulsq.Quantizer, key: str) -> torch.Tensor:
+    """Our parameter for the reference's name of it; both store nuLSQ steps in the same order."""
+    return getattr(quantizer, PARAMETERS[quantizer.name()][key])
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -16,24 +16,22 @@ pytestmark = pytest.mark.skipif(goldens.DIRECTORY is None, reason="NULSQ_GOLDENS
 def _params(wanted):
     for case in goldens.cases("quantizers.json"):
         if ("initializer" in case) == wanted:
-            marks = [pytest.mark.skip(reason=f"{case['quantizer']} is not built yet")] \
-                if case["quantizer"] in goldens.NOT_YET else []
-            yield pytest.param(case, id=case["name"], marks=marks)
+            yield pytest.param(case, id=case["name"])
 
 
 @pytest.mark.parametrize("case", _params(wanted=False))
 def test_quantizer_equals_reference(case):
     store, name = goldens.arrays("quantizers.npz"), case["name"]
-    signed = True if case["kind"] == "weight" else case["Qn"] > 0
+    x = goldens.tensor(store, f"{name}/x").requires_grad_()
+    signed = case["kind"] == "weight" or case["Qn"] > 0 or case["quantizer"] == "LCQ" and bool((x < 0).any())
     quantizer = goldens.build(case["quantizer"], kind=case["kind"], bits=case["bits"],
                               grad_scale=case["grad_scale_mode"], signed=signed)
-    keys = [key.rpartition("/")[2] for key in store.files if key.startswith(f"{name}/param/")]
+    keys = {key.rpartition("/")[2] for key in store.files if key.startswith(f"{name}/param/")} - goldens.CONSTANTS
     with torch.no_grad():
         for key in keys:
             goldens.parameter(quantizer, key).copy_(goldens.tensor(store, f"{name}/param/{key}"))
     quantizer.mark_ready_()
 
-    x = goldens.tensor(store, f"{name}/x").requires_grad_()
     y = quantizer(x)
     y.backward(goldens.tensor(store, f"{name}/dy"))
 
@@ -54,6 +52,9 @@ def test_initializer_equals_reference(case):
     with torch.no_grad():
         for batch in range(case["batches"]):
             keep_larger_(quantizer, BatchStatistics.of(goldens.tensor(store, f"{name}/x{batch}")))
-    found = goldens.parameter(quantizer, "scale")
-    torch.testing.assert_close(found, goldens.tensor(store, f"{name}/param/scale").view(found.shape),
-                               rtol=1e-6, atol=0)
+    keys = {key.rpartition("/")[2] for key in store.files if key.startswith(f"{name}/param/")} - goldens.CONSTANTS
+    assert keys
+    for key in keys:
+        found = goldens.parameter(quantizer, key)
+        torch.testing.assert_close(found, goldens.tensor(store, f"{name}/param/{key}").view(found.shape),
+                                   rtol=1e-6, atol=0)

@@ -22,12 +22,22 @@ def pytest_generate_tests(metafunc):
     own = metafunc.config.getoption("--quantizer")
     forms = [(name, bits, role, signed, channels)
              for name in ([own] if own else nulsq.available())
-             for bits in (2, 3, 4, 8)
+             for bits in (1, 2, 3, 4, 6, 8)
              for role, signed in (("weight", True), ("activation", False), ("activation", True))
-             for channels in ((None, CHANNELS) if role == "weight" else (None,))]
+             for channels in ((None, CHANNELS) if role == "weight" else (None,))
+             if bits in (2, 3, 4) or _exists(name, bits, role, signed, channels)]
     ids = [f"{name}-{bits}bit-{role}-{'signed' if signed else 'unsigned'}{'-per_channel' if channels else ''}"
            for name, bits, role, signed, channels in forms]
     metafunc.parametrize("form", forms, ids=ids)
+
+
+def _exists(name, bits, role, signed, channels):
+    """Every method has 2 to 4 bits; others it may refuse."""
+    try:
+        nulsq.get_quantizer(name)(bits, role, signed=signed, channels=channels)
+    except ValueError:
+        return False
+    return True
 
 
 def sample(form, seed=0, size=(CHANNELS, 6, 5, 5)):
@@ -39,12 +49,17 @@ def sample(form, seed=0, size=(CHANNELS, 6, 5, 5)):
 def build(form, *, random_steps=True, **options):
     name, bits, role, signed, channels = form
     quantizer = nulsq.get_quantizer(name)(bits, role, signed=signed, channels=channels, **options)
-    quantizer.reset_(Statistics.of(sample(form), per_channel=channels is not None))
+    quantizer.reset_(Statistics.of(sample(form), per_channel=channels is not None,
+                                   histogram=quantizer.init == "lloyd_max"))
     if random_steps:
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
+            positive = {id(parameter) for parameter in quantizer.positive_parameters()}
             for parameter in quantizer.parameters():
-                parameter.mul_(0.5 + torch.rand(parameter.shape, generator=draw))
+                if id(parameter) in positive:
+                    parameter.mul_(0.5 + torch.rand(parameter.shape, generator=draw))
+                else:
+                    parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.5)
     return quantizer.eval()
 
 
@@ -125,6 +140,18 @@ def test_bfloat16_in_bfloat16_out(form):
     assert torch.equal(y, quantizer(x.bfloat16().float()).bfloat16())
 
 
+def test_bfloat16_is_monotone_within_its_rounding(form):
+    quantizer, x = build(form), sample(form, 10).flatten(1).sort(1).values
+    assert (quantizer(x.bfloat16()).float().diff(dim=1) >= 0).all()  # rounding is monotone too
+
+
+def test_autocast_changes_nothing_for_float32_inputs(form):
+    quantizer, x = build(form), sample(form, 11)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = quantizer(x)
+    assert torch.equal(inside, quantizer(x))
+
+
 def test_state_dict_pickle_and_copy_keep_everything(form):
     quantizer, x = build(form), sample(form, 9)
     name, bits, role, _, channels = form
@@ -151,7 +178,7 @@ def test_a_tensor_of_zeros_gives_a_usable_grid(form):
 
 def test_projection_keeps_steps_positive_and_nan_visible(form):
     quantizer = build(form)
-    for parameter in quantizer.parameters():
+    for parameter in quantizer.positive_parameters():
         with torch.no_grad():
             parameter.view(-1)[0] = -1.0
             parameter.view(-1)[-1] = torch.nan
@@ -176,7 +203,7 @@ def test_laws_hold_at_any_scale(seed, scale, bits, signed, name):
     quantizer = nulsq.get_quantizer(name)(bits, "activation", signed=signed)
     quantizer.reset_(Statistics.of(x))
     with torch.no_grad():
-        for parameter in quantizer.parameters():
+        for parameter in quantizer.positive_parameters():
             parameter.mul_(0.2 + torch.rand(parameter.shape, generator=draw))
     y = quantizer.eval()(x)
     assert torch.equal(y, quantizer.decode(quantizer.encode(x)))

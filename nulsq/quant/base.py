@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from nulsq.quant.init import INITIALIZERS, SMALLEST_STEP, initial_step
+from nulsq.quant.lloyd_max import best_step, lloyd_max
 from nulsq.quant.op import Rule, Table, encode, fake_quantize
 from nulsq.quant.op.oracle import STE_RULES
 from nulsq.quant.statistics import Statistics
 
 ROLES = ("weight", "activation")
-GRAD_SCALES = ("none", "lsq", "channels")
+GRAD_SCALES = ("none", "lsq", "channels", "batch")
 
 
 class Quantizer(nn.Module):
@@ -36,7 +37,8 @@ class Quantizer(nn.Module):
         init: initial step sizes, see `nulsq.quant.init`.
         grad_scale: factor on the gradient of the steps. "none"; "lsq": 1/sqrt(N Qp) of the LSQ paper, N the number
             of weights or of features of one sample; "channels": the same with N the number of input channels for
-            activations, as the reference implementation of nuLSQ has it.
+            activations, as the reference implementation of nuLSQ has it; "batch": with N the number of elements of
+            the whole global batch for activations, as UniQ and lsq-net have it.
         ste: dL/dx at and beyond the ends of the range, see `nulsq.quant.op.Rule`; None takes the method's own.
 
     Raises:
@@ -46,7 +48,11 @@ class Quantizer(nn.Module):
     index = "uniform"
     ste = "clip"
     reduction = "total"
-    smallest_bits = 2  # for signed grids
+    shift = 0.0  # of a "uniform" grid: where its levels lie between multiples of the step
+    segments = 0  # of the range, where the gradient bends between thresholds too
+    free_levels = False  # whether any ascending levels around zero, with thresholds halfway, can be taken on
+    smallest_bits, largest_bits = 2, 8  # the smallest for signed grids; unsigned ones start at 1
+    normalization = "none"  # of the weight before it is quantized, as the method was published; the layer does it
 
     def __init__(self, bits: int, role: str, *, signed: bool | None = None, channels: int | None = None,
                  init: str = "nmse", grad_scale: str = "none", ste: str | None = None):
@@ -57,11 +63,12 @@ class Quantizer(nn.Module):
         _one_of("ste", self.ste if ste is None else ste, STE_RULES)
         signed = True if role == "weight" else signed
         least = self.smallest_bits if signed else 1
-        if not isinstance(bits, int) or isinstance(bits, bool) or not least <= bits <= 8:
-            raise ValueError(f"{self.name()}: bits = {bits!r}, allowed for {role}s: {least} to 8")
+        if not isinstance(bits, int) or isinstance(bits, bool) or not least <= bits <= self.largest_bits:
+            raise ValueError(f"{self.name()}: bits = {bits!r}, allowed for {role}s: {least} to {self.largest_bits}")
         if role == "activation" and channels is not None:
             raise ValueError(f"{self.name()}: per-channel steps are defined for weights only, not for activations")
         self.bits, self.role, self.channels = bits, role, channels
+        self.shares = 1  # how many inputs of this size make the global batch: ranks x micro-batches
         self.init, self.grad_scale = init, grad_scale
         self.ste = self.ste if ste is None else ste
         self.signed = signed
@@ -83,6 +90,10 @@ class Quantizer(nn.Module):
         """Fill the parameters from one common initial step, [] or [C]. Called under no_grad."""
         raise NotImplementedError
 
+    def set_levels_(self, levels: Tensor) -> None:
+        """Where `free_levels`: fill the parameters from ascending levels [L] or [C, L], one of them zero."""
+        raise NotImplementedError
+
     def ties_up(self) -> tuple[bool, ...]:
         """For `index == "table"`: per threshold, whether x at the threshold belongs to the upper level."""
         return ()
@@ -100,26 +111,30 @@ class Quantizer(nn.Module):
         return fake_quantize(x, self.table(self._elements(x)), self.rule())
 
     def rule(self) -> Rule:
-        return Rule(self.index, self.ste, self.reduction, self.codes, self.ties_up())
+        return Rule(self.index, self.ste, self.reduction, self.codes, self.ties_up(), self.shift, self.segments)
 
     @torch.no_grad()
     def levels(self) -> Tensor:
         """Output values, ascending: [L], or [C, L] per channel. L is at most 2^bits."""
         self._require_ready()
-        table = self.table()
-        if self.index == "uniform":
-            low, high = self.codes
-            return table.gaps * torch.arange(low, high + 1, device=table.gaps.device)
-        return table.levels.clone()
+        return self.levels_of(self.table())
 
     @torch.no_grad()
     def thresholds(self) -> Tensor:
         """Decision boundaries between neighbouring levels, ascending: [L-1] or [C, L-1]."""
         self._require_ready()
-        table = self.table()
+        return self.thresholds_of(self.table())
+
+    def levels_of(self, table: Table) -> Tensor:
         if self.index == "uniform":
             low, high = self.codes
-            return table.gaps * (torch.arange(low, high, device=table.gaps.device) + 0.5)
+            return table.gaps * (torch.arange(low, high + 1, device=table.gaps.device) + self.shift)
+        return table.levels.clone()
+
+    def thresholds_of(self, table: Table) -> Tensor:
+        if self.index == "uniform":
+            low, high = self.codes
+            return table.gaps * (torch.arange(low, high, device=table.gaps.device) + self.shift + 0.5)
         return table.thresholds.clone()
 
     @torch.no_grad()
@@ -132,6 +147,11 @@ class Quantizer(nn.Module):
         bad = ~torch.isfinite(x)
         if bad.any():
             raise ValueError(f"{self.name()}.encode: {int(bad.sum())} of {x.numel()} elements are NaN or infinite")
+        return self.level_index(x)
+
+    @torch.no_grad()
+    def level_index(self, x: Tensor) -> Tensor:
+        """As `encode`, without the check and its device synchronization; the index of a NaN means nothing."""
         return encode(x, self.table(), self.rule())
 
     @torch.no_grad()
@@ -147,14 +167,25 @@ class Quantizer(nn.Module):
         """Settle the sign (if open) and the initial steps from statistics of this quantizer's input.
 
         Statistics per channel ([C]) where the quantizer has `channels`, else per tensor ([]).
+
+        Raises ValueError for negative values at one bit where that has no signed grid, and for "lloyd_max" without a
+        histogram in the statistics.
         """
+        init = init or self.init
         if self.signed is None:
             self.signed = bool((statistics.low < 0).any())
             if self.signed and self.bits < self.smallest_bits:
                 raise ValueError(f"{self.name()}: the input has negative values (minimum {statistics.low.min():.3g}); "
                                  f"a signed grid needs at least {self.smallest_bits} bits, not {self.bits}")
-        step = initial_step(init or self.init, statistics, max(self.codes[1], 1), self.role, self.signed)
+        step = initial_step(init, statistics, self.codes[1], self.role, self.signed)
+        if init == "lloyd_max":
+            if statistics.histogram is None:
+                raise ValueError("init = lloyd_max needs statistics with a histogram: Statistics.of(x, histogram=True)")
+            step = best_step(self, statistics.histogram, step).clamp(min=SMALLEST_STEP)
         self.set_steps_(step.to(torch.float32))
+        if init == "lloyd_max" and self.free_levels:
+            start = self.levels_of(self.table())
+            self.set_levels_(lloyd_max(statistics.histogram, start, -self.codes[0]).to(torch.float32))
         self.mark_ready_()
 
     def mark_ready_(self) -> None:
@@ -164,8 +195,12 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def after_step_(self) -> None:
         """Called after every optimizer step. Projects the steps to positive values; a NaN stays a NaN."""
-        for parameter in self.parameters(recurse=False):
+        for parameter in self.positive_parameters():
             parameter.clamp_(min=SMALLEST_STEP)
+
+    def positive_parameters(self) -> list[Tensor]:
+        """The parameters that have to stay positive: steps and clipping thresholds. All of them, unless overridden."""
+        return list(self.parameters(recurse=False))
 
     @classmethod
     def name(cls) -> str:
@@ -186,6 +221,8 @@ class Quantizer(nn.Module):
             return None
         if self.role == "weight":
             return x.numel() // (self.channels or 1)
+        if self.grad_scale == "batch":
+            return x.numel() * self.shares
         return x.shape[1] if self.grad_scale == "channels" else x[0].numel()
 
     def _require_ready(self) -> None:

@@ -55,16 +55,15 @@ def calibrate_(model: nn.Module, batches: Iterable, protocol: str = "float") -> 
 def _in_float(model, layers, inputs, device):
     for layer in layers.values():
         if layer.weight_quantizer is not None:
-            per_channel = layer.weight_quantizer.channels is not None
-            layer.weight_quantizer.reset_(Statistics.of(layer.weight, per_channel=per_channel))
+            layer.weight_quantizer.reset_(_statistics(Statistics, layer.weight_quantizer, layer.normalized_weight()[0]))
     needed = {name: layer for name, layer in layers.items() if layer.activation_quantizer is not None}
     if not needed:
         return
     found: dict[str, Statistics] = {}
 
-    def observer(name):
+    def observer(name, quantizer):
         def observe(x):
-            new = Statistics.of(x)
+            new = _statistics(Statistics, quantizer, x)
             found[name] = found[name].merge(new) if name in found else new
         return observe
 
@@ -74,7 +73,7 @@ def _in_float(model, layers, inputs, device):
         inputs = _settle_batch_norm(model, inputs, device)
         model.eval()
         for name, layer in needed.items():
-            layer.observer = observer(name)
+            layer.observer = observer(name, layer.activation_quantizer)
         for x in inputs:
             model(x)
     finally:
@@ -82,7 +81,8 @@ def _in_float(model, layers, inputs, device):
             layer.observer = None
     missing = [name for name in needed if name not in found]
     if missing:
-        raise ValueError(f"calibrate_: no batch reached {', '.join(missing[:3])}; give at least one batch")
+        raise ValueError(f"calibrate_: no batch reached {', '.join(missing[:3])}; give at least one batch, and leave "
+                         "layers whose weights the network uses without calling them float (a rule with quantizer: fp)")
     for name, layer in needed.items():
         statistics, quantizer = found[name].over_ranks(device), layer.activation_quantizer
         quantizer.reset_(statistics)
@@ -141,9 +141,15 @@ def _layer_by_layer(model, layers, inputs):
 
 
 def _keep_larger(layer, args):
-    for quantizer, x in ((layer.weight_quantizer, layer.weight), (layer.activation_quantizer, args[0])):
-        if quantizer is not None:
-            keep_larger_(quantizer, BatchStatistics.of(x, per_channel=quantizer.channels is not None))
+    if layer.weight_quantizer is not None:
+        keep_larger_(layer.weight_quantizer, _statistics(BatchStatistics, layer.weight_quantizer,
+                                                         layer.normalized_weight()[0]))
+    if layer.activation_quantizer is not None:
+        keep_larger_(layer.activation_quantizer, _statistics(BatchStatistics, layer.activation_quantizer, args[0]))
+
+
+def _statistics(kind, quantizer, x):
+    return kind.of(x, per_channel=quantizer.channels is not None, histogram=quantizer.init == "lloyd_max")
 
 
 def keep_larger_(quantizer: Quantizer, statistics: Statistics) -> None:

@@ -1,12 +1,13 @@
 """Initial step sizes from statistics: pure functions of (statistics, bits, sign), each from its paper.
 
-All of them start with equal steps, so one number (per tensor) or one per channel is all that they return:
+They start with equal steps, so one number (per tensor) or one per channel is all that they return:
 
-    nmse    minimizes E[(x - Q(x))^2] of a normal (signed) or half-normal (unsigned) tensor
-    lsq     2 E|x| / sqrt(Qp)                                       (Esser et al., LSQ, ICLR 2020)
-    const   a fixed clipping range over Qp: 3 for weights, 8 for activations, as the reference of nuLSQ has it
+    nmse       minimizes E[(x - Q(x))^2] of a normal (signed) or half-normal (unsigned) tensor
+    lsq        2 E|x| / sqrt(Qp)                                       (Esser et al., LSQ, ICLR 2020)
+    const      a fixed clipping range over Qp: 3 for weights, 8 for activations, as the reference of nuLSQ has it
+    lloyd_max  from nmse to the least squared error on the data's histogram, see `nulsq.quant.lloyd_max`
 
-`Qp` is the highest level's number: 2^bits - 1 unsigned, 2^(bits-1) - 1 signed (at least 1).
+`Qp` is the highest level's number: 2^bits - 1 unsigned, 2^(bits-1) - 1 signed (0 for one signed bit).
 """
 
 import torch
@@ -17,7 +18,7 @@ from nulsq.quant.statistics import Statistics
 # Optimal step of a standard normal tensor on the mid-rise grid of 2^b levels, by Qp = 2^(b-1) - 1.
 # The digits are those of the UniQ and nuLSQ authors: two units in the last place more or less move whole networks.
 NORMAL_STEP = {
-    1: 0.9956866859435065, 3: 0.5860194414434872, 7: 0.33520061219993685,
+    0: 1.5957691216057308, 1: 0.9956866859435065, 3: 0.5860194414434872, 7: 0.33520061219993685,
     15: 0.18813879027991698, 31: 0.10406300944201481, 63: 0.05686767238235839, 127: 0.03076238758025524,
 }
 # Optimal step of a half-normal tensor with E[x^2] = 1/2 on {0, s, ..., Qp s}, by Qp = 2^b - 1.
@@ -46,7 +47,7 @@ def const(statistics: Statistics, qp: int, role: str, signed: bool) -> Tensor:
     return torch.full_like(statistics.count, CLIP_RANGE[role] / max(qp, 1))
 
 
-INITIALIZERS = {"nmse": nmse, "lsq": lsq, "const": const}
+INITIALIZERS = {"nmse": nmse, "lsq": lsq, "const": const, "lloyd_max": nmse}
 
 
 def initial_step(name: str, statistics: Statistics, qp: int, role: str, signed: bool) -> Tensor:

@@ -10,10 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nulsq.quant.histogram import Histogram
+
 
 @dataclass
 class Statistics:
-    """Sums and extrema of samples, each a float64 tensor on the CPU of shape [] or, per channel, [C]."""
+    """Sums and extrema of samples, each a float64 tensor on the CPU of shape [] or, per channel, [C].
+
+    The histogram is there if it was asked for: it costs more than all the rest.
+    """
 
     count: Tensor
     total: Tensor
@@ -21,9 +26,10 @@ class Statistics:
     square: Tensor  # sum of x^2
     low: Tensor
     high: Tensor
+    histogram: Histogram | None = None
 
     @classmethod
-    def of(cls, x: Tensor, *, per_channel: bool = False) -> "Statistics":
+    def of(cls, x: Tensor, *, per_channel: bool = False, histogram: bool = False) -> "Statistics":
         """Statistics of x; with `per_channel`, one for each index of dimension 0.
 
         Raises ValueError for NaN or infinite values: a range learned from them would be meaningless.
@@ -37,12 +43,14 @@ class Statistics:
                              "are NaN or infinite")
         count = torch.full_like(total, x.shape[-1])
         found = (count, total, x.abs().sum(-1), x.square().sum(-1), low, high)
-        return cls(*(value.cpu() for value in found))
+        return cls(*(value.cpu() for value in found),
+                   histogram=Histogram.of(x, per_channel=per_channel) if histogram else None)
 
     def merge(self, other: "Statistics") -> "Statistics":
         return Statistics(self.count + other.count, self.total + other.total, self.absolute + other.absolute,
                           self.square + other.square, torch.minimum(self.low, other.low),
-                          torch.maximum(self.high, other.high))
+                          torch.maximum(self.high, other.high),
+                          self.histogram.merge(other.histogram) if self.histogram and other.histogram else None)
 
     def over_ranks(self, device: torch.device) -> "Statistics":
         """Statistics of all ranks' samples; unchanged outside a process group. A collective call."""
@@ -52,8 +60,12 @@ class Statistics:
         ends = torch.stack([-self.low, self.high]).to(device)
         dist.all_reduce(sums)
         dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-        sums, ends = sums.cpu(), ends.cpu()
-        return Statistics(*sums, -ends[0], ends[1])
+        sums, ends, histogram = sums.cpu(), ends.cpu(), None
+        if self.histogram is not None:
+            both = torch.stack([self.histogram.count, self.histogram.total]).to(device)
+            dist.all_reduce(both)
+            histogram = Histogram(*both.cpu())
+        return Statistics(*sums, -ends[0], ends[1], histogram)
 
     @property
     def mean_absolute(self) -> Tensor:
@@ -82,8 +94,8 @@ class BatchStatistics(Statistics):
     """
 
     @classmethod
-    def of(cls, x: Tensor, *, per_channel: bool = False) -> "BatchStatistics":
-        found = super().of(x, per_channel=per_channel)
+    def of(cls, x: Tensor, *, per_channel: bool = False, histogram: bool = False) -> "BatchStatistics":
+        found = super().of(x, per_channel=per_channel, histogram=histogram)
         found.x = x.detach().flatten(1) if per_channel else x.detach().reshape(-1)
         return found
 

@@ -24,7 +24,7 @@ sum. Here steps are projected after the optimizer's step, NaN stays NaN, and one
 import torch
 from torch import nn
 
-from nulsq.quant.base import Quantizer
+from nulsq.quant.base import SMALLEST_STEP, Quantizer
 from nulsq.quant.op import Table, scale_gradient
 
 
@@ -32,6 +32,7 @@ class NuLSQ(Quantizer):
     """2^bits - 1 learned steps per tensor or per output channel."""
 
     index, ste, reduction = "table", "clip", "per_gap"
+    free_levels = True
 
     def __init__(self, bits, role, *, signed=None, channels=None, **options):
         super().__init__(bits, role, signed=signed, channels=channels, **options)
@@ -63,3 +64,8 @@ class NuLSQ(Quantizer):
 
     def set_steps_(self, step):
         self.steps.copy_(step.unsqueeze(-1).expand(self.steps.shape))
+
+    def set_levels_(self, levels):
+        below = -self.codes[0]
+        gaps = levels.diff(dim=-1).clamp(min=SMALLEST_STEP)
+        self.steps.copy_(torch.cat([gaps[..., :below].flip(-1), gaps[..., below:]], -1))

@@ -10,7 +10,7 @@ is counted once, kept as one byte per element, and everything follows from it by
 
 import torch
 
-from nulsq.quant.op.oracle import Table, compute_type, input_gradient
+from nulsq.quant.op.oracle import Table, compute_type, end_codes, input_gradient, segment
 
 PIECE = 1 << 15  # elements that are summed up one by one in float32
 
@@ -19,13 +19,15 @@ class Eager(torch.autograd.Function):
     """As `Oracle`, for per-tensor tables. Gradients of non-finite dy may differ: there is nothing to train then."""
 
     @staticmethod
-    def forward(ctx, x, gaps, low, high, levels, thresholds, rule):
+    def forward(ctx, x, gaps, low, high, levels, thresholds, offset, slope, rule):
         shape, stored = (x.shape, _order(x)), x.dtype
         kept = _flat(x, shape[1])
         x, table = compute_type(kept, Table(gaps, low, high, levels, thresholds))
         if rule.index == "uniform":
             index = None
-            y = (x / table.gaps).round_().clamp_(*rule.codes).mul_(table.gaps)
+            at = x / table.gaps
+            y = (at.sub_(rule.shift) if rule.shift else at).round_().clamp_(*rule.codes)
+            y = (y.add_(rule.shift) if rule.shift else y).mul_(table.gaps)
         else:
             count = len(rule.ties_up)
             index = torch.zeros_like(x, dtype=torch.uint8 if count + 1 < 256 else torch.int16)
@@ -45,7 +47,7 @@ class Eager(torch.autograd.Function):
         dy = _flat(dy, ctx.shape[1]).to(x.dtype)
 
         if rule.index == "uniform":
-            at, (low, high) = x / table.gaps, rule.codes
+            at, (low, high) = x / table.gaps, end_codes(rule)
             clamped = at.clamp(low, high)
         else:
             at, low, high = x, table.levels[0], table.levels[-1]
@@ -53,12 +55,21 @@ class Eager(torch.autograd.Function):
         inside = clamped == at
         dx = dy * inside if rule.ste == "clip" else input_gradient(dy, at, low, high, inside, rule.ste)
         dx = _unflat(dx.to(stored), *ctx.shape)
-        if rule.reduction == "none" or not any(ctx.needs_input_grad[1:4]):
-            return dx, None, None, None, None, None, None
+        if rule.reduction == "none" or not any(ctx.needs_input_grad[1:]):
+            return dx, *(None,) * 8
 
         if rule.index == "uniform":
-            dgaps = clamped.round().sub_(clamped).mul_(dy).sum().view(1)
+            nearest = clamped.sub(rule.shift).round_().add_(rule.shift) if rule.shift else clamped.round()
+            dgaps = nearest.sub_(clamped).mul_(dy).sum().view(1)
             dlow, dhigh = (beyond.mul(dy).sum().view(1) for beyond in (at < low, at > high))
+        elif rule.reduction == "per_cell":
+            # Cells 1 ... K + S lie inside, 0 below and the last above.
+            count = len(rule.ties_up) + rule.segments
+            number, start = segment(clamped, low, high, rule)
+            cell = number.add_(index).add_(1).mul_(x >= low).masked_fill_(x > high, count + 1)
+            sums = _sums(cell, dy, count + 2).to(kind)
+            moments = _sums(cell, dy * (clamped - start), count + 2).to(kind)
+            return dx, None, sums[:1], sums[-1:], None, None, sums[1:-1], moments[1:-1], None
         else:
             y = _look_up(table.levels, index)
             gap = index + _byte(x > y)
@@ -68,7 +79,7 @@ class Eager(torch.autograd.Function):
             dlow, dhigh = sums[:1], sums[-1:]
             dgaps = sums[1:-1] if rule.reduction == "per_gap" else sums[1:-1].sum().view(1)
             dgaps = dgaps / table.gaps
-        return dx, dgaps.to(kind), dlow.to(kind), dhigh.to(kind), None, None, None
+        return dx, dgaps.to(kind), dlow.to(kind), dhigh.to(kind), *(None,) * 5
 
 
 def _sums(bins, weights, count):

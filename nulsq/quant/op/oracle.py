@@ -13,6 +13,14 @@ up) and of every other method whose gaps are a function of its parameters: the q
 and `high` from its parameters with ordinary tensor operations and autograd carries the gradient on, over at
 most 2^bits numbers. Only x and the table are kept for backward; y and the gap are computed again.
 
+A method that bends x before it rounds (LCQ) has more places where its gradient changes: also the ends of S equal
+segments of the range. Thresholds and segment ends cut the range into K + S cells, numbered level index + segment.
+In each the gradient with respect to the parameters is linear in x, so `per_cell` returns two sums for each cell,
+
+    dL/doffset_m = sum over x in cell m of dy     dL/dslope_m = sum over x in cell m of dy (x - start of its segment)
+
+and the quantizer says by its `offset` and `slope` what they mean for its parameters.
+
 Everything is written as unrolled elementwise comparisons, because that is what a compiler fuses into one pass.
 Comparisons, tables and parameter gradients are in float32 (float64 for float64 inputs); y has the type of x.
 """
@@ -26,8 +34,8 @@ from torch import Tensor
 class Table(NamedTuple):
     """What a quantizer's parameters mean. `...` is empty (per tensor) or one dimension of C channels.
 
-    `gaps`, `low` and `high` carry the gradient, `levels` and `thresholds` only values. With
-    `Rule.index == "uniform"` the levels are `code * gaps`, and `levels`, `thresholds` are None.
+    `gaps`, `low`, `high`, `offset` and `slope` carry the gradient, `levels` and `thresholds` only values. With
+    `Rule.index == "uniform"` the levels are `(code + shift) * gaps`, and `levels`, `thresholds` are None.
     """
 
     gaps: Tensor  # [..., K], or [..., 1] where Rule.reduction is "total": the unit that all gaps are made of
@@ -35,6 +43,8 @@ class Table(NamedTuple):
     high: Tensor  # [..., 1] highest level
     levels: Tensor | None = None  # [..., K+1], ascending
     thresholds: Tensor | None = None  # [..., K], ascending
+    offset: Tensor | None = None  # [..., K+S], for Rule.reduction "per_cell"; only its gradient is used
+    slope: Tensor | None = None  # likewise
 
 
 class Rule(NamedTuple):
@@ -42,9 +52,11 @@ class Rule(NamedTuple):
 
     index: str  # "uniform": round half to even of x / step; "table": compare with the thresholds
     ste: str  # dL/dx: "clip" passes low <= x <= high; "clip_open" low < x < high; "half" 0.5 at both ends; "none" all
-    reduction: str  # gradient of the gaps: "none", "total" (one sum), "per_gap" (one sum each)
+    reduction: str  # gradient of the gaps: "none", "total" (one sum), "per_gap" (one sum each); or "per_cell"
     codes: tuple[int, int]  # lowest and highest level number relative to zero; K = codes[1] - codes[0]
     ties_up: tuple[bool, ...] = ()  # per threshold: does x == threshold belong to the upper level?
+    shift: float = 0.0  # "uniform": 0 has a level at zero, 0.5 has one on either side of it
+    segments: int = 0  # "per_cell": S
 
 
 STE_RULES = ("clip", "clip_open", "half", "none")
@@ -55,18 +67,15 @@ def encode(x: Tensor, table: Table, rule: Rule) -> Tensor:
     x, table = compute_type(x, table)
     if rule.index == "uniform":
         return (_code(x, table, rule) - rule.codes[0]).long()
-    index = torch.zeros_like(x, dtype=torch.int64)
-    for k, up in enumerate(rule.ties_up):
-        index += _above(x, _column(table.thresholds, k, x), up)
-    return index
+    return _index(x, table, rule)
 
 
 class Oracle(torch.autograd.Function):
     """x -> its level by `rule`; same shape and type. A 2-D table runs over dimension 0 of x."""
 
     @staticmethod
-    def forward(ctx, x, gaps, low, high, levels, thresholds, rule):
-        table = Table(gaps, low, high, levels, thresholds)
+    def forward(ctx, x, gaps, low, high, levels, thresholds, offset, slope, rule):
+        table = Table(gaps, low, high, levels, thresholds, offset, slope)
         ctx.rule = rule
         ctx.save_for_backward(x, *table)
         return quantize(x, table, rule)[0].to(x.dtype)
@@ -81,13 +90,22 @@ class Oracle(torch.autograd.Function):
         # Comparing x / step with the codes, not x with the end levels, keeps the range that of the rounding.
         uniform = rule.index == "uniform"
         at = x / _column(table.gaps, 0, x) if uniform else x
-        low, high = rule.codes if uniform else (_column(table.levels, 0, x), _column(table.levels, -1, x))
+        low, high = end_codes(rule) if uniform else (_column(table.levels, 0, x), _column(table.levels, -1, x))
         inside = (at >= low) & (at <= high)
         dx = input_gradient(dy, at, low, high, inside, rule.ste).to(stored)
-        if rule.reduction == "none" or not any(ctx.needs_input_grad[1:4]):
-            return dx, None, None, None, None, None, None
+        if rule.reduction == "none" or not any(ctx.needs_input_grad[1:]):
+            return dx, *(None,) * 8
 
         channels = table.gaps.dim() == 2
+        dlow = _sum(torch.where(at < low, dy, 0), channels).to(kind)
+        dhigh = _sum(torch.where(at > high, dy, 0), channels).to(kind)
+        if rule.reduction == "per_cell":
+            number, start = segment(x, low, high, rule)
+            cell = _index(x, table, rule) + number
+            weights = [torch.where(inside, each, 0) for each in (dy, dy * (x - start))]
+            offset, slope = (torch.cat([_sum(torch.where(cell == m, each, 0), channels)
+                                        for m in range(table.offset.shape[-1])], dim=-1).to(kind) for each in weights)
+            return dx, None, dlow, dhigh, None, None, offset, slope, None
         error = torch.where(inside, dy * (y - x), 0)
         if rule.reduction == "total":
             dgaps = _sum(error, channels)
@@ -97,24 +115,41 @@ class Oracle(torch.autograd.Function):
                      channels)
                 for k in range(rule.codes[1] - rule.codes[0])
             ], dim=-1)
-        dlow = _sum(torch.where(at < low, dy, 0), channels)
-        dhigh = _sum(torch.where(at > high, dy, 0), channels)
-        return dx, (dgaps / table.gaps).to(kind), dlow.to(kind), dhigh.to(kind), None, None, None
+        return dx, (dgaps / table.gaps).to(kind), dlow, dhigh, *(None,) * 5
 
 
 def quantize(x, table, rule):
     """y, and x and table in the type that is computed in."""
     x, table = compute_type(x, table)
     if rule.index == "uniform":
-        return _code(x, table, rule) * _column(table.gaps, 0, x), x, table
+        return (_code(x, table, rule) + rule.shift) * _column(table.gaps, 0, x), x, table
     y = torch.where(x == x, _column(table.levels, 0, x), x)  # NaN in, NaN out
     for k, up in enumerate(rule.ties_up):
         y = torch.where(_above(x, _column(table.thresholds, k, x), up), _column(table.levels, k + 1, x), y)
     return y, x, table
 
 
+def end_codes(rule: Rule) -> tuple[float, float]:
+    """Lowest and highest level of a uniform grid in units of its step."""
+    return rule.codes[0] + rule.shift, rule.codes[1] + rule.shift
+
+
+def segment(x: Tensor, low: Tensor, high: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Number (int64) and start of the equal segment of the range that x lies in; the end ones for what lies outside."""
+    width = (high - low) / rule.segments
+    number = ((x - low) / width).floor().clamp(0, rule.segments - 1).nan_to_num(0.0)
+    return number.long(), low + number * width
+
+
+def _index(x, table, rule):
+    index = torch.zeros_like(x, dtype=torch.int64)
+    for k, up in enumerate(rule.ties_up):
+        index += _above(x, _column(table.thresholds, k, x), up)
+    return index
+
+
 def _code(x, table, rule):
-    return (x / _column(table.gaps, 0, x)).round().clamp(*rule.codes)
+    return (x / _column(table.gaps, 0, x) - rule.shift).round().clamp(*rule.codes)
 
 
 def _above(x, threshold, tie_goes_up):

@@ -1,0 +1,69 @@
+"""A histogram whose bins are fixed before any data is seen, so that those of batches and ranks simply add up.
+
+Bins are logarithmic: each octave of |x| from 2^-30 to 2^20 has 32 of them, for either sign, and there is one for
+zero. Within a bin values differ by at most 3 percent; its count and its exact sum are kept, in float64.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOWEST, HIGHEST, PER_OCTAVE = -30, 20, 32
+SIDE = (HIGHEST - LOWEST) * PER_OCTAVE  # bins of one sign
+BINS = 2 * SIDE + 1
+
+
+@dataclass
+class Histogram:
+    """count, total: float64 on the CPU, [BINS] or, per channel, [C, BINS]; bins in ascending order of x."""
+
+    count: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, *, per_channel: bool = False) -> "Histogram":
+        """Histogram of finite values; with `per_channel`, one for each index of dimension 0."""
+        x = x.detach().float()
+        x = x.flatten(1) if per_channel else x.reshape(1, -1)
+        fraction, exponent = torch.frexp(x.abs())  # |x| = fraction 2^exponent, 1/2 <= fraction < 1
+        number = (exponent - 1 - LOWEST) * PER_OCTAVE + ((fraction - 0.5) * (2 * PER_OCTAVE)).long()
+        number = torch.where(x == 0, -1, number.clamp(-1, SIDE - 1)) + 1
+        number = SIDE + torch.where(x < 0, -number, number)
+        number += torch.arange(len(x), device=x.device)[:, None] * BINS
+        count = torch.bincount(number.flatten(), minlength=len(x) * BINS).double()
+        total = torch.bincount(number.flatten(), x.flatten().double(), len(x) * BINS)
+        shape = (len(x), BINS) if per_channel else (BINS,)
+        return cls(count.cpu().view(shape), total.cpu().view(shape))
+
+    def merge(self, other: "Histogram") -> "Histogram":
+        return Histogram(self.count + other.count, self.total + other.total)
+
+    def cells(self, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+        """Count and sum of the values in each interval between ascending thresholds [..., K]: two [..., K+1].
+
+        Within a bin that a threshold cuts, values are taken to be spread evenly.
+        """
+        edges = _edges()
+        thresholds = thresholds.to(edges)
+        at = (torch.searchsorted(edges, thresholds.contiguous(), right=True) - 1).clamp(0, BINS - 1)
+        left, right = edges[at], edges[at + 1]
+        inside = thresholds.clamp(left, right)
+        share = (inside - left) / (right - left)  # of the count; the sum's share follows from the even spread
+        weighted = torch.where(at == SIDE, share, (inside.square() - left.square()) / (right.square() - left.square()))
+        found = []
+        for values, part in ((self.count, share), (self.total, weighted)):
+            running = torch.nn.functional.pad(values.cumsum(-1), (1, 0))
+            below = running.gather(-1, at) + part * values.gather(-1, at)
+            below = torch.cat([torch.zeros_like(running[..., :1]), below, running[..., -1:]], -1)
+            found.append(below.diff(dim=-1))
+        return found[0], found[1]
+
+
+@functools.cache
+def _edges() -> Tensor:
+    """The BINS + 1 ends of the bins, ascending."""
+    steps = 1 + torch.arange(PER_OCTAVE, dtype=torch.float64) / PER_OCTAVE
+    positive = torch.cat([2.0**octave * steps for octave in range(LOWEST, HIGHEST)] + [2.0**HIGHEST * steps[:1]])
+    return torch.cat([-positive.flip(0), positive])

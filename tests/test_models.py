@@ -1,0 +1,227 @@
+"""Real architectures of the three libraries: every layer quantized, one step trained, what stays float named.
+
+Weights are random, batches of two, images as small as the architecture takes.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import nulsq
+from nulsq.config import Recipe, load
+from nulsq.models import build_model, network
+from nulsq.quant.layers import QUANTIZED
+
+timm = pytest.importorskip("timm")
+pytest.importorskip("pytorchcv")
+pytest.importorskip("torchvision")
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = nn.Conv2d | nn.Linear
+
+# Network, classes, image size, bits, weight and activation quantizer. pytorchcv's ImageNet networks end in a pooling
+# of 7x7, which 193 pixels are the least for.
+NETWORKS = [
+    ("pytorchcv:preresnet20_cifar10", 10, 32, 2, "lsq", "nulsq"),
+    ("pytorchcv:preresnet20_cifar100", 100, 32, 2, "nulsq", "nulsq"),
+    ("pytorchcv:preresnet56_cifar10", 10, 32, 4, "apot", "apot"),
+    ("pytorchcv:preresnet56_cifar100", 100, 32, 2, "uniq", "uniq"),
+    ("pytorchcv:preresnet18", 10, 193, 2, "lsq", "nulsq"),
+    ("pytorchcv:preresnet34", 10, 193, 4, "lcq", "lcq"),
+    ("pytorchcv:mobilenetv2_w1", 10, 193, 4, "nulsq", "nulsq"),
+    ("torchvision:resnet18", 10, 64, 2, "lcq", "nulsq"),
+    ("torchvision:resnet50", 10, 64, 4, "lsq", "lsq"),
+    ("timm:resnet18", 10, 64, 2, "apot", "lsq"),
+    ("timm:mobilenetv2_100", 10, 64, 4, "lsq", "nulsq"),
+    ("timm:efficientnet_lite0", 10, 64, 2, "uniq", "nulsq"),
+    ("timm:deit_tiny_patch16_224", 10, 64, 4, "nulsq", "nulsq"),
+    ("timm:swin_tiny_patch4_window7_224", 10, 64, 2, "lsq", "nulsq"),
+    ("timm:convnext_tiny", 10, 64, 4, "lcq", "lsq"),
+]
+# What timm does to a fresh network would leave layers without a gradient in one step: last norms of a block that
+# start at zero, whole blocks dropped at random. And a transformer's image size is settled at construction.
+FRESH = {"timm:resnet18": {"zero_init_last": False}, "timm:deit_tiny_patch16_224": {"img_size": 64},
+         "timm:swin_tiny_patch4_window7_224": {"img_size": 64, "drop_path_rate": 0}}
+
+
+def float_network(name, classes):
+    torch.manual_seed(0)
+    if name in FRESH:
+        return timm.create_model(name.partition(":")[2], num_classes=classes, **FRESH[name])
+    return build_model(name, classes)
+
+
+def images(size, seed=0):
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("name", "classes", "size", "bits", "weight", "activation"), NETWORKS,
+                         ids=[f"{name}-w{bits}a{bits}" for name, _, _, bits, *_ in NETWORKS])
+def test_every_layer_of_a_network_is_quantized_and_learns(name, classes, size, bits, weight, activation):
+    model = float_network(name, classes)
+    wanted = [where for where, module in model.named_modules() if isinstance(module, LAYERS)]
+    policy = nulsq.Policy(bits=bits, weight=nulsq.SideRule(weight), activation=nulsq.SideRule(activation))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing stays float, nothing is clipped to zero
+        nulsq.quantize_(model, policy)
+        nulsq.calibrate_(model, [images(size)])
+    layers = {where: module for where, module in model.named_modules() if type(module) in QUANTIZED.values()}
+    assert list(layers) == wanted
+    assert all(layer.weight_quantizer and layer.activation_quantizer for layer in layers.values())
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    nulsq.follow_step_(optimizer, model)
+    F.cross_entropy(model.train()(images(size, seed=1)), torch.tensor([0, 1])).backward()
+    for where, module in model.named_modules():
+        gradients = [parameter.grad for parameter in module.parameters(recurse=False)]
+        if isinstance(module, nulsq.Quantizer | LAYERS) and gradients:
+            assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients), where
+            assert any(gradient.any() for gradient in gradients), where
+    optimizer.step()
+    assert all(value.isfinite().all() for value in model.parameters())
+
+    with torch.no_grad():
+        logits = model.eval()(images(size, seed=1))
+    assert logits.shape == (2, classes) and logits.isfinite().all()
+
+
+def test_linear_bottlenecks_and_layer_norms_get_signed_activations():
+    mobile = nulsq.calibrate_(nulsq.quantize_(float_network("timm:mobilenetv2_100", 10)), [images(64)])
+    assert mobile.blocks[1][1].conv_pw.activation_quantizer.signed  # the block before ends without an activation
+    assert not mobile.blocks[1][1].conv_dw.activation_quantizer.signed  # after a ReLU6
+    deit = nulsq.calibrate_(nulsq.quantize_(float_network("timm:deit_tiny_patch16_224", 10)), [images(64)])
+    assert deit.blocks[3].attn.qkv.activation_quantizer.signed  # after a LayerNorm
+    assert deit.blocks[3].mlp.fc2.activation_quantizer.signed  # after a GELU
+
+
+# ---- what stays float
+
+
+@pytest.mark.parametrize(("name", "lines"), [
+    ("timm:deit_tiny_patch16_224", [
+        "stays float: 25 x LayerNorm, 1 x cls_token of VisionTransformer, 1 x pos_embed of VisionTransformer",
+        "stays float: the two products inside attention, which have no parameters (12 x Attention)"]),
+    ("timm:swin_tiny_patch4_window7_224", [
+        "stays float: 29 x LayerNorm, 12 x relative_position_bias_table of WindowAttention",
+        "stays float: the two products inside attention, which have no parameters (12 x WindowAttention)"]),
+    ("timm:convnext_tiny", ["stays float: 5 x LayerNorm2d, 18 x LayerNorm, 18 x gamma of ConvNeXtBlock"]),
+    ("pytorchcv:preresnet20_cifar10", ["stays float: 19 x BatchNorm2d"]),
+])
+def test_the_summary_lists_what_stays_float(name, lines):
+    text = nulsq.summary(nulsq.quantize_(float_network(name, 10)))
+    assert [line for line in text.splitlines() if line.startswith("stays float")] == lines
+
+
+def test_subclasses_of_convolutions_stay_float_and_are_named():
+    model = build_model("timm:tf_efficientnet_lite0", 10)
+    with pytest.warns(UserWarning, match=r"not quantized.*: conv_stem \(Conv2dSame\), .* and 2 more"):
+        nulsq.quantize_(model)
+    text = nulsq.summary(model)
+    assert "5 x Conv2dSame, a subclass" in text
+    assert type(model.blocks[0][0].conv_dw).__name__ == "QuantConv2d"
+    # The stem is the first layer, quantized or not: the next one has the bits of all the others.
+    assert model.blocks[0][0].conv_dw.weight_quantizer.bits == 2
+
+
+def test_torchs_attention_stays_float_and_is_named():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), nn.TransformerEncoderLayer(16, 2, 32))
+    with pytest.warns(UserWarning, match=r"not quantized.*: 2.self_attn.out_proj"):
+        nulsq.quantize_(model)
+    text = nulsq.summary(model)
+    for part in ("in_proj_weight of MultiheadAttention", "NonDynamicallyQuantizableLinear, a subclass",
+                 "two products inside attention"):
+        assert part in text
+
+
+def test_a_weight_that_a_network_takes_without_calling_its_layer_is_an_error_of_calibration():
+    """torchvision's Swin does so. With a rule that leaves these layers float the network works."""
+    with pytest.raises(ValueError, match="features.1.0.attn.qkv"):
+        nulsq.calibrate_(nulsq.quantize_(build_model("torchvision:swin_t", 10)), [images(64)])
+    rules = {"attention": nulsq.LayerRule(["*.attn.qkv", "*.attn.proj"], quantizer="fp")}
+    model = nulsq.quantize_(build_model("torchvision:swin_t", 10), nulsq.Policy(rules=rules))
+    nulsq.calibrate_(model, [images(64)])
+
+
+# ---- published weights
+
+
+def offline(code, home):
+    """Run code in a fresh interpreter with empty caches and without any network."""
+    cut = ("import socket, sys\n"
+           "def refuse(*args, **kwargs): raise socket.gaierror(-2, 'Name or service not known')\n"
+           "socket.getaddrinfo = socket.socket.connect = refuse\n")
+    environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    environment |= {"HOME": str(home), "TORCH_HOME": str(home / "torch"), "HF_HOME": str(home / "hf")}
+    for key in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_ENDPOINT", "XDG_CACHE_HOME"):
+        environment.pop(key, None)
+    return subprocess.run([sys.executable, "-c", cut + code], cwd=ROOT, env=environment, capture_output=True,
+                          text=True, timeout=120)
+
+
+def test_published_weights_without_a_network_are_one_line_for_each_library(tmp_path):
+    code = """
+from nulsq.models import build_model
+for name, classes in (("pytorchcv:preresnet20_cifar10", 10), ("torchvision:resnet18", 1000), ("timm:resnet18", 1000)):
+    try: build_model(name, classes, pretrained=True)
+    except ValueError as error: print(type(error).__name__, error)
+"""
+    done = offline(code, tmp_path)
+    assert "etrying" not in done.stderr  # no library waited and tried again
+    assert done.stdout.splitlines() == [
+        f"InputError model.pretrained: no published weights of {name} with {classes} classes are cached or reachable "
+        f"({server} does not answer); give a file with model.init_from"
+        for name, classes, server in (("pytorchcv:preresnet20_cifar10", 10, "github.com"),
+                                      ("torchvision:resnet18", 1000, "download.pytorch.org"),
+                                      ("timm:resnet18", 1000, "huggingface.co"))]
+
+
+def test_published_weights_in_the_cache_need_no_network(tmp_path):
+    """The caches of torch.hub and the Hugging Face hub as the libraries write them, with weights of our own."""
+    from safetensors.torch import save_file
+    from torchvision.models import ResNet18_Weights, resnet18
+    torch.manual_seed(1)
+    weights = resnet18().state_dict()
+    hub, snapshot = tmp_path / "torch/hub/checkpoints", tmp_path / "hf/hub/models--timm--resnet18.a1_in1k/snapshots/1"
+    hub.mkdir(parents=True)
+    torch.save(weights, hub / Path(ResNet18_Weights.DEFAULT.url).name)
+    snapshot.mkdir(parents=True)
+    save_file(timm.create_model("resnet18").state_dict() | weights, snapshot / "model.safetensors")
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("1")
+    torch.save(weights["conv1.weight"], tmp_path / "conv1.pth")
+    code = f"""
+import torch
+from nulsq.models import build_model
+wanted = torch.load({str(tmp_path / 'conv1.pth')!r})
+for name, classes in (("torchvision:resnet18", 1000), ("timm:resnet18", 1000), ("timm:resnet18", 10)):
+    model = build_model(name, classes, pretrained=True)
+    print(name, torch.equal(model.conv1.weight, wanted), model.fc.out_features)
+"""
+    done = offline(code, tmp_path)
+    assert done.stdout.splitlines() == ["torchvision:resnet18 True 1000", "timm:resnet18 True 1000",
+                                        "timm:resnet18 True 10"], done.stderr
+    assert "UserWarning: the published weights of timm:resnet18 have 1000 classes, this network has 10" in done.stderr
+    assert done.stderr.count("UserWarning") == 1
+
+
+def test_an_unknown_tag_of_published_weights_names_the_near_ones():
+    with pytest.raises(ValueError, match="timm has no such network. Did you mean .*resnet18.a1_in1k"):
+        build_model("timm:resnet18.a1_in1", 10)
+
+
+# ---- from the recipe
+
+
+def test_the_recipes_policy_and_shares_reach_the_quantizers():
+    recipe = load(Recipe, None, ["model.name=torchvision:resnet18", "quant.preset=none", "quant.bits=3"])
+    model = network(recipe, 10, shares=6)
+    found = nulsq.quantizers_of(model)
+    assert {(quantizer.bits, quantizer.shares) for quantizer in found} == {(3, 6)}
+    assert network(recipe, 10).conv1.weight_quantizer.shares == 1
