@@ -18,8 +18,10 @@ from typing import Any, Literal, TypeVar
 from nulsq.errors import InputError, require
 from nulsq.quant.base import GRAD_SCALES
 from nulsq.quant.init import INITIALIZERS
+from nulsq.quant.layers import NORMALIZATIONS
 from nulsq.quant.op.oracle import STE_RULES
-from nulsq.quant.policy import FLOAT, Policy
+from nulsq.quant.oscillation import OscillationSettings
+from nulsq.quant.policy import FLOAT, PRESETS, Policy
 from nulsq.quantizers import get_quantizer
 
 T = TypeVar("T")
@@ -69,7 +71,8 @@ class Data:
 class Model:
     name: str = setting("pytorchcv:preresnet20_cifar10", "LIBRARY:NAME with pytorchcv, timm or torchvision")
     pretrained: bool = setting(False, "the library's published weights")
-    init_from: str | None = setting(None, "weights to start from: .pth, .safetensors or a run directory")
+    init_from: str | None = setting(None, "weights to start from: .pth, .safetensors or a run directory; a run of more "
+                                    "bits makes it progressive (float, 4, 3, 2: each from the last)")
     init_saw_holdout: bool = setting(False, "these weights were trained on the holdout (published ones were); "
                                      "the results repeat it")
 
@@ -98,6 +101,18 @@ class Optim:
     accumulate: int = setting(1, "micro-batches that one step's batch is computed in", low=1)
     label_smoothing: float = setting(0.0, "of the cross entropy", low=0, high=0.999)
     freeze_bn: bool = setting(False, "keep batch-norm statistics as they are")
+    reestimate_bn: int = setting(0, "training batches to measure batch-norm statistics on before each evaluation; 0: "
+                                 "running averages", low=0)
+    ema_decay: float = setting(0.0, "evaluate a moving average of weights and steps, decay min(this, (1 + t)/(10 + t)) "
+                               "at step t; 0: none", low=0, high=0.999999)
+
+
+@dataclass(frozen=True)
+class Distill:
+    teacher: str | None = setting(None, "learn this network's soft labels: LIBRARY:NAME (published) or a run directory")
+    weights: str | None = setting(None, "file with the weights of a teacher LIBRARY:NAME")
+    weight: float = setting(1.0, "share of the soft labels in the loss, the labels being the rest", above=0, high=1)
+    temperature: float = setting(1.0, "that both networks' logits are divided by", above=0)
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,8 @@ class Recipe:
     model: Model = field(default_factory=Model)
     quant: Quant = field(default_factory=Quant)
     optim: Optim = field(default_factory=Optim)
+    oscillation: OscillationSettings = field(default_factory=OscillationSettings)
+    distill: Distill = field(default_factory=Distill)
 
 
 def load(cls: type[T], path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> T:
@@ -146,7 +163,8 @@ def check_names(recipe: Recipe) -> None:
 
     Raises InputError; nothing has been read from disk by then.
     """
-    allowed = {"init": tuple(INITIALIZERS), "grad_scale": GRAD_SCALES, "ste": STE_RULES}
+    allowed = {"init": tuple(INITIALIZERS), "grad_scale": GRAD_SCALES, "ste": STE_RULES, "preset": PRESETS,
+               "normalization": NORMALIZATIONS}
     for key, value in flatten(recipe.quant, "quant").items():
         name = key.rpartition(".")[2]
         if value is None or ".options" in key:
@@ -165,6 +183,17 @@ def check_names(recipe: Recipe) -> None:
         raise InputError("optim.nesterov = true needs optim.momentum above 0")
     if optim.warmup_epochs >= optim.epochs:
         raise InputError(f"optim.warmup_epochs = {optim.warmup_epochs}, allowed: below optim.epochs = {optim.epochs}")
+    if optim.freeze_bn and optim.reestimate_bn:
+        raise InputError("optim.freeze_bn keeps the statistics that optim.reestimate_bn measures anew; choose one")
+    if recipe.distill.weights and (recipe.distill.teacher is None or ":" not in recipe.distill.teacher):
+        raise InputError("distill.weights needs distill.teacher = LIBRARY:NAME, the network that they are of")
+    if recipe.distill.teacher and recipe.distill.weight == 1 and optim.label_smoothing:
+        raise InputError("optim.label_smoothing changes nothing with distill.weight = 1: no label enters the loss")
+    try:
+        recipe.quant.without_preset()
+        recipe.oscillation.check()
+    except ValueError as error:
+        raise InputError(str(error)) from None
     if not re.fullmatch(r"none|last:\d+|stratified:(0?\.\d+)", recipe.data.holdout):
         raise InputError(f"data.holdout = {recipe.data.holdout!r}, allowed: stratified:SHARE with 0 < SHARE < 1, "
                          "last:N, or none")

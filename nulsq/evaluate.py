@@ -3,7 +3,8 @@
     python -m nulsq.evaluate RUN                 accuracy on the test images, into RUN/test.json
     python -m nulsq.evaluate RUN --split val     on the holdout
 
-The checkpoint is the run's best on the holdout, or its last where nothing was held out.
+The checkpoint is the run's best on the holdout, or its last where nothing was held out. Where the run averaged its
+weights (optim.ema_decay) the average is evaluated, and batch-norm statistics are those that the run evaluated with.
 """
 
 import json
@@ -17,8 +18,8 @@ from nulsq import checkpoint
 from nulsq.data import DataSet, Normalize, build_loader
 from nulsq.errors import Parser, exit_on_input_error
 from nulsq.metrics import Counters
-from nulsq.models import network
 from nulsq.run_directory import read_recipe, write_atomically
+from nulsq.state import trained_network
 from nulsq.world import World, world
 
 
@@ -43,8 +44,7 @@ def evaluate_run(run: Path, *, split: str = "test", which: str = "auto", here: W
     recipe = read_recipe(run)
     content = checkpoint.best_or_last(run) if which == "auto" else checkpoint.load(run / "checkpoints" / f"{which}.pt")
     data = DataSet(recipe.data.path)
-    model = network(recipe, len(data.classes), start=False)
-    model.load_state_dict(content["model"])
+    model = trained_network(recipe, content, len(data.classes))
     memory = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
     model.to(here.device, memory_format=memory)
     loader = build_loader(recipe.data, data, split, here.rank, here.size)

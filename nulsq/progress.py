@@ -30,6 +30,8 @@ class Progress:
         saw = ", which the starting weights have seen" if recipe.model.init_saw_holdout else ""
         self.say(f"{run}: {recipe.model.name} on {data} ({loader} loader, {steps} steps of {recipe.data.batch} per "
                  f"epoch, {held}{saw}), {here.size} {'rank' if here.size == 1 else 'ranks'} on {here.device.type}")
+        if recipe.distill.teacher:
+            self.say(f"taught by {recipe.distill.teacher}, weight {recipe.distill.weight:g} of the loss")
         if here.size > 1 and here.device.type == "cpu":
             self.say("batch norm is per rank on the CPU (torch has no SyncBatchNorm for it); its running statistics "
                      "are averaged over the ranks before each evaluation")
@@ -66,6 +68,11 @@ class Progress:
             return
         self.close()
         val = f"  val top-1 {metrics['val_top1']:.2f}" if "val_top1" in metrics else ""
+        if "raw_val_top1" in metrics:
+            val += f" ({metrics['raw_val_top1']:.2f} not averaged)"
+        if "oscillating_share" in metrics:
+            val += (f"  oscillating {100 * metrics['oscillating_share']:.2f}%, "
+                    f"frozen {100 * metrics['frozen_share']:.2f}%")
         print(f"epoch {metrics['epoch']}/{self.epochs}  loss {metrics['train_loss']:.4f}  "
               f"top-1 {metrics['train_top1']:.2f}{val}  {metrics['images_per_second']:.0f} img/s  "
               f"waiting for data {100 * metrics['wait_share']:.1f}%  left {duration(epochs_left * seconds)}",

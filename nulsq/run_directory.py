@@ -4,6 +4,8 @@
     code.txt       code and package versions    outcome.json    how the run ended, and whether to requeue
     checkpoints/   last.pt, best.pt             tensorboard/    the log
     test.json      accuracy on the test images, written by `nulsq.evaluate`
+    oscillations.jsonl   a line per epoch: how many weights of each layer oscillate, how many are frozen; where the
+                         recipe tracks them
 
 One run at a time: `lock` is held while one trains. The same directory with the same recipe means resume; with
 another recipe it is an error that names the settings.
@@ -29,6 +31,7 @@ from nulsq.errors import InputError
 # Settings that may change between the parts of a run: they do not enter its numbers.
 FREE = {"name", "run.dir", "run.root", "run.train_id", "run.device", "run.threads", "run.log_every", "data.loader",
         "data.workers"}
+METRICS, OSCILLATIONS = "metrics.jsonl", "oscillations.jsonl"
 PACKAGES = ("torch", "torchvision", "timm", "pytorchcv", "numpy", "omegaconf", "ffcv", "numba", "ray")
 
 
@@ -67,17 +70,17 @@ class RunDirectory:
         if self._lock_file is not None:
             self._lock_file.close()
 
-    def metrics(self) -> list[dict[str, Any]]:
-        return read_metrics(self.path)
-
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("a") as file:
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        """A line to one of the records, METRICS or OSCILLATIONS."""
+        with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def cut_metrics(self, epoch: int) -> None:
+    def cut_records(self, epoch: int) -> None:
         """Drop lines after an epoch: a resumed run writes them again."""
-        kept = [line for line in self.metrics() if line["epoch"] <= epoch]
-        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        for name in (METRICS, OSCILLATIONS):
+            kept = [line for line in read_lines(self.path / name) if line["epoch"] <= epoch]
+            if name == METRICS or (self.path / name).is_file():
+                write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_outcome(self, outcome: str, *, requeue: bool = False, **more: Any) -> None:
         content = {"outcome": outcome, "requeue": requeue, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **more}
@@ -102,8 +105,11 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut off in the middle is left out."""
-    file = path / "metrics.jsonl"
+    return read_lines(path / METRICS)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a record; none without a file, and a last line that was cut off in the middle is left out."""
     lines = file.read_text().splitlines() if file.is_file() else []
     found = []
     for line in lines:

@@ -34,6 +34,14 @@ class TensorBoardLog:
             self.writer.add_scalar(f"epoch/{key}", value, metrics["step"])
         self.writer.flush()
 
+    def oscillations(self, layers: dict[str, dict[str, int]], step: int) -> None:
+        """Per layer, as `Oscillations.count` has it: the share of weights that oscillate, and that are frozen."""
+        if self.writer is None:
+            return
+        for name, count in layers.items():
+            for what in ("oscillating", "frozen"):
+                self.writer.add_scalar(f"{what}_share/{name}", count[what] / count["weights"], step)
+
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()

@@ -19,26 +19,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from nulsq import checkpoint, command_line
-from nulsq.config import Recipe, check_names
-from nulsq.data import DataSet, Normalize, build_loaders, check_data
+from nulsq.config import Recipe
+from nulsq.data import Normalize, build_loaders
+from nulsq.distill import build_teacher
+from nulsq.ema import WeightAverage
 from nulsq.errors import InputError, exit_on_input_error
 from nulsq.evaluate import evaluate, evaluate_run, read_evaluation
+from nulsq.loss import backward
 from nulsq.metrics import Counters
-from nulsq.models import build_model, network, sync_batch_norm
+from nulsq.models import sync_batch_norm
 from nulsq.optim import Optimizers, learning_rate
+from nulsq.prepare import prepare
 from nulsq.progress import Progress
+from nulsq.quant.batch_norm import freeze_batch_norm_
 from nulsq.quant.calibrate import average_batch_norm_, calibrate_
+from nulsq.quant.oscillation import shares
 from nulsq.quant.step import quantizers_of
 from nulsq.quant.swap import summary
-from nulsq.run_directory import RunDirectory, path_of
+from nulsq.run_directory import METRICS, OSCILLATIONS, RunDirectory, path_of
 from nulsq.signals import asked_to_stop, stop_on_signal
-from nulsq.state import TrainState
+from nulsq.state import TrainState, track_oscillations
 from nulsq.tensorboard import TensorBoardLog
+from nulsq.validate import first_batches, validate
 from nulsq.world import World, world
 
 Report = Callable[[dict, Path], None]
@@ -71,7 +76,8 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
         run = RunDirectory(path_of(recipe))
         resume = resume or here.on_first(lambda: checkpoint.newest(run.path))
         resumed = checkpoint.load(Path(resume)) if resume is not None else None
-        prepared = prepare(recipe, here, start=resumed is None)
+        data, model, kind = prepare(recipe, here, start=resumed is None)
+        prepared = data, model, kind, build_teacher(recipe, len(data.classes), here)
         cleanup.callback(run.release)
         here.on_first(lambda: run.start(recipe))
         progress = Progress(recipe.optim.epochs, here, quiet=quiet)
@@ -88,31 +94,8 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
             raise
 
 
-def prepare(recipe: Recipe, here: World, *, start: bool = True) -> tuple[DataSet, nn.Module, str]:
-    """Open the data, build the network with its starting weights and quantizers. Raises InputError; writes nothing.
-
-    With `start=False` no weights are read: a checkpoint has them.
-    """
-    check_names(recipe)
-    data = DataSet(recipe.data.path)
-    kind = check_data(recipe.data, data, here.size)
-    if recipe.data.batch % (recipe.optim.accumulate * here.size):
-        raise InputError(f"data.batch = {recipe.data.batch} does not divide over {here.size} ranks and "
-                         f"optim.accumulate = {recipe.optim.accumulate}")
-    if recipe.model.pretrained and recipe.model.init_from:
-        raise InputError("model.pretrained and model.init_from are both set; choose one")
-    if recipe.quant.calibration == "reference" and here.size > 1:
-        raise InputError("quant.calibration = reference is the authors' protocol of one process; it has no meaning for "
-                         f"{here.size} ranks")
-    if recipe.model.pretrained and start and torch.distributed.is_initialized():
-        # one rank downloads, the others find the file
-        here.on_first(lambda: build_model(recipe.model.name, len(data.classes), pretrained=True) and None)
-    model = network(recipe, len(data.classes), start=start)
-    return data, model, kind
-
-
 def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
-    (data, model, kind), optim, device = prepared, recipe.optim, here.device
+    (data, model, kind, teacher), optim, device = prepared, recipe.optim, here.device
 
     # ---- network, in the order that matters: device, calibration, then the wrappers
     model.to(device, memory_format=torch.channels_last if recipe.run.channels_last else torch.contiguous_format)
@@ -122,6 +105,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
         _calibrate(recipe, here, model, loaders, normalize, progress)
     if here.size > 1 and device.type == "cuda":
         model = sync_batch_norm(model)
+    oscillations = track_oscillations(recipe, model)
     stepped = model
     if here.size > 1:
         with warnings.catch_warnings():
@@ -133,13 +117,14 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
         stepped = torch.compile(stepped)
 
     # ---- state: fresh or resumed
-    state = TrainState(model, Optimizers(model, optim), Counters(device))
+    average = WeightAverage(model, optim.ema_decay) if optim.ema_decay else None
+    state = TrainState(model, Optimizers(model, optim), Counters(device), average)
     if resumed is not None:
         state.load_state_dict(resumed)
         if not here.first:
             state.counters.reset()  # the checkpoint has the sum over the ranks
     if here.first:
-        run.cut_metrics(state.epoch)  # a line without its checkpoint is written again
+        run.cut_records(state.epoch)  # a line without its checkpoint is written again
     steps = loaders.train.steps
     total = steps * optim.epochs
     schedule = functools.partial(learning_rate, steps=total, warmup_steps=round(steps * optim.warmup_epochs),
@@ -156,15 +141,20 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
         progress.start(state.epoch, state.step - state.epoch * steps, steps)
         model.train()
         if optim.freeze_bn:
-            _freeze_batch_norm(model)
+            freeze_batch_norm_(model)
         fetched = time.monotonic()
         for images, labels, _ in loaders.train.epoch(state.epoch, state.step - state.epoch * steps):
             waited += time.monotonic() - fetched
             torch.manual_seed(_step_seed(recipe.run.seed, state.step, here.rank))
-            _backward(stepped, normalize(images), labels.to(device), recipe, state.counters)
+            dampening = oscillations.dampening(state.step / total) if oscillations else None
+            backward(stepped, normalize(images), labels.to(device), recipe, state.counters, teacher, dampening)
             rate = schedule(state.step)
             state.optimizers.step(rate)
             state.step += 1
+            if oscillations:
+                oscillations.after_step_(state.step / total)
+            if average:
+                average.update_(state.step)
             progress.advance()
             if state.step % recipe.run.log_every == 0:
                 log.step(state.step, rate, state.counters)
@@ -178,10 +168,10 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
                    "wait_share": waited / seconds}
 
         # ---- evaluation on the holdout; never on test
-        if device.type == "cpu":
-            average_batch_norm_(model.modules())  # torch has no SyncBatchNorm for the CPU
-        if loaders.val is not None:
-            metrics |= evaluate(model, loaders.val, normalize, here, recipe.run.precision, "val")
+        metrics |= validate(recipe, here, state, loaders, normalize)
+        layers = oscillations.count() if oscillations else {}
+        if layers:
+            metrics |= shares(layers)
         metrics["seconds"] = time.monotonic() - began
         # The training loss is that before the last update; val shows what the update left behind.
         diverged = not all(math.isfinite(metrics[key]) for key in ("train_loss", "val_loss") if key in metrics)
@@ -192,8 +182,11 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
         state.epoch += 1
         state.counters.reset()
         if here.first:
-            run.append_metrics(metrics)
+            run.append(METRICS, metrics)
             log.epoch(metrics)
+            if layers:
+                run.append(OSCILLATIONS, {"epoch": state.epoch, "step": state.step, "layers": layers})
+                log.oscillations(layers, state.step)
             if not diverged:
                 checkpoint.save(run.path, state.state_dict(), best=improved)
         progress.finish(metrics, optim.epochs - state.epoch, metrics["seconds"])
@@ -216,8 +209,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
 
 
 def _calibrate(recipe, here, model, loaders, normalize, progress):
-    batches = (normalize(images) for _, (images, _, _) in
-               zip(range(recipe.quant.calibration_batches), loaders.train.epoch(0), strict=False))
+    batches = first_batches(loaders.train, normalize, recipe.quant.calibration_batches)
     try:
         calibrate_(model, batches, recipe.quant.calibration)
     except ValueError as error:
@@ -227,35 +219,19 @@ def _calibrate(recipe, here, model, loaders, normalize, progress):
         progress.say(f"after calibration, before training: val top-1 {found['val_top1']:.2f}")
 
 
-def _backward(model, images, labels, recipe, counters):
-    """Forward and backward of this rank's part of a batch, in micro-batches; gradients are left in the parameters."""
-    parts = recipe.optim.accumulate
-    for i, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
-        last = i == parts - 1
-        alone = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
-        with alone:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
-                logits = model(x)
-            loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe.optim.label_smoothing)
-            (loss / parts).backward()
-        counters.add(logits, y, loss)
-
-
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """Random numbers inside the network (dropout) follow from (seed, step, rank): no state to save."""
     return (seed * 1_000_003 + step) * 4099 + rank
 
 
-def _freeze_batch_norm(model):
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-
-
 def _save_and_stop(state, here, run, progress):
     state.outcome = "saved"
     if here.device.type == "cpu":
-        average_batch_norm_(state.model.modules())  # running averages: averaged now or at the end is the same
+        # Running averages: averaged over the ranks now or at the end is the same.
+        average_batch_norm_(state.model.modules())
+        if state.average:
+            with state.average.applied():
+                average_batch_norm_(state.model.modules())
     # Ranks count their own images of the epoch under way; the checkpoint is rank 0's and holds the sum.
     counted = here.sum_(state.counters.values.clone())
     if here.first:
@@ -278,6 +254,7 @@ def main(argv: list[str]) -> int:
     with world(recipe.run.device) as here:
         if arguments.dry_run is not None:
             data, model, kind = prepare(recipe, World(0, arguments.dry_run, here.device))
+            build_teacher(recipe, len(data.classes), here)
             if here.first:
                 print(summary(model))
                 print(f"would train {recipe.optim.epochs} epochs on {data.name} ({kind} loader) in {path_of(recipe)}")

@@ -159,6 +159,8 @@ def test_training_leaves_global_settings_alone(short, float_run):
     {"optim__optimizer": "adamw", "optim__lr": 1e-3}, {"optim__qparm_optimizer": "sgd"}, {"run__channels_last": False},
     {"quant__weight__per_channel": True}, {"quant__weight__quantizer": "nulsq"}, {"quant__calibration": "reference"},
     {"model__name": "pytorchcv:resnet20_cifar10", "model__init_from": None},
+    {"oscillation__freeze_threshold": 0.1, "oscillation__dampening": 0.1, "optim__ema_decay": 0.99,
+     "optim__reestimate_bn": 2, "run__precision": "bf16", "optim__accumulate": 2},
 ])
 def test_settings_train(short, float_run, settings):
     name = "setting-" + "-".join(str(value) for value in settings.values()).replace(":", "_")

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from nulsq.config import describe
+from nulsq.distill import build_teacher
 from nulsq.errors import InputError, Parser, exit_on_input_error, require
 from nulsq.progress import duration
 from nulsq.train import prepare
@@ -119,8 +120,11 @@ def show(search: Search, folder: SearchDirectory) -> int:
 
 def _check(search: Search) -> None:
     """Build each study's network and open its data; ask whether a trial fits on this machine."""
+    here = World(0, 1, torch.device("cpu"))
     for study in studies(search):
-        prepare(base_recipe(search, study.overrides), World(0, 1, torch.device("cpu")))
+        recipe = base_recipe(search, study.overrides)
+        data, _, _ = prepare(recipe, here)
+        build_teacher(recipe, len(data.classes), here)
     there = {"cpus": len(os.sched_getaffinity(0)), "gpus": torch.cuda.device_count()}
     for name, count in there.items():
         if getattr(search, name) > count:
