@@ -1,0 +1,112 @@
+"""How true a quantizer is to the values that it sees: clipping, noise, use of its levels. Needs torch alone.
+
+    clipped   share of values below the lowest or above the highest level
+    SNR       10 log10(sum x^2 / sum (x - Q(x))^2) in dB, x as the quantizer sees it (weights: after normalization)
+    entropy   - sum p log2 p over the levels, p the share of values on each: the bits that its b bits carry
+
+Counts and sums run over all values, in float64; a seeded sample is kept for pictures, never the values themselves.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nulsq.quant.base import Quantizer
+
+SAMPLE = 100_000  # values kept for a histogram
+CHUNK = 1 << 22  # values turned to float64 at a time
+
+
+@dataclass
+class Fidelity:
+    """One quantizer of a layer, and the values that went through it so far (`add`)."""
+
+    quantizer: Quantizer
+    count: int = 0  # values
+    below: int = 0  # of them, under the lowest level
+    above: int = 0  # of them, over the highest level
+    signal: float = 0.0  # sum x^2
+    noise: float = 0.0  # sum (x - Q(x))^2
+    not_finite: int = 0  # NaN or infinite values; a tensor that has one is not measured
+    levels: Tensor | None = None  # [L] or, per channel, [C, L], as the last tensor saw them; on the CPU
+    thresholds: Tensor | None = None  # [L-1] or [C, L-1]
+    occupancy: Tensor | None = None  # values on each level, over all channels: int64 [L]
+    sample: Tensor = field(default_factory=lambda: torch.empty(0))  # some of the values; per channel in `unit`s
+    draw: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Measure a tensor of values; of a per-channel quantizer a whole weight [C, ...]."""
+        y = self.quantizer(x)  # before the levels are read: the range of some follows the tensor
+        self.levels, self.thresholds = self.quantizer.levels().cpu(), self.quantizer.thresholds().cpu()
+        rows = self.quantizer.channels or 1
+        x, y = x.reshape(rows, -1), y.reshape(rows, -1)
+        bad = int((~torch.isfinite(x)).sum())
+        self.not_finite += bad
+        if bad:
+            return
+        self._keep_some(x)
+        self.count += x.numel()
+        device = torch.device("cpu") if x.device.type == "mps" else x.device  # mps has no float64
+        levels = self.levels.to(device, torch.float64).view(rows, -1)
+        middle = (levels[:, 1:] + levels[:, :-1]) / 2
+        occupancy = torch.zeros(levels.shape[1], dtype=torch.int64, device=device)
+        for part, quantized in zip(*(each.split(max(1, CHUNK // rows), 1) for each in (x, y)), strict=True):
+            part, quantized = part.to(device, torch.float64), quantized.to(device, torch.float64)
+            self.below += int((part < levels[:, :1]).sum())
+            self.above += int((part > levels[:, -1:]).sum())
+            self.signal += float(part.square().sum())
+            self.noise += float((part - quantized).square().sum())
+            # y is a level, up to its type's rounding: the nearest one
+            index = torch.searchsorted(middle, quantized.contiguous())
+            occupancy += torch.bincount(index.flatten(), minlength=len(occupancy))
+        self.occupancy = occupancy.cpu() + (0 if self.occupancy is None else self.occupancy)
+
+    @property
+    def gaps(self) -> Tensor:
+        """Step sizes, the distances between neighbouring levels: [L-1] or [C, L-1]."""
+        return self.levels.diff(dim=-1)
+
+    @property
+    def unit(self) -> Tensor:
+        """Mean step size, [] or [C]: what channels of different widths are compared in."""
+        return self.gaps.mean(-1)
+
+    @property
+    def clipped(self) -> float:
+        return (self.below + self.above) / self.count if self.count else math.nan
+
+    @property
+    def snr(self) -> float:
+        """In dB; infinite without noise, NaN without a signal."""
+        if not self.signal:
+            return math.nan
+        return 10 * math.log10(self.signal / self.noise) if self.noise else math.inf
+
+    @property
+    def entropy(self) -> float:
+        """In bits; at most the quantizer's."""
+        if not self.count:
+            return math.nan
+        share = self.occupancy[self.occupancy > 0].double() / self.count
+        return max(0.0, float(-(share * share.log2()).sum()))
+
+    @property
+    def used(self) -> int:
+        """Levels that at least one value is on."""
+        return 0 if self.occupancy is None else int((self.occupancy > 0).sum())
+
+    def _keep_some(self, x):
+        new, total = x.numel(), self.count + x.numel()
+        if total <= SAMPLE:
+            index = torch.arange(new)
+        else:  # so that every tensor's share of the sample is its share of the values
+            wanted = max(1, round(SAMPLE * new / total))
+            index = torch.randint(new, (wanted,), generator=self.draw)
+            self.sample = self.sample[torch.randperm(len(self.sample), generator=self.draw)[:SAMPLE - wanted]]
+        values = x.reshape(-1)[index.to(x.device)].float().cpu()
+        if self.quantizer.channels:
+            values /= self.unit[index // x.shape[1]]
+        self.sample = torch.cat([self.sample, values])
