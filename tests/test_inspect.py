@@ -250,7 +250,7 @@ def test_a_normalized_weight_is_measured_as_its_quantizer_sees_it():
     found = nulsq.inspect.report(model, [images(2, 30)])
     w = model[0].weight.detach().double()
     assert found.layers[0].weight.signal == pytest.approx(float(((w - w.mean()) / w.std()).square().sum()), rel=1e-5)
-    assert found.layers[0].activation is None and "apot signed wn" in nulsq.inspect.text(found)
+    assert found.layers[0].activation is None and "apot signed lwn" in nulsq.inspect.text(found)
 
 
 def test_oscillating_and_frozen_weights_are_shares_of_the_layer():

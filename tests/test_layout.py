@@ -1,6 +1,7 @@
 """The house's laws: who may import whom, file sizes, every YAML loads, every command of the README parses."""
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -74,6 +75,7 @@ def test_importing_nulsq_needs_torch_alone():
     ("ffcv", "from nulsq.data import *; from nulsq.config import Data; from types import SimpleNamespace as N; "
              "import numpy; check_data(Data(loader='ffcv', batch=1), N(kind='arrays', "
              "labels=lambda split: numpy.arange(20) % 2))", "ffcv"),
+    ("matplotlib", "from nulsq.inspect import plot; plot(None, 'x')", "train"),
     ("ray", "from tune.search import run; from tune.space import Search; run(Search(name='x'), None)", "search"),
 ])
 def test_what_is_missing_says_which_extra_to_install(missing, code, extra):
@@ -160,9 +162,9 @@ def test_documented_commands_parse(line, monkeypatch):
     elif module == "data_prep":
         from data_prep.__main__ import parser
         parser().parse_args(arguments)
-    elif module == "nulsq.evaluate":
-        from nulsq.evaluate import parser
-        parser().parse_args(arguments)
+    elif module in ("nulsq.evaluate", "nulsq.inspect", "bench.compare_methods", "bench.initializers"):
+        made = importlib.import_module(f"{module}.__main__" if module == "nulsq.inspect" else module)
+        made.parser().parse_intermixed_args(arguments)
     else:
         assert module == "pytest", line
 
@@ -179,7 +181,7 @@ def test_the_readmes_tree_is_the_tree():
     """Every file is named in its room's block, and nothing is named that is not there."""
     block = re.search(r"## The tree\n\n```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     rooms = dict(re.findall(r"^(\w+)/(.*?)(?=^\w+/|\Z)", block, re.DOTALL | re.MULTILINE))
-    for room in set(ROOMS) - {"bench"}:
+    for room in ROOMS:
         there = {path.name for path in FILES if path.is_relative_to(ROOT / room)} - {"__init__.py"}
         assert set(re.findall(r"\b(\w+\.py)\b", rooms[room])) == there, room
 

@@ -242,3 +242,21 @@ def test_histograms_of_parts_add_up_and_keep_counts_and_sums():
     count, total = whole.cells(torch.tensor([[0.0], [0.0]]))
     assert torch.equal(count[:, 0], (x < 0).sum(1).double())
     torch.testing.assert_close(total, torch.stack([x.double().clamp(max=0).sum(1), x.double().clamp(min=0).sum(1)], 1))
+
+
+def test_both_normalizations_are_one_network_behind_a_batch_norm():
+    """The batch norm undoes the deviation: same outputs, same gradients of weight and threshold (float64, tiny eps)."""
+    found = []
+    for normalization in ("wn", "lwn"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.BatchNorm2d(4, eps=1e-12)).double()
+        policy = nulsq.Policy(bits=3, rules={}, weight=nulsq.SideRule(quantizer="apot", normalization=normalization),
+                              activation=nulsq.SideRule(quantizer="fp"))
+        nulsq.calibrate_(nulsq.quantize_(model, policy), [])
+        model.double().train()
+        x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        y = model(x)
+        (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).sum().backward()
+        found.append([y.detach(), model[0].weight.grad, model[0].weight_quantizer.alpha.grad])
+    for wn, lwn in zip(*found, strict=True):
+        torch.testing.assert_close(wn, lwn, rtol=1e-7, atol=1e-9)

@@ -220,7 +220,7 @@ def test_a_quantizer_brings_its_own_normalization_and_a_setting_wins():
                 if hasattr(layer, "weight_quantizer")]
     assert normalizations(quantizer="lsq") == ["none"] * 4
     assert normalizations(quantizer="lcq") == ["none", "lwn", "lwn", "none"]  # MinMax edges have their own
-    assert normalizations(quantizer="apot") == ["none", "wn", "wn", "none"]
+    assert normalizations(quantizer="apot") == ["none", "lwn", "lwn", "none"]
     assert normalizations(quantizer="lcq", normalization="none") == ["none"] * 4
     assert normalizations(quantizer="lsq", normalization="wn") == ["none", "wn", "wn", "none"]
 

@@ -8,7 +8,8 @@ layer's whole weight (gradients go through both), and Q the weight quantizer,
 
     none  Q(w)
     wn    Q((w - m) / s)      APoT (Li et al., ICLR 2020, sec. 3): the scale is left to the batch norm that follows
-    lwn   s Q((w - m) / s)    LCQ (Yamamoto, CVPR 2021, "limited weight normalization"): needs no batch norm
+    lwn   s Q((w - m) / s)    LCQ (Yamamoto, CVPR 2021, "limited weight normalization"): the same behind a batch norm,
+                              and needs none
 """
 
 from torch import Tensor, nn

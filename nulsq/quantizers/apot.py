@@ -18,10 +18,12 @@ times their sum over the largest sum (paper, eq. 5 with base 2; the odd B of the
     dy/dx       1 inside, 0 outside; at 2-bit weights 1 everywhere, as the authors have it
     gradient scale sqrt(Q / N) with Q = 2^(b-1) - 1 signed, 2^b - 1 unsigned: what LSQ's is for a = Q s
 
-Weights are normalized first (`normalization: wn`, (w - mean) / deviation, the scale left to the batch norm that
-follows; take `lwn` where none follows, as in transformers). Published starts: `init: const` (a = 3 for weights, 8 for
-activations on CIFAR, 6 on ImageNet), first from the float network, then from 5, 4, 3 bits downwards
-(`model.init_from` a run).
+Weights are normalized first, (w - mean) / deviation. The paper leaves it at that (`normalization: wn`), since its
+networks have a batch norm behind every convolution, which undoes any scale. Ours multiplies the deviation back by
+default (`lwn`): behind a batch norm that is the same network with the same gradients, and where none follows directly,
+in pre-activation networks and transformers, it keeps the function of the float network that training starts from.
+Published starts: `init: const` (a = 3 for weights, 8 for activations on CIFAR, 6 on ImageNet), first from the float
+network, then from 5, 4, 3 bits downwards (`model.init_from` a run).
 
 Where the authors' code differs: levels are an unsorted set of floats outside the state dict, the nearest is found over
 a matrix of elements x levels, and a tie goes wherever the set's order says; the CIFAR code detaches mean and
@@ -51,7 +53,7 @@ class APoT(Quantizer):
     """One learned clipping threshold per tensor or per output channel. 2 to 6 bits."""
 
     index, reduction = "table", "total"
-    normalization = "wn"
+    normalization = "lwn"
     smallest_bits, largest_bits = 2, 6
 
     def __init__(self, bits, role, *, signed=None, channels=None, ste=None, **options):
