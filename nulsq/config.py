@@ -187,6 +187,8 @@ def check_names(recipe: Recipe) -> None:
         raise InputError("optim.freeze_bn keeps the statistics that optim.reestimate_bn measures anew; choose one")
     if recipe.distill.weights and (recipe.distill.teacher is None or ":" not in recipe.distill.teacher):
         raise InputError("distill.weights needs distill.teacher = LIBRARY:NAME, the network that they are of")
+    if recipe.distill.teacher is None and recipe.distill != Distill():
+        raise InputError("distill settings change nothing without distill.teacher")
     if recipe.distill.teacher and recipe.distill.weight == 1 and optim.label_smoothing:
         raise InputError("optim.label_smoothing changes nothing with distill.weight = 1: no label enters the loss")
     try:

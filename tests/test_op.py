@@ -143,3 +143,24 @@ def test_minmax_range_is_the_running_average_of_the_batches_maxima():
     quantizer.eval()(x * 100)
     quantizer.after_step_()
     assert float(quantizer.largest) == 2.5  # evaluation leaves it alone
+
+
+@pytest.mark.parametrize("name", nulsq.available())
+@pytest.mark.parametrize(("role", "bits", "channels"), [("activation", 2, None), ("activation", 3, None),
+                                                        ("weight", 2, None), ("weight", 4, 4)])
+def test_every_quantizer_compiles_without_a_graph_break(name, role, bits, channels):
+    """fullgraph raises at a break; the backend runs what was traced, so no compiler is needed."""
+    torch._dynamo.reset()
+    quantizer = nulsq.get_quantizer(name)(bits, role, channels=channels, grad_scale="lsq").double()
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 5, 5, generator=draw, dtype=torch.float64)
+    x = x if role == "weight" else x.relu()
+    quantizer.reset_(Statistics.of(x, per_channel=channels is not None))
+    quantizer.double().eval()
+    results = []
+    for module in (quantizer, torch.compile(quantizer, fullgraph=True, backend="aot_eager")):
+        y = module(x.clone().requires_grad_())
+        quantizer.zero_grad()
+        y.square().sum().backward()
+        results.append((y.detach(), [parameter.grad.clone() for parameter in quantizer.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)

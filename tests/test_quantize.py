@@ -67,6 +67,7 @@ def test_first_matching_rule_wins_and_sides_win_over_rules():
     (Policy(bits=1), "lsq: bits = 1, allowed for weights: 2 to 8"),
     (Policy(activation=SideRule(quantizer="nulsq", per_channel=True)), "per-channel steps are defined for weights"),
     (Policy(weight=SideRule(quantizer="lsq", options={"colour": 3})), "has no such option"),
+    (Policy(weight=SideRule(quantizer="lsq", signed=False)), "signed = False, allowed for weights: True"),
     (Policy(weight=SideRule(quantizer="lsq", init="best")), "init = 'best', allowed: nmse, lsq, const"),
 ])
 def test_what_does_not_fit_is_an_error_and_leaves_the_model_alone(policy, message):
@@ -129,6 +130,46 @@ def test_calibration_without_batches_or_with_nan_says_so():
     x[0, 0, 0, 0] = torch.inf
     with pytest.raises(ValueError, match="NaN or infinite"):
         nulsq.calibrate_(nulsq.quantize_(trained_batch_norm(network())), [x])
+
+
+def test_a_refused_calibration_leaves_batch_norm_as_it_was():
+    model = nulsq.quantize_(network())  # batch norms that never saw data
+    bad = images()
+    bad[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        nulsq.calibrate_(model, [bad])
+    assert not model[1].running_mean.any() and model[1].momentum == 0.1
+    nulsq.calibrate_(model, [images()])
+    assert all(quantizer.ready for quantizer in nulsq.quantizers_of(model))
+
+
+@pytest.mark.parametrize("name", nulsq.available())
+def test_a_second_calibration_decides_the_sign_anew(name):
+    quantizer = nulsq.get_quantizer(name)(3, "activation")
+    x = images()
+    for data, signed in ((x.abs(), False), (x, True), (x.abs(), False)):
+        quantizer.reset_(Statistics.of(data))
+        assert quantizer.signed is signed
+    asked = nulsq.get_quantizer(name)(3, "activation", signed=False)
+    asked.reset_(Statistics.of(x))
+    assert asked.signed is False
+
+
+def test_one_bit_is_refused_for_negative_values_every_time():
+    quantizer = nulsq.get_quantizer("apot")(1, "activation")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="needs at least 2 bits"):
+            quantizer.reset_(Statistics.of(images()))
+
+
+def test_channels_of_the_gradient_scale_are_the_layers():
+    """Of [B, T, C] tokens and [B, H, W, C] maps a linear layer's channels are the last dimension."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 5))
+    side = SideRule(quantizer="lsq", grad_scale="channels")
+    nulsq.quantize_(model, Policy(weight=side, activation=side, rules={}))
+    assert model[0].activation_quantizer._elements(torch.zeros(2, 3, 12, 12)) == 3
+    assert model[1].activation_quantizer._elements(torch.zeros(2, 7, 8)) == 8
+    assert model[1].activation_quantizer._elements(torch.zeros(2, 6, 6, 8)) == 8
 
 
 def test_unsigned_quantizer_on_negative_input_warns():

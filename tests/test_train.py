@@ -299,21 +299,3 @@ def test_compiled_training_equals_eager(short, float_run):
         assert train(recipe, quiet=True).outcome == "finished"
         losses.append(read_metrics(path_of(recipe))[0]["train_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
-
-
-@pytest.mark.parametrize(("name", "bits"), [("nulsq", 2), ("lsq", 3)])
-def test_the_operation_compiles_without_a_graph_break(name, bits):
-    """fullgraph raises at a break; the backend runs what was traced, so no compiler is needed."""
-    import nulsq
-    from nulsq.quant.statistics import Statistics
-    quantizer = nulsq.get_quantizer(name)(bits, "activation", signed=False).double()
-    x = torch.rand(4, 3, 5, 5, dtype=torch.float64)
-    quantizer.reset_(Statistics.of(x))
-    quantizer.double()
-    results = []
-    for module in (quantizer, torch.compile(quantizer, fullgraph=True, backend="aot_eager")):
-        y = module(x.clone().requires_grad_())
-        quantizer.zero_grad()
-        y.square().sum().backward()
-        results.append((y.detach(), [parameter.grad.clone() for parameter in quantizer.parameters()]))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)

@@ -15,6 +15,7 @@ check in `forward`, which would cost a device synchronization. NaN goes through 
 import torch
 from torch import Tensor, nn
 
+from nulsq.quant.histogram import LARGEST
 from nulsq.quant.init import INITIALIZERS, SMALLEST_STEP, initial_step
 from nulsq.quant.lloyd_max import best_step, lloyd_max
 from nulsq.quant.op import Rule, Table, encode, fake_quantize
@@ -61,7 +62,10 @@ class Quantizer(nn.Module):
         _one_of("init", init, tuple(INITIALIZERS))
         _one_of("grad_scale", grad_scale, GRAD_SCALES)
         _one_of("ste", self.ste if ste is None else ste, STE_RULES)
-        signed = True if role == "weight" else signed
+        if role == "weight":
+            if signed is False:
+                raise ValueError(f"{self.name()}: signed = False, allowed for weights: True (they have both signs)")
+            signed = True
         least = self.smallest_bits if signed else 1
         if not isinstance(bits, int) or isinstance(bits, bool) or not least <= bits <= self.largest_bits:
             raise ValueError(f"{self.name()}: bits = {bits!r}, allowed for {role}s: {least} to {self.largest_bits}")
@@ -71,7 +75,8 @@ class Quantizer(nn.Module):
         self.shares = 1  # how many inputs of this size make the global batch: ranks x micro-batches
         self.init, self.grad_scale = init, grad_scale
         self.ste = self.ste if ste is None else ste
-        self.signed = signed
+        self.asked_sign = self.signed = signed  # what was asked for stays, `signed` is settled by data
+        self.channel_dimension = 1  # of activations; a linear layer's is the last
         self.ready = False  # a plain attribute: reading it costs nothing and does not break a compiled graph
         # -1: not calibrated yet, else whether signed; what of the two flags above a state dict carries
         self.register_buffer("sign", torch.tensor(-1, dtype=torch.int8))
@@ -172,15 +177,18 @@ class Quantizer(nn.Module):
         histogram in the statistics.
         """
         init = init or self.init
-        if self.signed is None:
-            self.signed = bool((statistics.low < 0).any())
-            if self.signed and self.bits < self.smallest_bits:
-                raise ValueError(f"{self.name()}: the input has negative values (minimum {statistics.low.min():.3g}); "
-                                 f"a signed grid needs at least {self.smallest_bits} bits, not {self.bits}")
+        signed = bool((statistics.low < 0).any()) if self.asked_sign is None else self.asked_sign
+        if signed and self.bits < self.smallest_bits:
+            raise ValueError(f"{self.name()}: the input has negative values (minimum {statistics.low.min():.3g}); "
+                             f"a signed grid needs at least {self.smallest_bits} bits, not {self.bits}")
+        if init == "lloyd_max" and statistics.histogram is None:
+            raise ValueError("init = lloyd_max needs statistics with a histogram: Statistics.of(x, histogram=True)")
+        if init == "lloyd_max" and statistics.largest.max() >= LARGEST:
+            raise ValueError(f"init = lloyd_max: values up to {statistics.largest.max():.3g}, allowed: below "
+                             f"{LARGEST:g}")
+        self.signed = signed
         step = initial_step(init, statistics, self.codes[1], self.role, self.signed)
         if init == "lloyd_max":
-            if statistics.histogram is None:
-                raise ValueError("init = lloyd_max needs statistics with a histogram: Statistics.of(x, histogram=True)")
             step = best_step(self, statistics.histogram, step).clamp(min=SMALLEST_STEP)
         self.set_steps_(step.to(torch.float32))
         if init == "lloyd_max" and self.free_levels:
@@ -223,7 +231,7 @@ class Quantizer(nn.Module):
             return x.numel() // (self.channels or 1)
         if self.grad_scale == "batch":
             return x.numel() * self.shares
-        return x.shape[1] if self.grad_scale == "channels" else x[0].numel()
+        return x.shape[self.channel_dimension] if self.grad_scale == "channels" else x[0].numel()
 
     def _require_ready(self) -> None:
         if not self.ready:

@@ -39,7 +39,7 @@ def calibrate_(model: nn.Module, batches: Iterable, protocol: str = "float") -> 
         raise ValueError(f"calibration protocol = {protocol!r}, allowed: {', '.join(PROTOCOLS)}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantConv2d | QuantLinear)}
     device = next(model.parameters()).device
-    inputs = (_images(batch).to(device) for batch in batches)
+    inputs = (_finite(_images(batch)).to(device) for batch in batches)
     was_training = {module: module.training for module in model.modules()}
     try:
         if protocol == "reference":
@@ -106,13 +106,15 @@ def _settle_batch_norm(model, inputs, device):
     inputs = list(inputs)
     model.eval()
     momenta = [module.momentum for module in fresh]
-    for module in fresh:
-        module.train()
-        module.momentum = None  # plain average over the batches
-    for x in inputs:
-        model(x)
-    for module, momentum in zip(fresh, momenta, strict=True):
-        module.momentum = momentum
+    try:
+        for module in fresh:
+            module.train()
+            module.momentum = None  # plain average over the batches
+        for x in inputs:
+            model(x)
+    finally:
+        for module, momentum in zip(fresh, momenta, strict=True):
+            module.momentum = momentum
     average_batch_norm_(fresh)
     return inputs
 
@@ -158,6 +160,8 @@ def keep_larger_(quantizer: Quantizer, statistics: Statistics) -> None:
         return [*quantizer.parameters(), *(buffer for buffer in quantizer.buffers() if buffer.is_floating_point())]
 
     before = [value.clone() for value in settled()] if quantizer.ready else None
+    if quantizer.ready and quantizer.signed:  # a sign that an earlier batch showed stays
+        statistics.low = statistics.low.clamp(max=-torch.finfo(torch.float32).tiny)
     quantizer.reset_(statistics)
     if before is not None:
         for value, old in zip(settled(), before, strict=True):
@@ -166,6 +170,14 @@ def keep_larger_(quantizer: Quantizer, statistics: Statistics) -> None:
 
 def _images(batch) -> Tensor:
     return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def _finite(x):
+    """Before the network sees it: batch norms that are not trained yet would keep what it holds."""
+    if not torch.isfinite(x).all():
+        raise ValueError(f"calibrate_: {int((~torch.isfinite(x)).sum())} of {x.numel()} values of a batch are NaN or "
+                         "infinite")
+    return x
 
 
 def _ignore(x):

@@ -13,6 +13,7 @@ from torch import Tensor
 LOWEST, HIGHEST, PER_OCTAVE = -30, 20, 32
 SIDE = (HIGHEST - LOWEST) * PER_OCTAVE  # bins of one sign
 BINS = 2 * SIDE + 1
+LARGEST = 2.0**HIGHEST
 
 
 @dataclass

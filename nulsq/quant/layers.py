@@ -29,6 +29,8 @@ class _Quantized:
         self.weight_quantizer = weight_quantizer
         self.activation_quantizer = activation_quantizer
         self.normalization = normalization
+        if activation_quantizer is not None:
+            activation_quantizer.channel_dimension = self.channel_dimension
         self.observer = None
         return self
 
@@ -59,6 +61,8 @@ class _Quantized:
 class QuantConv2d(_Quantized, nn.Conv2d):
     """A convolution with quantized weight [out, in/groups, kh, kw] and input [batch, in, h, w]."""
 
+    channel_dimension = 1
+
     @classmethod
     def from_float(cls, conv: nn.Conv2d, *quantizers) -> "QuantConv2d":
         new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
@@ -72,6 +76,8 @@ class QuantConv2d(_Quantized, nn.Conv2d):
 
 class QuantLinear(_Quantized, nn.Linear):
     """A linear layer with quantized weight [out, in] and input [..., in]."""
+
+    channel_dimension = -1
 
     @classmethod
     def from_float(cls, linear: nn.Linear, *quantizers) -> "QuantLinear":

@@ -68,6 +68,9 @@ class OscillationSettings:
         first, final, least = self.freeze_threshold, self.freeze_final, 2 * self.momentum
         if first is None and final is not None:
             raise ValueError(f"oscillation.freeze_final = {final} needs oscillation.freeze_threshold")
+        if not self.on and self != OscillationSettings():
+            raise ValueError("oscillation settings change nothing while nothing is tracked: set oscillation.track, "
+                             ".dampening or .freeze_threshold")
         if first is None:
             return
         for key, value in (("freeze_threshold", first), ("freeze_final", first if final is None else final)):

@@ -77,7 +77,7 @@ class LCQ(Quantizer):
         theta = self.theta
         if elements is not None:
             theta = scale_gradient(theta, self.gradient_factor(elements, self.codes[1]))
-        share = theta.softmax(-1)
+        share = theta.softmax(-1).clamp(min=1e-7)  # no interval is so narrow that dividing by it overflows
         slope, offset = INTERVALS * share, share.cumsum(-1) - share
         with torch.no_grad():
             count = self.codes[1]
