@@ -55,7 +55,8 @@ def apot(x, signed, bits, alpha):
     return alpha * through(u, nearest)
 
 
-def lcq(x, signed, bits, alpha, theta):
+def lcq(x, signed, bits, alpha, theta=None):
+    theta = torch.zeros(16, dtype=torch.float64) if theta is None else theta
     count = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     x = x if signed else x.clamp(min=0)
     v = (x.abs() / alpha).clamp(max=1)
