@@ -10,14 +10,13 @@ then nothing was chosen by and no run was trained on.
 """
 
 import json
-import os
 import platform
-import shlex
 import statistics
 from pathlib import Path
 
 import torch
 
+from bench import command
 from nulsq import checkpoint
 from nulsq._version import __version__
 from nulsq.config import Recipe, load_recipe
@@ -77,12 +76,12 @@ def table(arguments, results: dict[str, dict[int, list[float]]]) -> str:
     return "\n".join(rows)
 
 
-def page(arguments, results, command: str) -> str:
+def page(arguments, results, made_by: str) -> str:
     recipe = cell(arguments, arguments.methods[0], arguments.bits[0], arguments.seeds[0])
     images = f"{arguments.subset} training images" if arguments.subset else "all training images beside the holdout"
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return (f"# Methods compared: {recipe.model.name}, {Path(arguments.data).name}\n\n"
-            f"Made by\n\n```bash\n{command}\n```\n\n"
+            f"Made by\n\n```bash\n{made_by}\n```\n\n"
             f"Top-1 on {SPLITS[arguments.split]}, mean +- standard deviation over {len(arguments.seeds)} seeds "
             f"({', '.join(map(str, arguments.seeds))}) of order and augmentation, from the same starting weights. "
             f"{arguments.epochs} epoch(s) of {images}, batch {recipe.data.batch}, "
@@ -134,10 +133,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     if arguments.write:
-        words = shlex.join(argv)
-        if data := os.environ.get("NULSQ_DATA"):
-            words = words.replace(data, "$NULSQ_DATA")  # wherever it is here
-        arguments.write.write_text(page(arguments, results, f"python -m bench.compare_methods {words}"))
+        arguments.write.write_text(page(arguments, results, command("bench.compare_methods", argv)))
     return 0
 
 

@@ -7,14 +7,13 @@ the input on some training images. The number is sum (x - Q(x))^2 / sum x^2 in p
 the first rows are a normal tensor (weights) and its positive half (activations), where NMSE's assumption is true.
 """
 
-import os
 import platform
-import shlex
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench import command
 from nulsq.config import load_recipe
 from nulsq.data import Normalize, build_loaders
 from nulsq.errors import Parser, exit_on_input_error
@@ -33,7 +32,7 @@ PAGE = """# Quantization error of the initial step sizes
 Made by
 
 ```bash
-python -m bench.initializers {words}
+{command}
 ```
 
 sum (x - Q(x))^2 / sum x^2 in percent, mean over the layers between the first and the last; inputs on one batch of
@@ -105,11 +104,8 @@ def main(argv: list[str]) -> int:
                   f"{len(inputs)} inputs": (inputs, "activation", False)}, arguments.bits)
     print(made)
     if arguments.write:
-        words = shlex.join(argv)
-        if data := os.environ.get("NULSQ_DATA"):
-            words = words.replace(data, "$NULSQ_DATA")
-        arguments.write.write_text(PAGE.format(words=words, table=made, machine=platform.machine(),
-                                               torch=torch.__version__))
+        arguments.write.write_text(PAGE.format(command=command("bench.initializers", argv), table=made,
+                                               machine=platform.machine(), torch=torch.__version__))
     return 0
 
 
