@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nulsq.quant.base import Quantizer
+from nulsq.quant.op import requantized
 
 NORMALIZATIONS = ("none", "wn", "lwn")
 
@@ -71,7 +72,8 @@ class QuantConv2d(_Quantized, nn.Conv2d):
 
     def forward(self, x):
         x, weight = self.quantized(x)
-        return self._conv_forward(x, weight, self.bias)
+        with requantized(x):
+            return self._conv_forward(x, weight, self.bias)
 
 
 class QuantLinear(_Quantized, nn.Linear):
@@ -86,7 +88,8 @@ class QuantLinear(_Quantized, nn.Linear):
 
     def forward(self, x):
         x, weight = self.quantized(x)
-        return F.linear(x, weight, self.bias)
+        with requantized(x):
+            return F.linear(x, weight, self.bias)
 
 
 QUANTIZED = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}

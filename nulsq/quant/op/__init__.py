@@ -1,28 +1,57 @@
 """The one fake-quantize operation that every quantizer declares itself to.
 
 A quantizer says what its levels are (`Table`) and which static rules hold (`Rule`); this package computes output,
-level index and gradients. The forms are chosen here and nowhere else, so no quantizer file changes for speed:
+level index and gradients. The form is chosen here and nowhere else, so no quantizer file changes for speed:
 
-    oracle.py   the definition; also what a compiler fuses into one pass, and the form for per-channel tables
-    eager.py    fewer passes over memory on the CPU without a compiler
+    oracle   the definition, in plain PyTorch; a compiler can fuse it
+    eager    plain PyTorch with fewer passes over memory; CPU, per-tensor tables
+    fused    one pass in each direction: C++ on the CPU (cpu.py), Triton on a GPU (triton.py)
+
+fused wherever its kernel can be compiled, else eager or oracle. `force("oracle")` and the like override the choice.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from nulsq.quant.op.eager import Eager
+from nulsq.quant.op.fused import available, fused, requantized
 from nulsq.quant.op.oracle import Oracle, Rule, Table, encode, scale_gradient
 
-__all__ = ["FORMS", "Rule", "Table", "encode", "fake_quantize", "scale_gradient"]
+__all__ = ["FORMS", "Rule", "Table", "available", "encode", "fake_quantize", "force", "requantized", "scale_gradient"]
 
-FORMS = {"oracle": Oracle, "eager": Eager}
+FORMS = {
+    "oracle": lambda x, table, rule: Oracle.apply(x, *table, rule),
+    "eager": lambda x, table, rule: Eager.apply(x, *table, rule),
+    "fused": fused,
+}
+_forced: str | None = None
 
 
 def fake_quantize(x: Tensor, table: Table, rule: Rule, form: str | None = None) -> Tensor:
     """x -> its level by `rule`; same shape and type. A 2-D table runs over dimension 0 of x. `form` forces one."""
-    if form is None:
-        lean = x.device.type == "cpu" and table.gaps.dim() == 1 and not torch.compiler.is_compiling()
-        form = "eager" if lean else "oracle"
     if table.high is table.gaps:  # a clipping threshold; the compiler takes no tensor twice
         table = table._replace(high=table.high.view_as(table.high))
-    return FORMS[form].apply(x, *table, rule)
+    return FORMS[form or _forced or _choose(x, table)](x, table, rule)
+
+
+def _choose(x, table):
+    if available(x.device.type):
+        return "fused"
+    lean = x.device.type == "cpu" and table.gaps.dim() == 1 and not torch.compiler.is_compiling()
+    return "eager" if lean else "oracle"
+
+
+@contextlib.contextmanager
+def force(form: str | None) -> Iterator[None]:
+    """Within it every quantizer takes this form; None: the usual choice. Raises ValueError for an unknown name."""
+    global _forced
+    if form is not None and form not in FORMS:
+        raise ValueError(f"form = {form!r}, allowed: {', '.join(FORMS)}")
+    before, _forced = _forced, form
+    try:
+        yield
+    finally:
+        _forced = before

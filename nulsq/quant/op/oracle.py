@@ -82,40 +82,47 @@ class Oracle(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, *saved = ctx.saved_tensors
-        rule, stored, kind = ctx.rule, x.dtype, saved[0].dtype
-        y, x, table = quantize(x, Table(*saved), rule)
-        dy = dy.to(x.dtype)
+        x, *table = ctx.saved_tensors
+        rule = ctx.rule if any(ctx.needs_input_grad[1:]) else ctx.rule._replace(reduction="none")
+        dx, dgaps, dlow, dhigh, doffset, dslope = gradients(x, dy, Table(*table), rule)
+        return dx, dgaps, dlow, dhigh, None, None, doffset, dslope, None
 
-        # Comparing x / step with the codes, not x with the end levels, keeps the range that of the rounding.
-        uniform = rule.index == "uniform"
-        at = x / _column(table.gaps, 0, x) if uniform else x
-        low, high = end_codes(rule) if uniform else (_column(table.levels, 0, x), _column(table.levels, -1, x))
-        inside = (at >= low) & (at <= high)
-        dx = input_gradient(dy, at, low, high, inside, rule.ste).to(stored)
-        if rule.reduction == "none" or not any(ctx.needs_input_grad[1:]):
-            return dx, *(None,) * 8
 
-        channels = table.gaps.dim() == 2
-        dlow = _sum(torch.where(at < low, dy, 0), channels).to(kind)
-        dhigh = _sum(torch.where(at > high, dy, 0), channels).to(kind)
-        if rule.reduction == "per_cell":
-            number, start = segment(x, low, high, rule)
-            cell = _index(x, table, rule) + number
-            weights = [torch.where(inside, each, 0) for each in (dy, dy * (x - start))]
-            offset, slope = (torch.cat([_sum(torch.where(cell == m, each, 0), channels)
-                                        for m in range(table.offset.shape[-1])], dim=-1).to(kind) for each in weights)
-            return dx, None, dlow, dhigh, None, None, offset, slope, None
-        error = torch.where(inside, dy * (y - x), 0)
-        if rule.reduction == "total":
-            dgaps = _sum(error, channels)
-        else:  # x lies in gap k, that is l_{k-1} < x <= l_k
-            dgaps = torch.cat([
-                _sum(torch.where((x > _column(table.levels, k, x)) & (x <= _column(table.levels, k + 1, x)), error, 0),
-                     channels)
-                for k in range(rule.codes[1] - rule.codes[0])
-            ], dim=-1)
-        return dx, (dgaps / table.gaps).to(kind), dlow, dhigh, *(None,) * 5
+def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor | None, ...]:
+    """dx and the gradients of gaps, low, high, offset and slope; None where the rule's reduction has none."""
+    stored, kind = x.dtype, table.gaps.dtype
+    y, x, table = quantize(x, table, rule)
+    dy = dy.to(x.dtype)
+
+    # Comparing x / step with the codes, not x with the end levels, keeps the range that of the rounding.
+    uniform = rule.index == "uniform"
+    at = x / _column(table.gaps, 0, x) if uniform else x
+    low, high = end_codes(rule) if uniform else (_column(table.levels, 0, x), _column(table.levels, -1, x))
+    inside = (at >= low) & (at <= high)
+    dx = input_gradient(dy, at, low, high, inside, rule.ste).to(stored)
+    if rule.reduction == "none":
+        return dx, *(None,) * 5
+
+    channels = table.gaps.dim() == 2
+    dlow = _sum(torch.where(at < low, dy, 0), channels).to(kind)
+    dhigh = _sum(torch.where(at > high, dy, 0), channels).to(kind)
+    if rule.reduction == "per_cell":
+        number, start = segment(x, low, high, rule)
+        cell = _index(x, table, rule) + number
+        weights = [torch.where(inside, each, 0) for each in (dy, dy * (x - start))]
+        offset, slope = (torch.cat([_sum(torch.where(cell == m, each, 0), channels)
+                                    for m in range(table.offset.shape[-1])], dim=-1).to(kind) for each in weights)
+        return dx, None, dlow, dhigh, offset, slope
+    error = torch.where(inside, dy * (y - x), 0)
+    if rule.reduction == "total":
+        dgaps = _sum(error, channels)
+    else:  # x lies in gap k, that is l_{k-1} < x <= l_k
+        dgaps = torch.cat([
+            _sum(torch.where((x > _column(table.levels, k, x)) & (x <= _column(table.levels, k + 1, x)), error, 0),
+                 channels)
+            for k in range(rule.codes[1] - rule.codes[0])
+        ], dim=-1)
+    return dx, (dgaps / table.gaps).to(kind), dlow, dhigh, None, None
 
 
 def quantize(x, table, rule):

@@ -1,0 +1,284 @@
+// The CPU form of the fake-quantize operation: one pass over memory forward, one backward with all sums in it.
+//
+// oracle.py defines what is computed; cpu.py compiles this file and calls it. Written with the vector types that GCC
+// and Clang share: one text for AVX2, AVX-512 and NEON. What makes it quick:
+//
+//   index     up to CHAIN thresholds: compare and select, a few instructions for a whole vector. More: equal buckets
+//             say how many thresholds lie below x's bucket, and only those inside it are compared. x and thresholds go
+//             to buckets by one rounded, monotone function, so the answer is exact.
+//   ties      x >= t is x > the float just below t: one kind of comparison for both.
+//   sums      1, 3 or 7 gaps: a masked accumulator each. Else every lane adds at its slot in a column of its own.
+//   order     pieces of PIECE elements are summed in the type of computation, the pieces in double and in order: the
+//             same numbers for any number of threads.
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "lanes.h"
+#include "table.h"
+
+namespace {
+
+constexpr int64_t PIECE = 8192;
+constexpr int MASKED = 7;   // gaps with an accumulator each
+
+// Level and, where WITH_INDEX, level index of a vector; a NaN stays one, with index 0. COUNT thresholds, 0: any number.
+template <int COUNT, bool WITH_INDEX, class C>
+inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) {
+    if (COUNT == 0 && !table.below.empty()) {
+        Whole<C> at[WIDTH<C>];
+        C value[WIDTH<C>], level[WIDTH<C>];
+        store(at, table.bucket(x));
+        store(value, x);
+        for (int j = 0; j < WIDTH<C>; j++) at[j] = table.below[at[j]];
+        for (int m = 0; m < table.inside; m++)
+            for (int j = 0; j < WIDTH<C>; j++) at[j] += value[j] > table.thresholds[at[j]];
+        for (int j = 0; j < WIDTH<C>; j++) level[j] = table.levels[at[j]];
+        if (WITH_INDEX) index = load(at);
+        return x == x ? load(level) : x;
+    }
+    Real<C> y = x == x ? all<C>(table.levels[0]) : x;
+    if (WITH_INDEX) index = Int<C>{};
+    const int count = COUNT ? COUNT : table.count;
+#pragma GCC unroll 15
+    for (int k = 0; k < count; k++) {
+        Int<C> above = x > all<C>(table.thresholds[k]);
+        y = above ? all<C>(table.levels[k + 1]) : y;
+        if (WITH_INDEX) index -= above;                        // a true mask is -1
+    }
+    return y;
+}
+
+template <class C> inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> at, C low, C high) {
+    if (ste == PASS_ALL) return dy;
+    if (ste == CLIP) return where<C>((at >= low) & (at <= high), dy);
+    Real<C> open = where<C>((at > low) & (at < high), dy);
+    return ste == CLIP_OPEN ? open : open + where<C>((at == low) | (at == high), dy * C(0.5));
+}
+
+// ---- what is done with one vector of a piece, by kind of quantizer
+
+template <class C> struct Uniform {
+    const Rule& rule;
+    const C step, shift = rule.shift, low = rule.low + shift, high = rule.high + shift;
+    Real<C> below{}, error{}, above{};
+
+    Uniform(const Rule& rule, const Table<C>& table) : rule(rule), step(table.step) {}
+
+    Real<C> level(Real<C> x) const {
+        return (round_half_even<C>(clamp<C>(x / step - shift, rule.low, rule.high)) + shift) * step;
+    }
+    Real<C> gradient(Real<C> x, Real<C> dy) {
+        Real<C> at = x / step;
+        if (rule.reduction != NO_SUMS) {
+            Real<C> nearest = round_half_even<C>(clamp<C>(at, low, high) - shift) + shift;
+            below += where<C>(at < low, dy);
+            error += where<C>((at >= low) & (at <= high), (nearest - at) * dy);
+            above += where<C>(at > high, dy);
+        }
+        return input_gradient<C>(rule.ste, dy, at, low, high);
+    }
+    void add_to(double* total) const {
+        if (rule.reduction == NO_SUMS) return;
+        for (int j = 0; j < WIDTH<C>; j++) total[0] += below[j], total[1] += error[j], total[2] += above[j];
+    }
+};
+
+// Slots of the sums: 0 below the range, the last of (gaps or cells) + 2 above it; PER_CELL has one more for what belongs
+// nowhere, and as many again for the moments.
+int slots_of(const Rule& rule) {
+    switch (rule.reduction) {
+        case NO_SUMS: return 0;
+        case TOTAL: return 3;
+        case PER_GAP: return rule.thresholds + 2;
+        default: return 2 * (rule.thresholds + rule.segments + 3);
+    }
+}
+
+// Sums in one accumulator for each of GAPS gaps, or in one for all of them (GAPS = 1).
+template <class C, int COUNT, int GAPS> struct Masked {
+    const Rule& rule;
+    const Table<C>& table;
+    const C low = table.levels[0], high = table.levels[table.count];
+    Real<C> sums[GAPS + 2] = {};
+
+    Masked(const Rule& rule, const Table<C>& table) : rule(rule), table(table) {}
+
+    Real<C> level(Real<C> x) const {
+        Int<C> unused;
+        return look_up<COUNT, false>(table, x, unused);
+    }
+    Real<C> gradient(Real<C> x, Real<C> dy) {
+        if (rule.reduction != NO_SUMS) {
+            Real<C> error = where<C>((x >= low) & (x <= high), (level(x) - x) * dy);
+            sums[0] += where<C>(x < low, dy);
+            sums[GAPS + 1] += where<C>(x > high, dy);
+            Int<C> reached = x > low;
+            if (GAPS == 1) sums[1] += error;
+            else
+#pragma GCC unroll 15
+                for (int k = 1; k <= GAPS; k++) {              // gap k: above level k - 1, not above level k
+                    Int<C> beyond = x > all<C>(table.levels[k]);
+                    sums[k] += where<C>(reached & ~beyond, error);
+                    reached = beyond;
+                }
+        }
+        return input_gradient<C>(rule.ste, dy, x, low, high);
+    }
+    void add_to(double* total) const {
+        if (rule.reduction == NO_SUMS) return;
+        for (int s = 0; s < GAPS + 2; s++)
+            for (int j = 0; j < WIDTH<C>; j++) total[s] += sums[s][j];
+    }
+};
+
+// Sums at their slots: every lane has a column of its own, so that lanes do not wait for each other.
+template <class C, int COUNT> struct Scattered {
+    static constexpr int SLOTS = 2 * (2 * MOST + 3);
+    const Rule& rule;
+    const Table<C>& table;
+    const C low = table.levels[0], high = table.levels[table.count], width = (high - low) / std::max(1, rule.segments);
+    const int slots = slots_of(rule);
+    C column[WIDTH<C>][SLOTS];
+
+    Scattered(const Rule& rule, const Table<C>& table) : rule(rule), table(table) {
+        for (auto& each : column) std::fill(each, each + slots, C(0));
+    }
+    Real<C> level(Real<C> x) const {
+        Int<C> unused;
+        return look_up<COUNT, false>(table, x, unused);
+    }
+    void add(Int<C> slot, Real<C> value) {
+        Whole<C> s[WIDTH<C>];
+        C v[WIDTH<C>];
+        store(s, slot);
+        store(v, value);
+        for (int j = 0; j < WIDTH<C>; j++) column[j][s[j]] += v[j];
+    }
+    Real<C> gradient(Real<C> x, Real<C> dy) {
+        Int<C> below = x < low, above = x > high, inside = (x >= low) & (x <= high), slot;
+        Real<C> y = look_up<COUNT, true>(table, x, slot);
+        if (rule.reduction == PER_GAP) {
+            slot -= x > y;
+            add(slot, below | above ? dy : where<C>(inside, (y - x) * dy));
+        } else {
+            const int cells = table.count + rule.segments, nowhere = cells + 2, moments = cells + 3;
+            Int<C> number = __builtin_convertvector(
+                where<C>(inside, clamp<C>((x - low) / width, 0, rule.segments - 1)), Int<C>);
+            Real<C> start = low + __builtin_convertvector(number, Real<C>) * width;
+            slot += number + 1;
+            slot = inside ? slot : below ? Int<C>{} : above ? Int<C>{} + (cells + 1) : Int<C>{} + nowhere;
+            add(slot, dy);
+            add(slot + moments, (x - start) * dy);
+        }
+        return input_gradient<C>(rule.ste, dy, x, low, high);
+    }
+    void add_to(double* total) const {
+        for (int s = 0; s < slots; s++)
+            for (int j = 0; j < WIDTH<C>; j++) total[s] += column[j][s];
+    }
+};
+
+// What both functions are called with, as cpu.py lays it out. Tables are [channels, ...] in the type of computation; x
+// and all that has its shape are in one order of memory with the channels outermost.
+struct Call {
+    Rule rule;
+    int storage, threads, gap_count;                           // storage: 0 float, 1 bfloat16, 2 double
+    int64_t channels, elements;                                // elements of a channel
+    const uint8_t* ties_up;
+    const void *gaps, *levels, *thresholds, *x, *dy;           // dy: null forward
+    void *out, *dgaps, *dlow, *dhigh, *doffset, *dslope;       // out: y or dx
+};
+
+// y or dx of elements start to stop, and the piece's sums.
+template <class Kind, class S, class C>
+void piece(const Call& call, const Table<C>& table, const S* x, const S* dy, S* out, int64_t count, double* total) {
+    Kind kind(call.rule, table);
+    auto step = [&](const S* x, const S* dy, S* out) {
+        store(out, dy ? kind.gradient(load(x), load(dy)) : kind.level(load(x)));
+    };
+    int64_t i = 0;
+    for (; i + WIDTH<C> <= count; i += WIDTH<C>) step(x + i, dy ? dy + i : dy, out + i);
+    if (i < count) {                                           // a zero gradient adds nothing
+        S rest[WIDTH<C>] = {}, beside[WIDTH<C>] = {}, done[WIDTH<C>];
+        std::copy(x + i, x + count, rest);
+        if (dy) std::copy(dy + i, dy + count, beside);
+        step(rest, dy ? beside : dy, done);
+        std::copy(done, done + (count - i), out + i);
+    }
+    if (dy) kind.add_to(total);
+}
+
+template <class S, class C, int COUNT> auto choose_kind(const Rule& rule) {
+    constexpr bool few = COUNT > 0 && COUNT <= MASKED;
+    if (rule.reduction == NO_SUMS || rule.reduction == TOTAL) return piece<Masked<C, COUNT, 1>, S, C>;
+    if (few && rule.reduction == PER_GAP) return piece<Masked<C, COUNT, few ? COUNT : 1>, S, C>;
+    return piece<Scattered<C, COUNT>, S, C>;
+}
+
+template <class S, class C> auto choose(const Rule& rule) {
+    if (rule.uniform) return piece<Uniform<C>, S, C>;
+    switch (rule.thresholds) {                                 // all thresholds of 1, 2, 3 and 4 bits in registers
+        case 1: return choose_kind<S, C, 1>(rule);
+        case 3: return choose_kind<S, C, 3>(rule);
+        case 7: return choose_kind<S, C, 7>(rule);
+        case 15: return choose_kind<S, C, 15>(rule);
+        default: return choose_kind<S, C, 0>(rule);
+    }
+}
+
+template <class S, class C> void run(const Call& call) {
+    const Rule& rule = call.rule;
+    const int64_t channels = call.channels, elements = call.elements, pieces = (elements + PIECE - 1) / PIECE;
+    const int slots = call.dy ? slots_of(rule) : 0;
+    std::vector<Table<C>> tables(channels);
+    for (int64_t c = 0; c < channels; c++) {
+        tables[c].read(rule, (const C*)call.gaps + c * call.gap_count, (const C*)call.levels + c * (rule.thresholds + 1),
+                       (const C*)call.thresholds + c * rule.thresholds, call.ties_up);
+        if (tables[c].count > CHAIN && elements > 4 * Table<C>::BUCKETS) tables[c].sort_into_buckets();
+    }
+    std::vector<double> partial(channels * pieces * slots, 0.0);
+    const auto work = choose<S, C>(rule);
+    const S *x = (const S*)call.x, *dy = (const S*)call.dy;
+    S* out = (S*)call.out;
+#pragma omp parallel for num_threads(call.threads) if (call.threads > 1 && channels * elements > 4 * PIECE)
+    for (int64_t task = 0; task < channels * pieces; task++) {
+        const int64_t c = task / pieces, start = task % pieces * PIECE, at = c * elements + start;
+        work(call, tables[c], x + at, dy ? dy + at : dy, out + at, std::min(PIECE, elements - start),
+             partial.data() + task * slots);
+    }
+    if (!slots) return;
+
+    C *dgaps = (C*)call.dgaps, *dlow = (C*)call.dlow, *dhigh = (C*)call.dhigh, *doffset = (C*)call.doffset,
+      *dslope = (C*)call.dslope;
+    const int gap_count = call.gap_count;
+    const C* gaps = (const C*)call.gaps;
+    const int cells = rule.thresholds + rule.segments;
+    const int last = rule.reduction == TOTAL ? 2 : rule.reduction == PER_GAP ? rule.thresholds + 1 : cells + 1;
+    for (int64_t c = 0; c < channels; c++) {
+        std::vector<double> total(slots, 0.0);
+        for (int64_t piece = 0; piece < pieces; piece++)
+            for (int s = 0; s < slots; s++) total[s] += partial[(c * pieces + piece) * slots + s];
+        dlow[c] = total[0];
+        dhigh[c] = total[last];
+        if (rule.reduction == PER_CELL) {
+            for (int m = 0; m < cells; m++) {
+                doffset[c * cells + m] = total[1 + m];
+                dslope[c * cells + m] = total[cells + 4 + m];
+            }
+        } else if (rule.uniform) {                             // its errors are in steps already
+            dgaps[c * gap_count] = total[1];
+        } else {
+            for (int k = 0; k < gap_count; k++) dgaps[c * gap_count + k] = total[1 + k] / gaps[c * gap_count + k];
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void nulsq_run(const Call* call) {
+    if (call->storage == 0) run<float, float>(*call);
+    else if (call->storage == 1) run<BFloat16, float>(*call);
+    else run<double, double>(*call);
+}

@@ -1,0 +1,172 @@
+"""The CPU form: cpu.cpp, compiled once on the machine where it runs, called through ctypes.
+
+Compiling takes some seconds and happens once for a machine, a compiler and a version of the source: the library lies
+in a folder of the user's cache (`$NULSQ_CACHE`, else `$XDG_CACHE_HOME/nulsq`, else `~/.cache/nulsq`). The C++ compiler is
+`$CXX`, else `c++`, `g++` or `clang++`. Where there is none, or it fails, `available()` is False, one warning says why,
+and the forms in plain PyTorch serve.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nulsq.quant.op.oracle import STE_RULES, Rule, Table
+
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "table.h", "lanes.h")]
+# Without -ffast-math: NaN has to stay NaN, and no sum may be taken apart. The rest lets comparisons become masks.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
+         "-fopenmp", "-fPIC", "-shared", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-unknown-pragmas")
+COMPILERS = ("c++", "g++", "clang++")
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+REDUCTIONS = ("none", "total", "per_gap", "per_cell")
+
+
+class _Rule(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("uniform", "ste", "reduction", "low", "high", "segments",
+                                                  "thresholds")] + [("shift", ctypes.c_double)]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = ([("rule", _Rule)] + [(name, ctypes.c_int) for name in ("storage", "threads", "gap_count")]
+                + [(name, ctypes.c_int64) for name in ("channels", "elements")]
+                + [(name, ctypes.c_void_p) for name in ("ties_up", "gaps", "levels", "thresholds", "x", "dy", "out",
+                                                        "dgaps", "dlow", "dhigh", "doffset", "dslope")])
+
+
+def available() -> bool:
+    """Whether the compiled form can be had here. The first call compiles; a failure warns once."""
+    return _library() is not None
+
+
+def quantize(x: Tensor, table: Table, rule: Rule) -> Tensor:
+    """y: the level of each element; shape, type and memory order of x."""
+    x, kept, table, call = _prepare(x, table, rule)
+    y = torch.empty_like(x)
+    call.out = y.data_ptr()
+    _library().nulsq_run(call)
+    return y.to(kept)
+
+
+def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor, ...]:
+    """dx and the gradients of gaps, low, high, offset and slope; empty where the rule's reduction has none."""
+    kind = table.gaps.dtype
+    x, kept, table, call = _prepare(x, table, rule)
+    dx = torch.empty_like(x)
+    if dy.dtype != x.dtype or dy.stride() != x.stride():
+        dy = torch.empty_like(x).copy_(dy)
+    sums = gradient_buffers(table, rule)
+    call.dy, call.out = dy.data_ptr(), dx.data_ptr()
+    call.dgaps, call.dlow, call.dhigh, call.doffset, call.dslope = (each.data_ptr() for each in sums)
+    _library().nulsq_run(call)
+    return dx.to(kept), *(each.to(kind) for each in sums)
+
+
+def gradient_buffers(table: Table, rule: Rule) -> list[Tensor]:
+    """Room for the gradients of gaps, low, high, offset and slope: like those, or empty."""
+    nothing = table.gaps.new_empty(0)
+    if rule.reduction == "none":
+        return [nothing] * 5
+    ends = [torch.empty_like(table.low), torch.empty_like(table.high)]
+    if rule.reduction == "per_cell":
+        return [nothing, *ends, torch.empty_like(table.offset), torch.empty_like(table.slope)]
+    return [torch.empty_like(table.gaps), *ends, nothing, nothing]
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself where its elements lie without gaps, in order or channels last; else a copy in order."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def _prepare(x, table, rule):
+    x, kept = dense(x), x.dtype
+    kind = torch.promote_types(x.dtype, table.gaps.dtype)
+    if x.dtype not in STORAGE or STORAGE[x.dtype] == 0 and kind == torch.float64:
+        x = x.to(kind)
+    if table.gaps.dim() == 2 and x.dim() > 1 and x.stride(0) * x.shape[0] != x.numel():
+        x = x.contiguous()
+    table = Table(*(t if t is None else t.to(kind).contiguous() for t in table))
+    channels = table.gaps.shape[0] if table.gaps.dim() == 2 else 1
+    call = _Call(rule=_switches(rule), storage=STORAGE[x.dtype], threads=torch.get_num_threads(),
+                 gap_count=table.gaps.shape[-1], channels=channels, elements=x.numel() // channels,
+                 ties_up=_ties(rule), gaps=table.gaps.data_ptr(), x=x.data_ptr())
+    if rule.index == "table":
+        call.levels, call.thresholds = table.levels.data_ptr(), table.thresholds.data_ptr()
+    return x, kept, table, call
+
+
+@functools.lru_cache
+def _switches(rule):
+    return _Rule(rule.index == "uniform", STE_RULES.index(rule.ste), REDUCTIONS.index(rule.reduction), *rule.codes,
+                 rule.segments, len(rule.ties_up), rule.shift)
+
+
+_kept_alive: dict[Rule, ctypes.Array] = {}
+
+
+def _ties(rule):
+    if rule not in _kept_alive:
+        _kept_alive[rule] = (ctypes.c_uint8 * max(1, len(rule.ties_up)))(*rule.ties_up)
+    return ctypes.addressof(_kept_alive[rule])
+
+
+# ---- the library
+
+
+@functools.cache
+def _library():
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        warnings.warn("no compiled quantizers on this machine, plain PyTorch serves (slower, same numbers): "
+                      + " / ".join(detail[:3]), stacklevel=2)
+        return None
+    library.nulsq_run.argtypes = [ctypes.POINTER(_Call)]
+    library.nulsq_run.restype = None
+    return library
+
+
+def _compiled() -> Path:
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise OSError(f"no C++ compiler ({', '.join(COMPILERS)}, or $CXX)")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    parts = [*(source.read_text() for source in SOURCES), *FLAGS, compiler, version, _processor()]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    path = cache_folder() / f"quantizers-{key[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # aside, then renamed: others may compile too
+            made = Path(folder) / path.name
+            subprocess.run([compiler, *FLAGS, str(SOURCES[0]), "-o", str(made)], capture_output=True, text=True,
+                           check=True, timeout=300)
+            made.replace(path)
+    return path
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept between processes."""
+    if own := os.environ.get("NULSQ_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nulsq"
+
+
+def _processor():
+    """What -march=native depends on: a cache folder may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))
+    except OSError:
+        return platform.processor() + platform.machine()

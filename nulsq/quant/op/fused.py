@@ -1,0 +1,140 @@
+"""The fused form: one pass over memory in each direction, by a kernel for each kind of device.
+
+    cpu.py      C++, compiled where it runs
+    triton.py   CUDA
+
+To torch.compile, export, fake tensors and CUDA graphs the kernels are operators like any other,
+`torch.ops.nulsq.quantize` and `torch.ops.nulsq.gradients`: a node of the graph with a shape, a gradient and an
+implementation for each device; their arguments after the table are the fields of `Rule` in their order. Plain tensors
+outside a compiler take the autograd function `Fused` instead: the same kernels without the dispatcher, whose
+bookkeeping costs more than the kernel does on the weights of a small layer.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from nulsq.quant.op import cpu
+from nulsq.quant.op.oracle import Rule, Table
+
+KERNELS = {"cpu": cpu}
+_TABLE = "Tensor gaps, Tensor low, Tensor high, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
+_RULE = "str index, str ste, str reduction, int[] codes, bool[] ties_up, float shift, int segments"
+_FIELDS = len(Table._fields)
+
+
+@torch.compiler.assume_constant_result  # a compiler asks once and takes the answer for good
+def available(device: str) -> bool:
+    """Whether there is a kernel for this kind of device ("cpu", "cuda"), and what compiles it."""
+    return device in KERNELS and KERNELS[device].available()
+
+
+def fused(x: Tensor, table: Table, rule: Rule) -> Tensor:
+    plain = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    if plain and not torch._C._are_functorch_transforms_active():
+        return Fused.apply(x, *table, rule)
+    return torch.ops.nulsq.quantize(x, *table, *rule)
+
+
+def requantized(y: Tensor) -> contextlib.AbstractContextManager:
+    """A context for the operation that takes y, a fused quantizer's output: what it keeps of y is made again from x.
+
+    A convolution keeps its input for backward, and so does the activation function before the quantizer. With y made
+    again in backward, a network holds one tensor of that size where it would hold two. Changes nothing where y did not
+    come from `Fused`, and under a compiler, which decides by itself what to keep.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    node = y.grad_fn
+    if not isinstance(getattr(node, "rule", None), Rule) or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()
+    place, count = y.data_ptr(), y.numel()  # not y itself: the hooks live as long as the graph
+
+    def pack(tensor):
+        if tensor.data_ptr() == place and tensor.numel() == count:
+            return node, tensor.shape, tensor.stride()
+        return tensor
+
+    def unpack(kept):
+        if isinstance(kept, Tensor):
+            return kept
+        node, shape, stride = kept
+        x, *table = node.saved_tensors
+        with torch.no_grad():
+            return KERNELS[x.device.type].quantize(x, Table(*table), node.rule).as_strided(shape, stride)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class Fused(torch.autograd.Function):
+    """x -> its level by `rule`; shape, type and memory order of x."""
+
+    @staticmethod
+    def forward(ctx, x, gaps, low, high, levels, thresholds, offset, slope, rule):
+        table = Table(gaps, low, high, levels, thresholds, offset, slope)
+        ctx.save_for_backward(x, *table)
+        ctx.rule = rule
+        return KERNELS[x.device.type].quantize(x, table, rule)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, *table = ctx.saved_tensors
+        rule = _reduced(ctx.rule, ctx.needs_input_grad)
+        found = KERNELS[x.device.type].gradients(x, dy, Table(*table), rule)
+        return *_in_order(found), None
+
+
+def _reduced(rule, needs):
+    """No sums where no parameter asks for a gradient."""
+    return rule if any(needs[1:1 + _FIELDS]) else rule._replace(reduction="none")
+
+
+def _in_order(found):
+    """dx and the table's gradients, None where there is none, for the arguments x and table."""
+    dx, dgaps, dlow, dhigh, doffset, dslope = (each if each.numel() else None for each in found)
+    return dx, dgaps, dlow, dhigh, None, None, doffset, dslope
+
+
+# ---- operators of torch
+
+_library = torch.library.Library("nulsq", "DEF")
+_library.define(f"quantize(Tensor x, {_TABLE}, {_RULE}) -> Tensor")
+_library.define(f"gradients(Tensor x, Tensor dy, {_TABLE}, {_RULE}) -> "
+                "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+
+
+def _read(arguments):
+    index, ste, reduction, codes, ties_up, shift, segments = arguments[_FIELDS:]
+    return Table(*arguments[:_FIELDS]), Rule(index, ste, reduction, tuple(codes), tuple(ties_up), shift, segments)
+
+
+for _device, _kernel in KERNELS.items():
+    _library.impl("quantize", lambda x, *rest, kernel=_kernel: kernel.quantize(x, *_read(rest)), _device.upper())
+    _library.impl("gradients", lambda x, dy, *rest, kernel=_kernel: kernel.gradients(x, dy, *_read(rest)),
+                  _device.upper())
+
+
+@torch.library.register_fake("nulsq::quantize", lib=_library)
+def _quantize_like(x, *rest):
+    return torch.empty_like(cpu.dense(x))
+
+
+@torch.library.register_fake("nulsq::gradients", lib=_library)
+def _gradients_like(x, dy, *rest):
+    return torch.empty_like(cpu.dense(x)), *cpu.gradient_buffers(*_read(rest))
+
+
+def _keep(ctx, inputs, output):
+    x, *rest = inputs
+    ctx.save_for_backward(x, *rest[:_FIELDS])
+    ctx.rule = rest[_FIELDS:]
+
+
+def _backward(ctx, dy):
+    x, *table = ctx.saved_tensors
+    rule = _reduced(Rule(*ctx.rule), ctx.needs_input_grad)
+    return *_in_order(torch.ops.nulsq.gradients(x, dy, *table, *rule)), *(None,) * len(Rule._fields)
+
+
+torch.library.register_autograd("nulsq::quantize", _backward, setup_context=_keep, lib=_library)

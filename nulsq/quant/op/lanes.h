@@ -1,0 +1,71 @@
+// Vectors of float and double for cpu.cpp: the types that GCC and Clang share, one text for AVX2, AVX-512 and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef __AVX512F__
+#define VECTOR_BYTES 64
+#else
+#define VECTOR_BYTES 32
+#endif
+
+namespace {
+
+struct BFloat16 { uint16_t bits; };
+
+template <class C> struct Lanes;
+template <> struct Lanes<float> {
+    typedef float Real __attribute__((vector_size(VECTOR_BYTES)));
+    typedef int32_t Int __attribute__((vector_size(VECTOR_BYTES)));
+    static constexpr float ROUNDER = 12582912.f;               // 1.5 * 2^23: adding it leaves no room for a fraction
+};
+template <> struct Lanes<double> {
+    typedef double Real __attribute__((vector_size(VECTOR_BYTES)));
+    typedef int64_t Int __attribute__((vector_size(VECTOR_BYTES)));
+    static constexpr double ROUNDER = 6755399441055744.0;      // 1.5 * 2^52
+};
+
+template <class C> using Real = typename Lanes<C>::Real;
+template <class C> using Int = typename Lanes<C>::Int;
+template <class C> using Whole = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+template <class C> constexpr int WIDTH = VECTOR_BYTES / sizeof(C);
+
+template <class C> inline Real<C> all(C value) { return value - Real<C>{}; }
+template <class C> inline Real<C> where(Int<C> mask, Real<C> value) { return mask ? value : Real<C>{}; }
+
+template <class V, class E> inline V load_as(const E* from) {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+inline Real<float> load(const float* from) { return load_as<Real<float>>(from); }
+inline Real<double> load(const double* from) { return load_as<Real<double>>(from); }
+inline Int<float> load(const int32_t* from) { return load_as<Int<float>>(from); }
+inline Int<double> load(const int64_t* from) { return load_as<Int<double>>(from); }
+template <class V, class E> inline void store(E* to, V v) { memcpy(to, &v, sizeof v); }
+
+inline Real<float> load(const BFloat16* from) {
+    uint32_t wide[WIDTH<float>];
+    for (int j = 0; j < WIDTH<float>; j++) wide[j] = uint32_t(from[j].bits) << 16;
+    Real<float> v;
+    memcpy(&v, wide, sizeof v);
+    return v;
+}
+inline void store(BFloat16* to, Real<float> v) {
+    uint32_t wide[WIDTH<float>];
+    memcpy(wide, &v, sizeof v);
+    for (int j = 0; j < WIDTH<float>; j++) {                   // to nearest, ties to even; a NaN stays one
+        uint32_t rounded = (wide[j] + 0x7fff + ((wide[j] >> 16) & 1)) >> 16;
+        to[j].bits = (wide[j] & 0x7fffffff) > 0x7f800000 ? uint16_t(wide[j] >> 16 | 0x40) : uint16_t(rounded);
+    }
+}
+
+template <class C> inline Real<C> clamp(Real<C> v, C low, C high) {    // NaN stays NaN
+    v = v < all<C>(low) ? all<C>(low) : v;
+    return v > all<C>(high) ? all<C>(high) : v;
+}
+template <class C> inline Real<C> round_half_even(Real<C> v) { return v + Lanes<C>::ROUNDER - Lanes<C>::ROUNDER; }
+
+}  // namespace

@@ -1,0 +1,68 @@
+// What a quantizer declares, as the kernels of cpu.cpp want it: `Rule` and `Table` of oracle.py.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int CHAIN = 31;   // thresholds that are compared one after the other
+constexpr int MOST = 256;   // levels
+
+enum Ste { CLIP, CLIP_OPEN, HALF, PASS_ALL };                  // the order of cpu.py
+enum Reduction { NO_SUMS, TOTAL, PER_GAP, PER_CELL };
+
+struct Rule {
+    int uniform, ste, reduction, low, high, segments, thresholds;
+    double shift;
+};
+
+// Levels and thresholds of one channel, as the kernels want them.
+template <class C> struct Table {
+    int count = 0;                                             // thresholds
+    C step = 0, thresholds[MOST], levels[MOST];
+    C inverse = 0;                                             // buckets per unit of x
+    int inside = 0;                                            // most thresholds in one bucket
+    std::vector<uint8_t> below;                                // empty: no buckets
+    static constexpr int BUCKETS = 4 * MOST;
+
+    Table() {}                                                 // leaves the arrays as they are
+
+    void read(const Rule& rule, const C* gaps, const C* all_levels, const C* all_thresholds, const uint8_t* ties_up) {
+        step = gaps[0];
+        count = rule.uniform ? 0 : rule.thresholds;
+        for (int k = 0; k < count; k++) {
+            C t = all_thresholds[k];
+            thresholds[k] = ties_up[k] ? std::nextafter(t, -std::numeric_limits<C>::infinity()) : t;
+        }
+        for (int k = 0; k < count + (rule.uniform ? 0 : 1); k++) levels[k] = all_levels[k];
+    }
+
+    Int<C> bucket(Real<C> x) const {
+        Real<C> at = (x - thresholds[0]) * inverse;
+        at = at > C(0) ? at : Real<C>{};                       // NaN goes to the first
+        at = at < C(BUCKETS - 1) ? at : all<C>(BUCKETS - 1);
+        return __builtin_convertvector(at, Int<C>);
+    }
+
+    void sort_into_buckets() {
+        below.resize(BUCKETS);
+        inverse = BUCKETS / (thresholds[count - 1] - thresholds[0]);
+        if (!std::isfinite(inverse)) inverse = 0;
+        thresholds[count] = std::numeric_limits<C>::infinity();
+        int k = 0;
+        for (int b = 0; b < BUCKETS; b++) {
+            below[b] = uint8_t(k);
+            int first = k;
+            while (k < count && bucket(all<C>(thresholds[k]))[0] == b) k++;
+            inside = std::max(inside, k - first);
+        }
+    }
+};
+
+}  // namespace
