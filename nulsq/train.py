@@ -22,6 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from nulsq import checkpoint, command_line
+from nulsq.compile import compiled
 from nulsq.config import Recipe
 from nulsq.data import Normalize, build_loaders
 from nulsq.distill import build_teacher
@@ -114,7 +115,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
             stepped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                               broadcast_buffers=False)
     if recipe.run.compile:
-        stepped = torch.compile(stepped)
+        stepped = compiled(stepped, device)
 
     # ---- state: fresh or resumed
     average = WeightAverage(model, optim.ema_decay) if optim.ema_decay else None

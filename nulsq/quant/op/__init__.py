@@ -40,8 +40,9 @@ def fake_quantize(x: Tensor, table: Table, rule: Rule, form: str | None = None) 
 def _choose(x, table):
     if available(x.device.type):
         return "fused"
-    lean = x.device.type == "cpu" and table.gaps.dim() == 1 and not torch.compiler.is_compiling()
-    return "eager" if lean else "oracle"
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return "oracle"
+    return "eager" if x.device.type == "cpu" and table.gaps.dim() == 1 else "oracle"
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The CPU form: cpu.cpp, compiled once on the machine where it runs, called through ctypes.
 
 Compiling takes some seconds and happens once for a machine, a compiler and a version of the source: the library lies
-in a folder of the user's cache (`$NULSQ_CACHE`, else `$XDG_CACHE_HOME/nulsq`, else `~/.cache/nulsq`). The C++ compiler is
+in a folder of the user's cache (`$NULSQ_CACHE`, else `$XDG_CACHE_HOME/nulsq`, else `~/.cache/nulsq`). The compiler is
 `$CXX`, else `c++`, `g++` or `clang++`. Where there is none, or it fails, `available()` is False, one warning says why,
 and the forms in plain PyTorch serve.
 """
@@ -65,6 +65,8 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor, 
     if dy.dtype != x.dtype or dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
     sums = gradient_buffers(table, rule)
+    if not x.numel():
+        return dx.to(kept), *(each.zero_().to(kind) for each in sums)
     call.dy, call.out = dy.data_ptr(), dx.data_ptr()
     call.dgaps, call.dlow, call.dhigh, call.doffset, call.dslope = (each.data_ptr() for each in sums)
     _library().nulsq_run(call)

@@ -31,10 +31,9 @@ def available(device: str) -> bool:
 
 
 def fused(x: Tensor, table: Table, rule: Rule) -> Tensor:
-    plain = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-    if plain and not torch._C._are_functorch_transforms_active():
-        return Fused.apply(x, *table, rule)
-    return torch.ops.nulsq.quantize(x, *table, *rule)
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        return torch.ops.nulsq.quantize(x, *table, *rule)
+    return Fused.apply(x, *table, rule)
 
 
 def requantized(y: Tensor) -> contextlib.AbstractContextManager:
@@ -42,12 +41,13 @@ def requantized(y: Tensor) -> contextlib.AbstractContextManager:
 
     A convolution keeps its input for backward, and so does the activation function before the quantizer. With y made
     again in backward, a network holds one tensor of that size where it would hold two. Changes nothing where y did not
-    come from `Fused`, and under a compiler, which decides by itself what to keep.
+    come from `Fused`, and where somebody else decides what to keep: a compiler, or activation checkpointing.
     """
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    node = y.grad_fn
-    if not isinstance(getattr(node, "rule", None), Rule) or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    node, hooks = y.grad_fn, torch._C._autograd
+    if (type(node) is not Fused._backward_cls or not hooks._saved_tensors_hooks_is_enabled()
+            or hooks._top_saved_tensors_default_hooks(True) is not None):
         return contextlib.nullcontext()
     place, count = y.data_ptr(), y.numel()  # not y itself: the hooks live as long as the graph
 
@@ -71,18 +71,27 @@ class Fused(torch.autograd.Function):
     """x -> its level by `rule`; shape, type and memory order of x."""
 
     @staticmethod
-    def forward(ctx, x, gaps, low, high, levels, thresholds, offset, slope, rule):
-        table = Table(gaps, low, high, levels, thresholds, offset, slope)
-        ctx.save_for_backward(x, *table)
-        ctx.rule = rule
-        return KERNELS[x.device.type].quantize(x, table, rule)
+    def forward(x, gaps, low, high, levels, thresholds, offset, slope, rule):
+        return KERNELS[x.device.type].quantize(x, Table(gaps, low, high, levels, thresholds, offset, slope), rule)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.rule = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, dy):
         x, *table = ctx.saved_tensors
         rule = _reduced(ctx.rule, ctx.needs_input_grad)
-        found = KERNELS[x.device.type].gradients(x, dy, Table(*table), rule)
+        if torch._C._are_functorch_transforms_active():
+            found = torch.ops.nulsq.gradients(x, dy, *table, *rule)
+        else:
+            found = KERNELS[x.device.type].gradients(x, dy, Table(*table), rule)
         return *_in_order(found), None
+
+    @staticmethod
+    def vmap(info, dims, x, *rest):
+        return _quantize_batch(info, dims, x, *rest[:_FIELDS], *rest[_FIELDS])
 
 
 def _reduced(rule, needs):
@@ -92,7 +101,8 @@ def _reduced(rule, needs):
 
 def _in_order(found):
     """dx and the table's gradients, None where there is none, for the arguments x and table."""
-    dx, dgaps, dlow, dhigh, doffset, dslope = (each if each.numel() else None for each in found)
+    dx, *sums = found
+    dgaps, dlow, dhigh, doffset, dslope = (each if each.numel() else None for each in sums)
     return dx, dgaps, dlow, dhigh, None, None, doffset, dslope
 
 
@@ -138,3 +148,35 @@ def _backward(ctx, dy):
 
 
 torch.library.register_autograd("nulsq::quantize", _backward, setup_context=_keep, lib=_library)
+
+
+# ---- torch.vmap, for the gradients of each sample: a batch of calls is one call with a table for each "channel"
+
+
+def _quantize_batch(info, dims, x, *rest):
+    (x,), table, unfold, _ = _fold(info.batch_size, dims, (x,), rest)
+    return unfold(torch.ops.nulsq.quantize(x, *table, *rest[_FIELDS:])), 0
+
+
+def _gradients_batch(info, dims, x, dy, *rest):
+    (x, dy), table, unfold, unfold_sums = _fold(info.batch_size, dims, (x, dy), rest)
+    dx, *sums = torch.ops.nulsq.gradients(x, dy, *table, *rest[_FIELDS:])
+    return (unfold(dx), *map(unfold_sums, sums)), (0, *(0 if each.numel() else None for each in sums))
+
+
+torch.library.register_vmap("nulsq::quantize", _quantize_batch, lib=_library)
+torch.library.register_vmap("nulsq::gradients", _gradients_batch, lib=_library)
+
+
+def _fold(size, dims, tensors, rest):
+    """Tensors as [size * channels, ...] and the table with a row for each; and the way back for both."""
+    def whole(t, dim):
+        return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+    count = len(tensors)
+    tensors = [whole(*each) for each in zip(tensors, dims, strict=False)]
+    table = [t if t is None else whole(t, dim) for t, dim in zip(rest[:_FIELDS], dims[count:], strict=False)]
+    channels = table[0].shape[1:-1]  # () or (C,)
+    rows, shape = size * channels.numel(), tensors[0].shape
+    return ([t.reshape(rows, -1) for t in tensors], [t if t is None else t.reshape(rows, -1) for t in table],
+            lambda y: y.view(shape), lambda s: s.view(size, *channels, -1) if s.numel() else s)

@@ -74,11 +74,13 @@ class Oracle(torch.autograd.Function):
     """x -> its level by `rule`; same shape and type. A 2-D table runs over dimension 0 of x."""
 
     @staticmethod
-    def forward(ctx, x, gaps, low, high, levels, thresholds, offset, slope, rule):
-        table = Table(gaps, low, high, levels, thresholds, offset, slope)
-        ctx.rule = rule
-        ctx.save_for_backward(x, *table)
-        return quantize(x, table, rule)[0].to(x.dtype)
+    def forward(x, gaps, low, high, levels, thresholds, offset, slope, rule):
+        return quantize(x, Table(gaps, low, high, levels, thresholds, offset, slope), rule)[0].to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.rule = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, dy):
@@ -197,9 +199,12 @@ def scale_gradient(parameter: Tensor, factor) -> Tensor:
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parameter, factor):
-        ctx.factor = factor
+    def forward(parameter, factor):
         return parameter.view_as(parameter)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.factor = inputs[1]
 
     @staticmethod
     def backward(ctx, gradient):

@@ -1,0 +1,36 @@
+"""Compiling the network of a training step: paid once a machine, and never the end of a run.
+
+What torch.compile makes is kept in a folder (`$TORCHINDUCTOR_CACHE_DIR`, else torch's own, one for each user), so the
+next process with the same network, method, bits and batch, another trial of a search say, loads it instead of compiling
+again. Where nothing can be compiled the run goes on without, with one warning.
+"""
+
+import warnings
+
+import torch
+from torch import nn
+
+
+def compiled(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` compiled, sharing its parameters; `model` itself, with a warning, where that is impossible."""
+    if reason := why_not(device):
+        warnings.warn(f"run.compile: torch.compile does not work here, the network runs without it (same recipe, "
+                      f"slower): {reason}", stacklevel=2)
+        return model
+    return torch.compile(model)
+
+
+def why_not(device: torch.device) -> str:
+    """"" if torch.compile works for this device, else the reason.
+
+    Found by compiling one addition. Asking for a compiler by name is not enough, since headers can be missing too; and
+    a failure in the first step would come when half of it is done.
+    """
+    def add(x):
+        return x + 1
+
+    try:
+        torch.compile(add)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever the compiler's parts raise
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:300]
+    return ""

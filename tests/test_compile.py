@@ -1,0 +1,99 @@
+"""Compiled steps: paid once between processes, none where nothing can compile; the same training as the oracle's."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import nulsq
+from nulsq.loss import backward
+from nulsq.metrics import Counters
+from nulsq.models import network
+from nulsq.optim import Optimizers
+from nulsq.quant.op import available, force
+
+SMALL = """
+import sys, warnings, torch, nulsq
+from torch import nn
+from torch._dynamo.utils import counters
+from nulsq.compile import compiled
+torch.manual_seed(0)
+net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+x = torch.randn(4, 3, 12, 12)
+nulsq.calibrate_(nulsq.quantize_(net), [x])
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    quick = compiled(net, torch.device("cpu"))
+quick(x).sum().backward()
+told = [str(each.message) for each in told if "torch.compile" in str(each.message)]
+print(quick is net, counters["inductor"]["fxgraph_cache_miss"], counters["aot_autograd"]["autograd_cache_hit"], told)
+"""
+
+
+def small(tmp_path, **environment):
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SMALL], capture_output=True, text=True, check=True,
+                          env=os.environ | cache | environment)
+    return done.stdout.strip()
+
+
+def test_without_a_compiler_the_network_runs_and_one_warning_says_why(tmp_path):
+    said = small(tmp_path, CXX="/nonexistent/c++")
+    assert said.startswith("True ") and said.count("run.compile") == 1  # the network itself, one warning
+    assert "torch.compile does not work here" in said and "InvalidCxxCompiler" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
+def test_the_next_process_compiles_nothing(tmp_path):
+    first, second = small(tmp_path), small(tmp_path)
+    assert first == "False 3 0 []"  # the trial addition, forward and backward
+    assert second == "False 0 2 []"
+
+
+# ---- training with the fused form is training with the oracle
+
+
+def losses(recipe, images, labels, form, *, kind=torch.float32, compiled=False, steps=10):
+    """Losses of the first steps through the trainer's own parts."""
+    torch.manual_seed(0)
+    with force(form):
+        model = network(recipe, 10, start=False)
+        nulsq.calibrate_(model, [images[0]])
+        model.to(kind).train()
+        stepped = torch.compile(model) if compiled else model
+        optimizers, counters, found = Optimizers(model, recipe.optim), Counters(torch.device("cpu")), []
+        for x, y in zip(images[:steps], labels, strict=False):
+            before = counters.values.clone()
+            backward(stepped, x.to(kind), y, recipe, counters)
+            optimizers.step(0.01)
+            found.append((counters.values - before).tolist())
+    return torch.tensor(found)
+
+
+@pytest.fixture(scope="module")
+def batches(digits):
+    from nulsq.data import DataSet, Normalize
+    data = DataSet(digits)
+    pixels = torch.from_numpy(data.images("train")[:160].copy()).permute(0, 3, 1, 2)
+    images = Normalize(data, torch.device("cpu"), channels_last=False)(pixels).split(16)
+    return images, torch.from_numpy(data.labels("train")[:160]).split(16)
+
+
+@pytest.mark.parametrize("method", ["nulsq", *(pytest.param(each, marks=pytest.mark.slow)
+                                               for each in ("lsq", "lcq", "apot", "uniq"))])
+def test_the_first_ten_losses_equal_the_oracles(short, batches, method):
+    recipe = short("losses", quant__weight__quantizer=method, quant__activation__quantizer=method)
+    wanted, found = (losses(recipe, *batches, form) for form in ("oracle", "fused"))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
+def test_the_first_ten_losses_of_a_compiled_network_equal_the_oracles_in_float64(short, batches):
+    """In float32 a compiled batch norm rounds otherwise, and what lies at a threshold falls to the other side."""
+    recipe = short("losses")
+    wanted = losses(recipe, *batches, "oracle", kind=torch.float64)
+    found = losses(recipe, *batches, "fused", kind=torch.float64, compiled=True)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)

@@ -1,0 +1,334 @@
+"""The fused form: equal to the oracle in every corner, and through everything that torch does to an operation."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import nulsq
+from nulsq.quant.op import available, cpu, fake_quantize, force, requantized
+from nulsq.quant.op.oracle import Rule, Table
+from nulsq.quant.statistics import Statistics
+
+pytestmark = pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
+METHODS = ("lsq", "nulsq", "lcq", "apot", "uniq")
+
+
+def tensors(*shape, seed=0, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=draw).to(dtype) for _ in range(2)]
+
+
+def ready(name, bits, role="activation", signed=None, channels=None, data=None):
+    quantizer = nulsq.get_quantizer(name)(bits, role, signed=signed, channels=channels)
+    data = tensors(channels or 8, 999, seed=bits)[0] if data is None else data
+    quantizer.reset_(Statistics.of(data, per_channel=channels is not None))
+    return quantizer
+
+
+def run(quantizer, x, dy, form=None):
+    x = x.detach().clone().requires_grad_()
+    quantizer.zero_grad()
+    with force(form):
+        y = quantizer(x)
+    y.backward(dy)
+    return y.detach(), x.grad, [p.grad.clone() for p in quantizer.parameters()]
+
+
+def assert_equal_to_oracle(quantizer, x, dy, tolerance=1e-5):
+    (y, dx, ds), (wanted_y, wanted_dx, wanted_ds) = run(quantizer, x, dy, "fused"), run(quantizer, x, dy, "oracle")
+    assert torch.equal(y, wanted_y) and torch.equal(dx, wanted_dx)
+    assert y.stride() == x.stride() and y.dtype == x.dtype
+    for a, b in zip(ds, wanted_ds, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
+# ---- equal to the oracle
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_type_and_width_equals_the_oracle(name, bits, kind):
+    """Tensors of several pieces: beyond 32 levels the kernel looks up by buckets where a tensor is large enough."""
+    try:
+        quantizer = ready(name, bits)
+    except ValueError:
+        pytest.skip(f"{name} has no {bits} bits")
+    x, dy = tensors(3, 7, 31, 29, dtype=kind)
+    assert_equal_to_oracle(quantizer.double() if kind == torch.float64 else quantizer, x, dy)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_with_a_table_for_each_channel_equal_the_oracle(name):
+    x, dy = tensors(6, 5, 3, 3)
+    for memory in (torch.contiguous_format, torch.channels_last):
+        quantizer = ready(name, 3, "weight", channels=6)
+        assert_equal_to_oracle(quantizer, x.contiguous(memory_format=memory), dy.contiguous(memory_format=memory))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", METHODS)
+def test_numbers_at_thresholds_ends_and_beyond_equal_the_oracle(name, bits):
+    try:
+        quantizer = ready(name, bits, signed=True)
+    except ValueError:
+        pytest.skip(f"{name} has no {bits} bits")
+    marks = torch.cat([quantizer.levels(), quantizer.thresholds()])
+    away = torch.full_like(marks, torch.inf)
+    x = torch.cat([marks, torch.nextafter(marks, away), torch.nextafter(marks, -away), marks * 2,
+                   torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-45, 3e38])]).repeat(29)  # enough for buckets
+    assert_equal_to_oracle(quantizer, x, torch.randn(x.shape, generator=torch.Generator().manual_seed(3)))
+    assert quantizer(torch.tensor([torch.nan, 0.0]).repeat(5000)).isnan().sum() == 5000
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (), (3, 1, 5), (2, 0, 4), (8193,)])
+def test_any_shape(shape):
+    quantizer = ready("nulsq", 2)
+    assert_equal_to_oracle(quantizer, torch.randn(shape), torch.randn(shape))
+
+
+def test_input_and_gradient_with_gaps_in_memory():
+    x, dy = tensors(4, 6, 10, 10)
+    quantizer = ready("nulsq", 3)
+    y, dx, ds = run(quantizer, x, dy)
+    wide = torch.stack([x, x], -1)[..., 0]
+    again = wide.detach().requires_grad_()
+    quantizer.zero_grad()
+    out = quantizer(again)
+    out.backward(torch.stack([dy, dy], -1)[..., 0].transpose(1, 2).contiguous().transpose(1, 2))
+    assert torch.equal(out, y) and torch.equal(again.grad, dx)
+    assert torch.equal(quantizer.steps.grad, ds[0])
+
+
+@pytest.mark.parametrize("name", ["lsq", "nulsq", "lcq"])
+def test_any_number_of_threads_gives_the_same_bits(name):
+    x, dy = tensors(16, 16, 32, 33)
+    quantizer, before, found = ready(name, 4), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run(quantizer, x, dy))
+    finally:
+        torch.set_num_threads(before)
+    for y, dx, ds in found[1:]:
+        assert torch.equal(y, found[0][0]) and torch.equal(dx, found[0][1])
+        assert all(torch.equal(a, b) for a, b in zip(ds, found[0][2], strict=True))
+
+
+def test_frozen_parameters_cost_no_sums():
+    quantizer = ready("nulsq", 2).requires_grad_(False)
+    x = torch.randn(50, requires_grad=True)
+    quantizer(x).sum().backward()
+    assert x.grad is not None and quantizer.steps.grad is None
+
+
+# ---- through what torch does to an operation
+
+
+def test_force_takes_the_named_form_and_refuses_others():
+    x = torch.randn(100, requires_grad=True)
+    quantizer = ready("nulsq", 2)
+    for form, node in (("oracle", "Oracle"), ("eager", "Eager"), ("fused", "Fused"), (None, "Fused")):
+        with force(form):
+            assert type(quantizer(x).grad_fn).__name__ == node + "Backward"
+    with pytest.raises(ValueError, match="form = 'fast', allowed: oracle, eager, fused"), force("fast"):
+        pass
+
+
+def test_the_operators_keep_torchs_contract():
+    """Schema, fake tensors, autograd registration and tracing, as torch checks them itself."""
+    for name, role, channels in (("lsq", "activation", None), ("nulsq", "weight", 6), ("lcq", "activation", None)):
+        quantizer = ready(name, 3, role, channels=channels)
+        x = torch.randn(6, 20, requires_grad=True)
+        table = Table(*(None if t is None else t.detach().requires_grad_(field in ("gaps", "low", "high"))
+                        for field, t in quantizer.table()._asdict().items()))
+        torch.library.opcheck(torch.ops.nulsq.quantize.default, (x, *table, *quantizer.rule()))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_compiled_quantizer_has_one_graph_and_at_most_two_for_any_shapes(name):
+    """After eight recompilations torch.compile silently runs eager; here shapes become symbols after the second."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    quantizer = ready(name, 2)
+    quick = torch.compile(quantizer, fullgraph=True, backend=graphs)
+    for size in range(2, 16):
+        x, dy = tensors(size, 3, size + 1, size + 2, seed=size)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, wanted = quick(a), quantizer(b)
+        y.backward(dy)
+        wanted.backward(dy)
+        assert torch.equal(y, wanted) and torch.equal(a.grad, b.grad)
+    assert graphs.frame_count <= 2
+
+
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(),
+                        nn.Linear(4 * 6 * 6, 5))
+    nulsq.quantize_(net)
+    return nulsq.calibrate_(net, [torch.randn(4, 3, 12, 12)])
+
+
+def gradients_of(net, run):
+    net.zero_grad()
+    run(net).square().sum().backward()
+    return [p.grad.clone() for p in net.parameters()]
+
+
+def same(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
+def test_a_compiled_network_equals_eager_in_float64():
+    torch._dynamo.reset()
+    net, x = network().double(), torch.randn(4, 3, 12, 12, dtype=torch.float64)
+    same(gradients_of(torch.compile(net, fullgraph=True, backend="aot_eager"), lambda n: n(x)),
+         gradients_of(net, lambda n: n(x)))
+
+
+def test_a_convolution_that_makes_its_input_again_keeps_less_and_has_the_same_gradients(monkeypatch):
+    net, x = network(), torch.randn(4, 3, 12, 12)
+
+    def bytes_kept():
+        """What is allocated in the forward pass and not freed in it."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            y = net(x)
+        return sum(event.self_cpu_memory_usage for event in profile.key_averages()), y
+
+    wanted, (kept, _) = gradients_of(net, lambda n: n(x)), bytes_kept()
+    monkeypatch.setattr("nulsq.quant.layers.requantized", lambda y: contextlib.nullcontext())
+    found, (kept_without, _) = gradients_of(net, lambda n: n(x)), bytes_kept()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert kept_without - kept >= 4 * 8 * 10 * 10 * 4  # the input of the one convolution that nuLSQ quantizes
+
+
+def test_requantized_leaves_other_tensors_alone():
+    for y in (torch.randn(3), torch.randn(3, requires_grad=True) * 2):
+        with requantized(y):
+            z = (y.requires_grad_() if y.is_leaf else y).square()
+        z.sum().backward()
+
+
+def test_activation_checkpointing():
+    net, x = network(), torch.randn(4, 3, 12, 12)
+    wanted = gradients_of(net, lambda n: n(x))
+    for reentrant in (False, True):
+        same(gradients_of(net, lambda n: checkpoint(n, x.clone().requires_grad_(), use_reentrant=reentrant)), wanted)  # noqa: B023
+
+
+@pytest.mark.parametrize("form", ["oracle", "fused"])
+def test_functional_transforms(form):
+    net, x = nn.Sequential(network()[2]), torch.randn(4, 8, 12, 12)  # without the edges, which write their ranges
+    wanted = gradients_of(net, lambda n: n(x))
+    parameters = dict(net.named_parameters())
+    with force(form):
+        found = torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).square().sum())(parameters)
+    same([found[name] for name in parameters], wanted)
+
+
+def test_gradients_of_each_sample_by_vmap_add_up_to_those_of_the_batch():
+    net, x = nn.Sequential(network()[2]), torch.randn(4, 8, 12, 12)
+    net[0].weight_quantizer = ready("nulsq", 2, "weight", channels=8)
+    parameters = dict(net.named_parameters())
+
+    def loss(p, sample):
+        return torch.func.functional_call(net, p, (sample.unsqueeze(0),)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for n, sample in enumerate(x):
+        same([each[name][n] for name in parameters], gradients_of(net, lambda net: net(sample.unsqueeze(0))))  # noqa: B023
+    same([each[name].sum(0) for name in parameters], gradients_of(net, lambda n: n(x)))
+
+
+def test_autocast_feeds_bfloat16_and_gradients_come_back_in_the_parameters_type():
+    net, x = network(), torch.randn(4, 3, 12, 12)
+    inputs = []
+    net[2].activation_quantizer.register_forward_hook(lambda module, args, y: inputs.append((args[0].dtype, y.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = net(x).float().square().sum()
+    loss.backward()
+    assert inputs == [(torch.bfloat16, torch.bfloat16)]
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_steps_have_no_synchronizations():
+    """Reading a number on the host would stop a GPU at every quantizer."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += "_local_scalar_dense" in str(function) or "nonzero" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    for name in METHODS:
+        quantizer, (x, dy) = ready(name, 3), tensors(100)
+        with Reads() as reads:
+            quantizer(x.requires_grad_()).backward(dy)
+        assert reads.count == 0, name
+
+
+# ---- a machine without a compiler
+
+
+def test_without_a_compiler_plain_pytorch_serves_after_one_warning(tmp_path):
+    code = ("import torch, nulsq, warnings\n"
+            "from nulsq.quant.op import available\n"
+            "q = nulsq.get_quantizer('nulsq')(2, 'activation', signed=False)\n"
+            "from nulsq.quant.statistics import Statistics\n"
+            "q.reset_(Statistics.of(torch.rand(100)))\n"
+            "x = torch.rand(100, requires_grad=True)\n"
+            "with warnings.catch_warnings(record=True) as told:\n"
+            "    warnings.simplefilter('always')\n"
+            "    for _ in range(3): y = q(x)\n"
+            "y.sum().backward()\n"
+            "print(len(told), type(y.grad_fn).__name__, available('cpu'), told[0].message)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "CXX": "/nonexistent/c++", "NULSQ_CACHE": str(tmp_path)})
+    assert done.stdout.startswith("1 EagerBackward False no compiled quantizers on this machine, plain PyTorch serves")
+    assert "/nonexistent/c++" in done.stdout
+
+
+def test_a_compiler_that_fails_says_why(tmp_path, monkeypatch):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'fatal: no such header' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("NULSQ_CACHE", str(tmp_path))
+    cpu._library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="fatal: no such header"):
+            assert not cpu.available()
+    finally:
+        monkeypatch.undo()
+        cpu._library.cache_clear()
+    assert list(tmp_path.glob("*.so")) == []
+
+
+def test_the_compiled_kernel_is_kept(tmp_path, monkeypatch):
+    first = cpu._compiled()
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: _only_version(command, options))
+    assert cpu._compiled() == first
+
+
+def _only_version(command, options, run=subprocess.run):
+    assert command[1:] == ["--version"], "compiled again"
+    return run(command, **options)
+
+
+def test_a_rule_with_no_levels_to_choose_from():
+    """One level's width at one bit: the smallest table there is."""
+    table = Table(torch.ones(1), torch.zeros(1), torch.ones(1), torch.tensor([0.0, 1.0]), torch.tensor([0.5]))
+    rule = Rule("table", "clip", "per_gap", (0, 1), (False,))
+    y = fake_quantize(torch.tensor([-1.0, 0.5, 0.6]), table, rule, "fused")
+    assert y.tolist() == [0, 0, 1]
