@@ -79,6 +79,7 @@ class Optimizers:
 
 
 def _build(name: str, groups: list[dict], recipe: Optim) -> Optimizer:
+    # fused: one call for all parameters; a network has dozens of quantizers with a handful of steps each
     if name == "adamw":
-        return AdamW(groups, lr=recipe.lr)
-    return SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
+        return AdamW(groups, lr=recipe.lr, fused=True)
+    return SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)

@@ -30,6 +30,7 @@ from nulsq.ema import WeightAverage
 from nulsq.errors import InputError, exit_on_input_error
 from nulsq.evaluate import evaluate, evaluate_run, read_evaluation
 from nulsq.loss import backward
+from nulsq.memory import keep_freed_memory
 from nulsq.metrics import Counters
 from nulsq.models import sync_batch_norm
 from nulsq.optim import Optimizers, learning_rate
@@ -62,13 +63,15 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
         quiet: print nothing.
 
     Returns the state at the end; `state.outcome` is finished, saved or diverged, as in outcome.json. May be called
-    many times in one process: it leaves no thread, process group or global setting behind.
+    many times in one process: it leaves no thread, process group or global setting of torch behind.
 
     Raises InputError, before anything is written, for a recipe that cannot be run.
     """
     threads = torch.get_num_threads()
     with world(recipe.run.device) as here, contextlib.ExitStack() as cleanup:
         cleanup.enter_context(torch.random.fork_rng(devices=[here.device] if here.device.type == "cuda" else []))
+        if here.device.type == "cpu":
+            keep_freed_memory()
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
             cleanup.callback(torch.set_num_threads, threads)

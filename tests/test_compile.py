@@ -53,6 +53,26 @@ def test_the_next_process_compiles_nothing(tmp_path):
     assert second == "False 0 2 []"
 
 
+FAULTS = """
+import resource, sys, torch
+from nulsq.memory import keep_freed_memory
+kept = len(sys.argv) > 1 and keep_freed_memory()
+for _ in range(3): blocks = [torch.ones(2**21) for _ in range(8)]; del blocks
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5): blocks = [torch.ones(2**21) for _ in range(8)]; del blocks
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_steps_take_their_memory_again_without_page_faults():
+    """Five rounds of 64 MiB are 80,000 pages."""
+    kept, faults = subprocess.run([sys.executable, "-c", FAULTS, "keep"], capture_output=True, text=True,
+                                  check=True).stdout.split()
+    if kept == "False":
+        pytest.skip("no glibc malloc on this machine")
+    assert int(faults) < 1000
+
+
 # ---- training with the fused form is training with the oracle
 
 

@@ -98,7 +98,8 @@ def _prepare(x, table, rule):
         x = x.to(kind)
     if table.gaps.dim() == 2 and x.dim() > 1 and x.stride(0) * x.shape[0] != x.numel():
         x = x.contiguous()
-    table = Table(*(t if t is None else t.to(kind).contiguous() for t in table))
+    table = Table(*(t if t is None or t.dtype == kind and t.is_contiguous() else t.to(kind).contiguous()
+                    for t in table))
     channels = table.gaps.shape[0] if table.gaps.dim() == 2 else 1
     call = _Call(rule=_switches(rule), storage=STORAGE[x.dtype], threads=torch.get_num_threads(),
                  gap_count=table.gaps.shape[-1], channels=channels, elements=x.numel() // channels,
