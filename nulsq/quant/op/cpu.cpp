@@ -21,6 +21,7 @@
 namespace {
 
 constexpr int64_t PIECE = 8192;
+constexpr int64_t AHEAD = 512;   // elements that memory is asked for in advance: by itself it is late
 constexpr int MASKED = 7;   // gaps with an accumulator each
 
 // Level and, where WITH_INDEX, level index of a vector; a NaN stays one, with index 0. COUNT thresholds, 0: any number.
@@ -60,6 +61,7 @@ template <class C> inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> at
 // ---- what is done with one vector of a piece, by kind of quantizer
 
 template <class C> struct Uniform {
+    static constexpr bool LIGHT = true;                        // waits for memory, not for arithmetic
     const Rule& rule;
     const C step, shift = rule.shift, low = rule.low + shift, high = rule.high + shift;
     Real<C> below{}, error{}, above{};
@@ -98,6 +100,7 @@ int slots_of(const Rule& rule) {
 
 // Sums in one accumulator for each of GAPS gaps, or in one for all of them (GAPS = 1).
 template <class C, int COUNT, int GAPS> struct Masked {
+    static constexpr bool LIGHT = true;
     const Rule& rule;
     const Table<C>& table;
     const C low = table.levels[0], high = table.levels[table.count];
@@ -135,6 +138,7 @@ template <class C, int COUNT, int GAPS> struct Masked {
 
 // Sums at their slots: every lane has a column of its own, so that lanes do not wait for each other.
 template <class C, int COUNT> struct Scattered {
+    static constexpr bool LIGHT = false;
     static constexpr int SLOTS = 2 * (2 * MOST + 3);
     const Rule& rule;
     const Table<C>& table;
@@ -199,7 +203,14 @@ void piece(const Call& call, const Table<C>& table, const S* x, const S* dy, S* 
         store(out, dy ? kind.gradient(load(x), load(dy)) : kind.level(load(x)));
     };
     int64_t i = 0;
-    for (; i + WIDTH<C> <= count; i += WIDTH<C>) step(x + i, dy ? dy + i : dy, out + i);
+    for (; i + WIDTH<C> <= count; i += WIDTH<C>) {
+        if (Kind::LIGHT) {
+            __builtin_prefetch(x + i + AHEAD);
+            if (dy) __builtin_prefetch(dy + i + AHEAD);
+            __builtin_prefetch(out + i + AHEAD, 1);
+        }
+        step(x + i, dy ? dy + i : dy, out + i);
+    }
     if (i < count) {                                           // a zero gradient adds nothing
         S rest[WIDTH<C>] = {}, beside[WIDTH<C>] = {}, done[WIDTH<C>];
         std::copy(x + i, x + count, rest);
@@ -210,21 +221,21 @@ void piece(const Call& call, const Table<C>& table, const S* x, const S* dy, S* 
     if (dy) kind.add_to(total);
 }
 
-template <class S, class C, int COUNT> auto choose_kind(const Rule& rule) {
+template <class S, class C, int COUNT> auto choose_kind(const Rule& rule, bool forward) {
     constexpr bool few = COUNT > 0 && COUNT <= MASKED;
-    if (rule.reduction == NO_SUMS || rule.reduction == TOTAL) return piece<Masked<C, COUNT, 1>, S, C>;
+    if (forward || rule.reduction == NO_SUMS || rule.reduction == TOTAL) return piece<Masked<C, COUNT, 1>, S, C>;
     if (few && rule.reduction == PER_GAP) return piece<Masked<C, COUNT, few ? COUNT : 1>, S, C>;
     return piece<Scattered<C, COUNT>, S, C>;
 }
 
-template <class S, class C> auto choose(const Rule& rule) {
+template <class S, class C> auto choose(const Rule& rule, bool forward) {
     if (rule.uniform) return piece<Uniform<C>, S, C>;
     switch (rule.thresholds) {                                 // all thresholds of 1, 2, 3 and 4 bits in registers
-        case 1: return choose_kind<S, C, 1>(rule);
-        case 3: return choose_kind<S, C, 3>(rule);
-        case 7: return choose_kind<S, C, 7>(rule);
-        case 15: return choose_kind<S, C, 15>(rule);
-        default: return choose_kind<S, C, 0>(rule);
+        case 1: return choose_kind<S, C, 1>(rule, forward);
+        case 3: return choose_kind<S, C, 3>(rule, forward);
+        case 7: return choose_kind<S, C, 7>(rule, forward);
+        case 15: return choose_kind<S, C, 15>(rule, forward);
+        default: return choose_kind<S, C, 0>(rule, forward);
     }
 }
 
@@ -239,7 +250,7 @@ template <class S, class C> void run(const Call& call) {
         if (tables[c].count > CHAIN && elements > 4 * Table<C>::BUCKETS) tables[c].sort_into_buckets();
     }
     std::vector<double> partial(channels * pieces * slots, 0.0);
-    const auto work = choose<S, C>(rule);
+    const auto work = choose<S, C>(rule, !call.dy);
     const S *x = (const S*)call.x, *dy = (const S*)call.dy;
     S* out = (S*)call.out;
 #pragma omp parallel for num_threads(call.threads) if (call.threads > 1 && channels * elements > 4 * PIECE)
