@@ -1,0 +1,58 @@
+"""What is counted rather than timed: synchronizations, graph breaks, compilations, bytes."""
+
+import torch
+import torch._dynamo.testing
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operations whose result the host has to wait for: on a GPU each of them stops the queue.
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique", "unique_", "equal.default",
+         "repeat_interleave.Tensor", "bincount", "histc")
+
+
+class Waits(TorchDispatchMode):
+    """Counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += any(name in str(function) for name in WAITS)
+        return function(*args, **(kwargs or {}))
+
+
+def synchronizations(run) -> int:
+    run()
+    with Waits() as waits:
+        run()
+    return waits.count
+
+
+def peak_bytes(run) -> int:
+    """Most bytes that are allocated at one time in a call, above what was there before it."""
+    for _ in range(2):
+        run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak
+
+
+def graph_breaks(model: nn.Module, images: torch.Tensor) -> int:
+    torch._dynamo.reset()
+    return torch._dynamo.explain(model)(images).graph_break_count
+
+
+def compilations(quantizer: nn.Module) -> int:
+    """Graphs that one quantizer is compiled to when it meets 14 activation shapes, none like another."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    quick = torch.compile(quantizer, backend=graphs)
+    for size in range(2, 16):
+        quick(torch.randn(size, 3, size + 1, size + 2, requires_grad=True)).sum().backward()
+    return graphs.frame_count

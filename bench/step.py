@@ -1,0 +1,165 @@
+"""A whole training step, quantized beside float, through the trainer's own parts; ratios in one run.
+
+    python -m bench.step --smoke                     the headline rows, under six minutes
+    python -m bench.step [--settings compiled eager ...] [--methods nulsq-a ...] [--bits 2 3 4] [--json FILE]
+
+A step is what `nulsq.train` does with a batch: forward, loss, backward, both optimizers, counters; one image tensor
+over and over, so no loader takes part. Float is the same recipe with the quantizers off, in the same setting.
+
+    compiled      torch.compile, channels last          eager-nchw    eager, contiguous
+    eager         channels last                          no-compiler   eager, with no C++ compiler on the machine
+    bf16, bf16-eager   under autocast                    preresnet18, preresnet18-eager   32 images of 224 pixels
+    memory, memory-eager     bytes that a step allocates at its peak
+    syncs         reads of a device number by the host in a step (the ratio is their count, the target none)
+    graphs        graph breaks of a compiled step, compilations over 14 activation shapes (likewise counts)
+"""
+
+from pathlib import Path
+
+import torch
+
+from bench.counts import compilations, graph_breaks, peak_bytes, synchronizations
+from bench.timing import interleaved, machine, row, table, timed_row, write_json
+from nulsq.compile import compiled
+from nulsq.config import load_recipe
+from nulsq.errors import InputError, Parser, exit_on_input_error
+from nulsq.loss import backward
+from nulsq.memory import keep_freed_memory
+from nulsq.metrics import Counters
+from nulsq.models import network
+from nulsq.optim import Optimizers
+from nulsq.quant.calibrate import calibrate_
+from nulsq.quant.op import force
+from nulsq.quant.step import quantizers_of
+
+METHODS = {"nulsq-a": ("nuLSQ-A", "lsq", "nulsq"), "nulsq-wa": ("nuLSQ-WA", "nulsq", "nulsq"),
+           "lsq": ("LSQ", "lsq", "lsq"), "lcq": ("LCQ", "lcq", "lcq"), "apot": ("APoT", "apot", "apot"),
+           "uniq": ("UniQ", "uniq", "uniq")}
+FLOAT = ["quant.weight.quantizer=fp", "quant.activation.quantizer=fp", "quant.rules.edges.enabled=false"]
+TIMED = ("compiled", "eager", "eager-nchw", "no-compiler", "bf16", "bf16-eager", "preresnet18", "preresnet18-eager")
+COUNTED = ("memory", "memory-eager", "syncs", "graphs")
+SMOKE = [("compiled", "nulsq-a", 2), ("compiled", "lsq", 2), ("eager", "nulsq-a", 2), ("eager", "nulsq-a", 4)]
+
+
+def target(setting: str, method: str, bits: int) -> float | None:
+    """The project's target for a ratio; None where it has none."""
+    if setting in ("compiled", "bf16"):
+        return {"lcq": 1.30, "apot": 1.15, "uniq": 1.15}.get(method, 1.10 if bits == 4 else 1.05)
+    if setting in ("eager", "bf16-eager"):
+        return {"lcq": 1.6, "apot": 1.25, "uniq": 1.25}.get(method, 1.18)
+    return {"preresnet18": 1.05, "preresnet18-eager": 1.12, "memory": 1.05, "memory-eager": 1.25, "syncs": 0.0,
+            "graph breaks": 0.0, "compilations": 2.0}.get(setting)
+
+
+class Step:
+    """Calling it makes one training step."""
+
+    def __init__(self, overrides: list[str], setting: str):
+        large = setting.startswith("preresnet18")
+        channels_last = setting != "eager-nchw"
+        more = [f"run.channels_last={str(channels_last).lower()}"]
+        if setting.startswith("bf16"):
+            more.append("run.precision=bf16")
+        if large:
+            more.append("model.name=pytorchcv:preresnet18")
+        self.recipe = load_recipe("configs/recipes/cifar10/w2a2.yaml", [*overrides, *more])
+        torch.manual_seed(0)
+        classes, batch, side = (1000, 32, 224) if large else (10, 128, 32)
+        memory = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = network(self.recipe, classes, start=False).to(memory_format=memory)
+        draw = torch.Generator().manual_seed(1)
+        self.images = torch.randn(batch, 3, side, side, generator=draw).contiguous(memory_format=memory)
+        self.labels = torch.randint(0, classes, (batch,), generator=draw)
+        if quantizers_of(self.model):
+            calibrate_(self.model, [self.images])
+        self.model.train()
+        self.stepped = self.model
+        if setting in ("compiled", "bf16", "preresnet18", "memory"):
+            self.stepped = compiled(self.model, torch.device("cpu"))
+        self.form = "eager" if setting == "no-compiler" else None
+        self.optimizers = Optimizers(self.model, self.recipe.optim)
+        self.counters = Counters(torch.device("cpu"))
+
+    def __call__(self) -> None:
+        with force(self.form):
+            backward(self.stepped, self.images, self.labels, self.recipe, self.counters)
+            self.optimizers.step(0.01)
+
+
+def quantized(method: str, bits: int) -> list[str]:
+    _, weight, activation = METHODS[method]
+    return [f"quant.weight.quantizer={weight}", f"quant.activation.quantizer={activation}", f"quant.bits={bits}"]
+
+
+def measure(setting: str, wanted: list[tuple[str, int]], rounds: int) -> list[dict]:
+    """Rows of one setting. Methods one after the other, each beside a float step of its own rounds."""
+    if setting == "graphs":
+        return [each for method, bits in wanted for each in _graphs(method, bits)]
+    if setting == "syncs":
+        return [row(METHODS[method][0], bits, setting, float(synchronizations(Step(quantized(method, bits), setting))),
+                    target(setting, method, bits)) for method, bits in wanted]
+    rows = []
+    for method in dict.fromkeys(method for method, _ in wanted):
+        torch._dynamo.reset()  # more than eight networks of one class, and torch.compile would go eager
+        steps = {"float": Step(FLOAT, setting)}
+        steps |= {bits: Step(quantized(method, bits), setting) for name, bits in wanted if name == method}
+        if setting in COUNTED:
+            peaks = {name: peak_bytes(step) for name, step in steps.items()}
+            found = [row(METHODS[method][0], bits, setting, peaks[bits] / peaks["float"], target(setting, method, bits),
+                         megabytes=round(peaks[bits] / 2**20, 1)) for bits in peaks if bits != "float"]
+        else:
+            times = interleaved(steps, rounds, warm_up=6)  # the first ones also grow the heap
+            found = [timed_row(METHODS[method][0], bits, setting, times[bits], times["float"],
+                               target(setting, method, bits)) for bits in times if bits != "float"]
+        rows += found
+        print(*table(found).splitlines()[2:], sep="\n", flush=True)
+    return rows
+
+
+def _graphs(method: str, bits: int) -> list[dict]:
+    step, name = Step(quantized(method, bits), "eager"), METHODS[method][0]
+    quantizer = next(each for each in quantizers_of(step.model) if each.role == "activation" and each.bits == bits)
+    found = [row(name, bits, "graph breaks", float(graph_breaks(step.model, step.images)),
+                 target("graph breaks", method, bits)),
+             row(name, bits, "compilations", float(compilations(quantizer)), target("compilations", method, bits))]
+    print(*table(found).splitlines()[2:], sep="\n", flush=True)
+    return found
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m bench.step", description=__doc__)
+    made.add_argument("--smoke", action="store_true", help="only the headline rows: " + ", ".join(
+        f"{setting} {method} {bits}" for setting, method, bits in SMOKE))
+    made.add_argument("--settings", nargs="+", choices=TIMED + COUNTED, default=["compiled", "eager"],
+                      help="(compiled eager)")
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
+    made.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="(2 3 4)")
+    made.add_argument("--rounds", type=int, default=21, help="(%(default)s)")
+    made.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    made.add_argument("--json", type=Path, help="write the rows to this file")
+    return made
+
+
+@exit_on_input_error
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    if arguments.rounds < 1:
+        raise InputError(f"--rounds {arguments.rounds}, allowed: 1 and more")
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as the trainer does
+    print(machine())
+    print(table([]))
+    wanted = {setting: [(method, bits) for method in arguments.methods for bits in arguments.bits]
+              for setting in arguments.settings}
+    if arguments.smoke:
+        wanted = {setting: [(method, bits) for kind, method, bits in SMOKE if kind == setting]
+                  for setting in ("eager", "compiled")}
+    rows = [each for setting, pairs in wanted.items() for each in measure(setting, pairs, arguments.rounds)]
+    write_json(arguments.json, rows)
+    missed = [each for each in rows if each["met"] is False]
+    print(f"{len(rows)} rows, {len(missed)} over their target")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

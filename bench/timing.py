@@ -1,0 +1,83 @@
+"""Interleaved timing: both sides of a ratio in one run, round by round, and rows against their targets.
+
+A machine's speed drifts by more than what is measured here, so a ratio is taken within each round, where its two sides
+ran one after the other; what is reported is the median of the rounds' ratios and their quartiles.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def interleaved(sides: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2, repeat: int = 1,
+                clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+    """Seconds of `repeat` calls of each side in each round; every side once a round, in turn."""
+    for _ in range(warm_up):
+        for run in sides.values():
+            run()
+    found = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            began = clock()
+            for _ in range(repeat):
+                run()
+            found[name].append(clock() - began)
+    return found
+
+
+def ratios(times: list[float], base: list[float]) -> tuple[float, float, float]:
+    """Median and both quartiles of the rounds' ratios."""
+    each = [a / b for a, b in zip(times, base, strict=True)]
+    if len(each) < 2:
+        return each[0], each[0], each[0]
+    low, middle, high = statistics.quantiles(each, n=4, method="inclusive")
+    return middle, low, high
+
+
+def row(name: str, bits: int | None, setting: str, ratio: float, target: float | None, **more) -> dict:
+    """One line of a table and of the JSON; `met` is None where the row has no target."""
+    return {"name": name, "bits": bits, "setting": setting, "ratio": round(ratio, 4), "target": target,
+            "met": None if target is None else ratio <= target, **more}
+
+
+def timed_row(name: str, bits: int | None, setting: str, times: list[float], base: list[float],
+              target: float | None, **more) -> dict:
+    middle, low, high = ratios(times, base)
+    return row(name, bits, setting, middle, target, quartiles=[round(low, 4), round(high, 4)],
+               milliseconds=round(1e3 * statistics.median(times), 3),
+               base_milliseconds=round(1e3 * statistics.median(base), 3), rounds=len(times), **more)
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
+    lines = ["| what | bits | setting | ratio | quartiles | target | met | ms / base ms |", "|---" * 8 + "|"]
+    for each in rows:
+        quartiles = "{:.2f} - {:.2f}".format(*each["quartiles"]) if "quartiles" in each else ""
+        clock = f"{each['milliseconds']:.1f} / {each['base_milliseconds']:.1f}" if "milliseconds" in each else ""
+        target = "" if each["target"] is None else f"{each['target']:g}"
+        met = {None: "", True: "yes", False: "no"}[each["met"]]
+        lines.append(f"| {each['name']} | {each['bits'] or ''} | {each['setting']} | {each['ratio']:.3f} | "
+                     f"{quartiles} | {target} | {met} | {clock} |")
+    return "\n".join(lines)
+
+
+def write_json(path: Path | None, rows: list[dict]) -> None:
+    if path is not None:
+        path.write_text("[\n" + ",\n".join(json.dumps(each) for each in rows) + "\n]\n")
+
+
+def machine() -> str:
+    """What the numbers depend on, in one line."""
+    try:
+        model = next(line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                     if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores, Python {platform.python_version()}, " \
+           f"torch {torch.__version__}"
