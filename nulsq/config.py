@@ -56,7 +56,8 @@ class Data:
     holdout: str = setting("stratified:0.1", "images of train that selection sees: stratified:SHARE, last:N or none")
     holdout_seed: int = setting(0, "seed of a stratified holdout, apart from run.seed", low=0)
     subset: int | None = setting(None, "train on this many images (seeded by holdout_seed, after the holdout)", low=1)
-    loader: Literal["auto", "ffcv", "torchvision"] = setting("auto", "auto: ffcv where it and train.beton are there")
+    loader: Literal["auto", "device", "ffcv", "torchvision"] = setting(
+        "auto", "auto: device for arrays that fit there, else ffcv where it and train.beton are there")
     workers: int = setting(1, "loader threads (ffcv) or processes (torchvision, photographs)", low=0)
     crop: Literal["none", "pad", "resized"] = setting("none", "pad: random crop after padding; resized: random "
                                                       "resized crop to `size`")

@@ -47,7 +47,7 @@ def evaluate_run(run: Path, *, split: str = "test", which: str = "auto", here: W
     model = trained_network(recipe, content, len(data.classes))
     memory = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
     model.to(here.device, memory_format=memory)
-    loader = build_loader(recipe.data, data, split, here.rank, here.size)
+    loader = build_loader(recipe.data, data, split, here.rank, here.size, here.device)
     found = evaluate(model, loader, Normalize(data, here.device, recipe.run.channels_last), here,
                      recipe.run.precision, split)
     best = content["best"] is not None and content["best"]["step"] == content["step"]

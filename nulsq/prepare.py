@@ -19,7 +19,7 @@ def prepare(recipe: Recipe, here: World, *, start: bool = True) -> tuple[DataSet
     """
     check_names(recipe)
     data = DataSet(recipe.data.path)
-    kind = check_data(recipe.data, data, here.size)
+    kind = check_data(recipe.data, data, here.size, here.device)
     if recipe.data.batch % (recipe.optim.accumulate * here.size):
         raise InputError(f"data.batch = {recipe.data.batch} does not divide over {here.size} ranks and "
                          f"optim.accumulate = {recipe.optim.accumulate}")

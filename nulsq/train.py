@@ -103,7 +103,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
 
     # ---- network, in the order that matters: device, calibration, then the wrappers
     model.to(device, memory_format=torch.channels_last if recipe.run.channels_last else torch.contiguous_format)
-    loaders = build_loaders(recipe.data, data, recipe.run.seed, here.rank, here.size)
+    loaders = build_loaders(recipe.data, data, recipe.run.seed, here.rank, here.size, device)
     normalize = Normalize(data, device, recipe.run.channels_last)
     if resumed is None and quantizers_of(model):
         _calibrate(recipe, here, model, loaders, normalize, progress)
@@ -151,7 +151,8 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
             waited += time.monotonic() - fetched
             torch.manual_seed(_step_seed(recipe.run.seed, state.step, here.rank))
             dampening = oscillations.dampening(state.step / total) if oscillations else None
-            backward(stepped, normalize(images), labels.to(device), recipe, state.counters, teacher, dampening)
+            labels = labels.to(device, non_blocking=True)
+            backward(stepped, normalize(images), labels, recipe, state.counters, teacher, dampening)
             rate = schedule(state.step)
             state.optimizers.step(rate)
             state.step += 1

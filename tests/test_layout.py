@@ -162,7 +162,8 @@ def test_documented_commands_parse(line, monkeypatch):
     elif module == "data_prep":
         from data_prep.__main__ import parser
         parser().parse_args(arguments)
-    elif module in ("nulsq.evaluate", "nulsq.inspect", "bench.compare_methods", "bench.initializers"):
+    elif module in ("nulsq.evaluate", "nulsq.inspect", "bench.compare_methods", "bench.initializers",
+                    "bench.quantizers", "bench.step", "bench.cifar_epoch"):
         made = importlib.import_module(f"{module}.__main__" if module == "nulsq.inspect" else module)
         made.parser().parse_intermixed_args(arguments)
     else:

@@ -7,12 +7,14 @@ Images are uint8 [B, 3, H, W] whatever the loader; `normalize` is the one place 
 """
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nulsq.config import Data
+from nulsq.data.device import DeviceLoader, bytes_needed
 from nulsq.data.folder import FolderLoader
 from nulsq.data.manifest import DataSet
 from nulsq.data.order import sharded, shuffled, split, subset
@@ -26,7 +28,7 @@ __all__ = ["DataSet", "Loaders", "Normalize", "build_loader", "build_loaders", "
 class Loaders:
     train: object
     val: object | None  # None where the recipe holds nothing out
-    kind: str  # "ffcv" or "torchvision"
+    kind: str  # "ffcv", "torchvision" or "device"
 
 
 class Normalize:
@@ -39,11 +41,16 @@ class Normalize:
         self.format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, images: Tensor) -> Tensor:
-        x = images.to(self.device).to(torch.float32, memory_format=self.format)
+        if self.device.type == "cuda" and images.device.type == "cpu":
+            images = images.pin_memory()  # the copy then runs beside the step before
+        x = images.to(self.device, non_blocking=True).to(torch.float32, memory_format=self.format)
         return x.sub_(self.mean).mul_(self.scale)
 
 
-def check_data(recipe: Data, data: DataSet, size: int = 1) -> str:
+CPU = torch.device("cpu")
+
+
+def check_data(recipe: Data, data: DataSet, size: int = 1, device: torch.device = CPU) -> str:
     """What has to fit before a run starts; returns the loader's kind. Raises InputError."""
     if recipe.crop == "pad" and data.kind != "arrays":
         raise InputError("data.crop = pad is for small equal images (arrays); photographs take resized")
@@ -54,6 +61,16 @@ def check_data(recipe: Data, data: DataSet, size: int = 1) -> str:
     has_ffcv = importlib.util.find_spec("ffcv") is not None
     if recipe.loader == "torchvision":
         return recipe.loader
+    if recipe.loader == "device" and data.kind != "arrays":
+        raise InputError(f"data.loader = device is for small equal images (arrays), {data.path} has photographs; "
+                         "allowed for them: auto, ffcv, torchvision")
+    if recipe.loader in ("auto", "device") and data.kind == "arrays":
+        needed = bytes_needed(data, recipe.padding if recipe.crop == "pad" else 0)
+        if needed <= (room := _room(device)):
+            return "device"
+        if recipe.loader == "device":
+            raise InputError(f"data.loader = device: the images need {needed / 1e9:.2f} GB, half of what is free on "
+                             f"{device} is {room / 1e9:.2f} GB; allowed: auto, ffcv, torchvision")
     if recipe.loader == "ffcv":
         if not has_ffcv:  # looked up, not imported: importing ffcv changes torch's number of threads
             raise missing("ffcv", "ffcv")
@@ -63,39 +80,50 @@ def check_data(recipe: Data, data: DataSet, size: int = 1) -> str:
     return "ffcv" if has_ffcv and data.beton("train") else "torchvision"
 
 
-def build_loaders(recipe: Data, data: DataSet, seed: int, rank: int = 0, size: int = 1) -> Loaders:
+def _room(device):
+    """Bytes that a data set may take on a device: half of what is free there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def build_loaders(recipe: Data, data: DataSet, seed: int, rank: int = 0, size: int = 1,
+                  device: torch.device = CPU) -> Loaders:
     """Training and holdout loaders of this rank. Never opens the test images."""
-    kind = check_data(recipe, data, size)
+    kind = check_data(recipe, data, size, device)
     labels = data.labels("train")
     train, val = split(labels, recipe.holdout, recipe.holdout_seed)
     train = subset(train, recipe.subset, recipe.holdout_seed)
     view = View(seed, recipe.crop, recipe.padding, recipe.flip, recipe.size, recipe.eval_ratio)
     order = shuffled(train, recipe.batch, seed, rank, size)
     return Loaders(
-        train=_loader(kind, data, "train", order, view, recipe.workers),
-        val=_evaluation(kind, data, "train", val, recipe, rank, size) if len(val) else None,
+        train=_loader(kind, data, "train", order, view, recipe.workers, device, train),
+        val=_evaluation(kind, data, "train", val, recipe, rank, size, device) if len(val) else None,
         kind=kind,
     )
 
 
-def build_loader(recipe: Data, data: DataSet, which: str, rank: int = 0, size: int = 1):
+def build_loader(recipe: Data, data: DataSet, which: str, rank: int = 0, size: int = 1, device: torch.device = CPU):
     """An evaluation loader alone: `which` is "test" or "val". Every image once over all ranks."""
-    kind = check_data(recipe, data, 1)
+    kind = check_data(recipe, data, 1, device)
     if which == "test":
         indices = torch.arange(data.counts["test"]).numpy()
-        return _evaluation(kind, data, "test", indices, recipe, rank, size)
+        return _evaluation(kind, data, "test", indices, recipe, rank, size, device)
     _, val = split(data.labels("train"), recipe.holdout, recipe.holdout_seed)
     if not len(val):
         raise InputError("the recipe holds nothing out (data.holdout = none): there is no val")
-    return _evaluation(kind, data, "train", val, recipe, rank, size)
+    return _evaluation(kind, data, "train", val, recipe, rank, size, device)
 
 
-def _evaluation(kind, data, file, indices, recipe, rank, size):
+def _evaluation(kind, data, file, indices, recipe, rank, size, device):
     view = View(0, "none", 0, False, recipe.size, recipe.eval_ratio)
-    return _loader(kind, data, file, sharded(indices, recipe.batch, rank, size), view, recipe.workers)
+    order = sharded(indices, recipe.batch, rank, size)
+    return _loader(kind, data, file, order, view, recipe.workers, device, indices[rank::size])
 
 
-def _loader(kind, data, file, order, view, workers):
+def _loader(kind, data, file, order, view, workers, device, used):
+    if kind == "device":
+        return DeviceLoader(data, file, order, view, device, used)
     if kind == "torchvision":
         return FolderLoader(data, file, order, view, workers)
     from nulsq.data.beton import BetonLoader

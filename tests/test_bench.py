@@ -1,0 +1,99 @@
+"""The instruments of the measurements: what they report is what happened."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from bench import quantizers, step
+from bench.counts import compilations, graph_breaks, peak_bytes, synchronizations
+from bench.timing import interleaved, ratios, row, table, timed_row, write_json
+
+
+def test_sides_take_turns_and_ratios_are_those_of_a_round():
+    """A clock that drifts: every round twice as slow as the one before. The ratio does not see it."""
+    now, speed, order = [0.0], [1.0], []
+
+    def side(name, cost):
+        def run():
+            order.append(name)
+            now[0] += cost * speed[0]
+            speed[0] *= 2 if name == "b" else 1
+        return run
+
+    times = interleaved({"a": side("a", 2.0), "b": side("b", 3.0)}, rounds=5, warm_up=1, clock=lambda: now[0])
+    assert order == ["a", "b"] * 6
+    assert ratios(times["b"], times["a"]) == (1.5, 1.5, 1.5)
+    assert ratios([1.0, 2.0, 6.0], [1.0, 1.0, 2.0]) == (2.0, 1.5, 2.5)
+
+
+def test_rows_say_whether_the_target_is_met_and_are_written_as_json(tmp_path):
+    rows = [row("LSQ", 2, "syncs", 0.0, 0.0), row("LSQ", 3, "x", 1.2, 1.1), row("LSQ", None, "x", 1.0, None),
+            timed_row("LCQ", 4, "eager", [3.0, 3.0], [2.0, 2.0], 1.6)]
+    assert [each["met"] for each in rows] == [True, False, None, True]
+    write_json(tmp_path / "rows.json", rows)
+    read = json.loads((tmp_path / "rows.json").read_text())
+    assert read == rows and set(read[0]) == {"name", "bits", "setting", "ratio", "target", "met"}
+    assert "| LCQ | 4 | eager | 1.500 | 1.50 - 1.50 | 1.6 | yes | 3000.0 / 2000.0 |" in table(rows)
+    write_json(None, rows)
+
+
+@pytest.mark.parametrize(("case", "wanted"), [
+    (("compiled", "nulsq-a", 2), 1.05), (("compiled", "lsq", 4), 1.10), (("compiled", "lcq", 4), 1.30),
+    (("compiled", "apot", 3), 1.15), (("eager", "nulsq-wa", 2), 1.18), (("eager", "uniq", 2), 1.25),
+    (("eager", "lcq", 2), 1.6), (("bf16", "lsq", 2), 1.05), (("memory-eager", "lsq", 2), 1.25),
+    (("preresnet18", "nulsq-a", 2), 1.05), (("no-compiler", "lsq", 2), None)])
+def test_targets_are_the_projects(case, wanted):
+    assert step.target(*case) == wanted
+
+
+def test_waits_are_counted():
+    x = torch.ones(10)
+    assert synchronizations(lambda: x + 1) == 0
+    assert synchronizations(lambda: float(x.sum()) and x.nonzero()) == 2
+
+
+def test_the_peak_is_that_of_the_call():
+    def run():
+        a = torch.empty(1000, 1000)
+        b = torch.empty(1000, 1000)
+        del a
+        c = torch.empty(500, 1000)
+        return float(b[0, 0] + c[0, 0])
+
+    assert peak_bytes(run) == pytest.approx(8_000_000, abs=10_000)
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+
+def test_graph_breaks_and_compilations_are_counted():
+    x = torch.ones(2, 3)
+    assert graph_breaks(nn.Linear(3, 3), x) == 0
+    assert graph_breaks(Broken(), x) == 1
+    assert compilations(nn.ReLU()) == 2  # one shape, then any
+
+
+def test_every_quantizer_and_the_independent_ones_run():
+    x, dy = quantizers.activation((2, 4, 4, 4))
+    for method in quantizers.METHODS:
+        quantizers.both_passes(quantizers.quantizer(method, 2, x), x, dy)()
+    assert quantizers.quantizer("apot", 8, x) is None
+    found, missing = quantizers.others(x, 2)
+    for operation in found.values():
+        y = operation(x)
+        assert len(y.unique()) <= 4
+    assert len(found) >= 2 and set(missing) <= {"torchao", "brevitas"}
+
+
+def test_a_step_is_the_trainers_and_changes_the_parameters():
+    made = step.Step([*step.quantized("nulsq-a", 2), "model.name=pytorchcv:resnet20_cifar10"], "eager")
+    before = [p.clone() for p in made.model.parameters()]
+    made()
+    assert all(p.isfinite().all() for p in made.model.parameters())
+    assert sum(not torch.equal(a, b) for a, b in zip(before, made.model.parameters(), strict=True)) > len(before) // 2
+    assert made.counters.values[3] == 128
