@@ -5,7 +5,7 @@ level index and gradients. The form is chosen here and nowhere else, so no quant
 
     oracle   the definition, in plain PyTorch; a compiler can fuse it
     eager    plain PyTorch with fewer passes over memory; CPU, per-tensor tables
-    fused    one pass in each direction: C++ on the CPU (cpu.py), Triton on a GPU (triton.py)
+    fused    one pass in each direction: C++ on the CPU (cpu.py), Triton on a GPU (gpu.py)
 
 fused wherever its kernel can be compiled, else eager or oracle. `force("oracle")` and the like override the choice.
 """

@@ -1,7 +1,7 @@
 """The fused form: one pass over memory in each direction, by a kernel for each kind of device.
 
     cpu.py      C++, compiled where it runs
-    triton.py   CUDA
+    gpu.py      Triton
 
 To torch.compile, export, fake tensors and CUDA graphs the kernels are operators like any other,
 `torch.ops.nulsq.quantize` and `torch.ops.nulsq.gradients`: a node of the graph with a shape, a gradient and an
@@ -15,10 +15,10 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from nulsq.quant.op import cpu
+from nulsq.quant.op import cpu, gpu
 from nulsq.quant.op.oracle import Rule, Table
 
-KERNELS = {"cpu": cpu}
+KERNELS = {"cpu": cpu, "cuda": gpu}
 _TABLE = "Tensor gaps, Tensor low, Tensor high, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
 _RULE = "str index, str ste, str reduction, int[] codes, bool[] ties_up, float shift, int segments"
 _FIELDS = len(Table._fields)
