@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import quantizers, step
+from bench import bandwidth, quantizers, step
 from bench.counts import compilations, graph_breaks, peak_bytes, synchronizations
 from bench.timing import interleaved, ratios, row, table, timed_row, write_json
 
@@ -97,3 +97,9 @@ def test_a_step_is_the_trainers_and_changes_the_parameters():
     assert all(p.isfinite().all() for p in made.model.parameters())
     assert sum(not torch.equal(a, b) for a, b in zip(before, made.model.parameters(), strict=True)) > len(before) // 2
     assert made.counters.values[3] == 128
+
+
+def test_shares_of_the_bandwidth_have_no_targets_on_a_cpu():
+    rows = bandwidth.measure("nulsq", 2, torch.float32, torch.device("cpu"), 10_000, 2)
+    assert [each["setting"] for each in rows] == ["cpu float32 forward", "cpu float32 backward"]
+    assert all(each["ratio"] > 0 and each["met"] is None for each in rows)

@@ -9,6 +9,7 @@ Images are uint8 [B, 3, H, W] whatever the loader; `normalize` is the one place 
 import importlib.util
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -84,7 +85,11 @@ def _room(device):
     """Bytes that a data set may take on a device: half of what is free there."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:  # what the system could free counts as free
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024 // 2
+    except (OSError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def build_loaders(recipe: Data, data: DataSet, seed: int, rank: int = 0, size: int = 1,

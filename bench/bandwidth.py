@@ -1,0 +1,86 @@
+"""How near the kernels come to the memory's speed: bytes read and written, as a share of a copy's bandwidth.
+
+    python -m bench.bandwidth [--device cuda] [--json FILE]
+
+Forward counts x in, y out; backward x and dy in, dx out. A copy of the same tensor, interleaved, is the measure. The
+`ratio` of a row is that share, so here a target is met from below: `met` says whether the share is at least as high.
+On a GPU the clock is that of CUDA events over the kernels alone.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from bench.timing import interleaved, machine, ratios, row, write_json
+from nulsq.errors import InputError, Parser, exit_on_input_error
+from nulsq.memory import keep_freed_memory
+from nulsq.quant.op import available
+from nulsq.quant.op.fused import KERNELS
+from nulsq.quant.op.oracle import Table
+from nulsq.quant.statistics import Statistics
+from nulsq.quantizers import get_quantizer
+
+TARGETS = {("float32", "forward"): {2: 0.80, 3: 0.80, 4: 0.80}, ("float32", "backward"): {2: 0.80, 3: 0.80, 4: 0.60},
+           ("bfloat16", "forward"): {2: 0.80, 3: 0.80, 4: 0.80}, ("bfloat16", "backward"): {2: 0.80, 3: 0.60, 4: 0.45}}
+
+
+def clock_of(device: torch.device):
+    """Seconds, after everything before has run."""
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return clock
+
+
+def measure(method: str, bits: int, kind: torch.dtype, device: torch.device, elements: int, rounds: int) -> list[dict]:
+    draw = torch.Generator(device).manual_seed(0)
+    x, dy = (torch.randn(elements, generator=draw, device=device).to(kind) for _ in range(2))
+    x.relu_()
+    quantizer = get_quantizer(method)(bits, "activation", signed=False).to(device)
+    quantizer.reset_(Statistics.of(x[:1_000_000].float()))
+    table, rule = Table(*(t if t is None else t.detach() for t in quantizer.table())), quantizer.rule()
+    kernel, copy, name = KERNELS[device.type], torch.empty_like(x), str(kind).removeprefix("torch.")
+    sides = {"copy": lambda: copy.copy_(x), "forward": lambda: kernel.quantize(x, table, rule),
+             "backward": lambda: kernel.gradients(x, dy, table, rule)}
+    repeat = 5 if device.type == "cuda" else 1  # launches run ahead of the clock
+    times = interleaved(sides, rounds, 3, repeat, clock_of(device))
+    rows = []
+    for side, tensors in (("forward", 2), ("backward", 3)):
+        share = tensors / 2 * ratios(times["copy"], times[side])[0]
+        target = TARGETS[name, side][bits] if device.type == "cuda" and method == "nulsq" else None
+        rows.append(row(method, bits, f"{device.type} {name} {side}", share, target)
+                    | {"met": None if target is None else share >= target})
+        print(f"| {method} | {bits} | {name} | {side} | {share:.2f} | {'' if target is None else target} |", flush=True)
+    return rows
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m bench.bandwidth", description=__doc__)
+    made.add_argument("--device", choices=KERNELS, default="cuda" if torch.cuda.is_available() else "cpu",
+                      help="(%(default)s)")
+    made.add_argument("--methods", nargs="+", default=["nulsq", "lsq"], help="(nulsq lsq)")
+    made.add_argument("--elements", type=int, default=50_000_000, help="(%(default)s)")
+    made.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
+    made.add_argument("--json", type=Path, help="write the rows to this file")
+    return made
+
+
+@exit_on_input_error
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    if not available(arguments.device):
+        raise InputError(f"--device {arguments.device}: there is no kernel for it here")
+    keep_freed_memory()
+    device = torch.device(arguments.device)
+    print(torch.cuda.get_device_name() if device.type == "cuda" else machine())
+    print("| method | bits | type | pass | share of a copy's bandwidth | target |", "|---" * 6 + "|", sep="\n")
+    rows = [each for method in arguments.methods for bits in (2, 3, 4) for kind in (torch.float32, torch.bfloat16)
+            for each in measure(method, bits, kind, device, arguments.elements, arguments.rounds)]
+    write_json(arguments.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

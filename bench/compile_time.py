@@ -1,0 +1,67 @@
+"""Seconds from the start of a process to the end of its first compiled training step: nothing cached, and cached.
+
+    python -m bench.compile_time [--json FILE]
+
+Each case runs twice in processes of its own with a new cache folder: the first compiles, the second is what every
+further trial of a search pays. In the rows `ratio` is these seconds, and `target` the project's.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bench.step import FLOAT, METHODS, Step, quantized
+from bench.timing import machine, row, table, write_json
+from nulsq.errors import Parser, exit_on_input_error
+
+TARGETS = {"cold": {2: 60.0, 3: 90.0, 4: 90.0}, "warm": {2: 10.0, 3: 10.0, 4: 10.0}}
+
+
+def seconds(method: str, bits: int, cache: str, threads: int) -> float:
+    command = [sys.executable, "-m", "bench.compile_time", "--first-step", method, str(bits), "--threads", str(threads)]
+    began = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                   env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache})
+    return time.monotonic() - began
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m bench.compile_time", description=__doc__)
+    made.add_argument("--methods", nargs="+", choices=["float", *METHODS], default=["float", "nulsq-a"],
+                      help="(float nulsq-a)")
+    made.add_argument("--bits", type=int, nargs="+", default=[2, 4], help="(2 4)")
+    made.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    made.add_argument("--first-step", nargs=2, metavar=("METHOD", "BITS"), help="be one of the processes")
+    made.add_argument("--json", type=Path, help="write the rows to this file")
+    return made
+
+
+@exit_on_input_error
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    if arguments.first_step:
+        method, bits = arguments.first_step
+        Step(FLOAT if method == "float" else quantized(method, int(bits)), "compiled")()
+        return 0
+    print(machine())
+    rows = []
+    for method in arguments.methods:
+        for bits in [2] if method == "float" else arguments.bits:
+            with tempfile.TemporaryDirectory() as cache:
+                for state in ("cold", "warm"):
+                    target = None if method == "float" else TARGETS[state].get(bits)
+                    rows.append(row(method, None if method == "float" else bits, f"first step, {state}: seconds",
+                                    seconds(method, bits, cache, arguments.threads), target))
+    print(table(rows))
+    write_json(arguments.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
