@@ -93,12 +93,11 @@ def quantized(method: str, bits: int) -> list[str]:
 
 def measure(setting: str, wanted: list[tuple[str, int]], rounds: int) -> list[dict]:
     """Rows of one setting. Methods one after the other, each beside a float step of its own rounds."""
-    if setting == "graphs":
-        return [each for method, bits in wanted for each in _graphs(method, bits)]
-    if setting == "syncs":
-        return [row(METHODS[method][0], bits, setting, float(synchronizations(Step(quantized(method, bits), setting))),
-                    target(setting, method, bits)) for method, bits in wanted]
     rows = []
+    if setting in ("graphs", "syncs"):
+        for method, bits in wanted:
+            rows += _counted(setting, method, bits)
+        return rows
     for method in dict.fromkeys(method for method, _ in wanted):
         torch._dynamo.reset()  # more than eight networks of one class, and torch.compile would go eager
         steps = {"float": Step(FLOAT, setting)}
@@ -116,12 +115,15 @@ def measure(setting: str, wanted: list[tuple[str, int]], rounds: int) -> list[di
     return rows
 
 
-def _graphs(method: str, bits: int) -> list[dict]:
-    step, name = Step(quantized(method, bits), "eager"), METHODS[method][0]
-    quantizer = next(each for each in quantizers_of(step.model) if each.role == "activation" and each.bits == bits)
-    found = [row(name, bits, "graph breaks", float(graph_breaks(step.model, step.images)),
-                 target("graph breaks", method, bits)),
-             row(name, bits, "compilations", float(compilations(quantizer)), target("compilations", method, bits))]
+def _counted(setting: str, method: str, bits: int) -> list[dict]:
+    step = Step(quantized(method, bits), setting)
+    if setting == "syncs":
+        counts = {setting: synchronizations(step)}
+    else:
+        quantizer = next(each for each in quantizers_of(step.model) if each.role == "activation" and each.bits == bits)
+        counts = {"graph breaks": graph_breaks(step.model, step.images), "compilations": compilations(quantizer)}
+    found = [row(METHODS[method][0], bits, name, float(count), target(name, method, bits))
+             for name, count in counts.items()]
     print(*table(found).splitlines()[2:], sep="\n", flush=True)
     return found
 
