@@ -38,6 +38,7 @@ from nulsq.prepare import prepare
 from nulsq.progress import Progress
 from nulsq.quant.batch_norm import freeze_batch_norm_
 from nulsq.quant.calibrate import average_batch_norm_, calibrate_
+from nulsq.quant.fold_relu import fold_relu_
 from nulsq.quant.oscillation import shares
 from nulsq.quant.step import quantizers_of
 from nulsq.quant.swap import summary
@@ -107,6 +108,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     normalize = Normalize(data, device, recipe.run.channels_last)
     if resumed is None and quantizers_of(model):
         _calibrate(recipe, here, model, loaders, normalize, progress)
+    fold_relu_(model)
     if here.size > 1 and device.type == "cuda":
         model = sync_batch_norm(model)
     oscillations = track_oscillations(recipe, model)

@@ -72,6 +72,7 @@ class Quantizer(nn.Module):
         if role == "activation" and channels is not None:
             raise ValueError(f"{self.name()}: per-channel steps are defined for weights only, not for activations")
         self.bits, self.role, self.channels = bits, role, channels
+        self.relu = False  # whether the ReLU before it is left to it, see `nulsq.quant.fold_relu`
         self.shares = 1  # how many inputs of this size make the global batch: ranks x micro-batches
         self.init, self.grad_scale = init, grad_scale
         self.ste = self.ste if ste is None else ste
@@ -116,7 +117,8 @@ class Quantizer(nn.Module):
         return fake_quantize(x, self.table(self._elements(x)), self.rule())
 
     def rule(self) -> Rule:
-        return Rule(self.index, self.ste, self.reduction, self.codes, self.ties_up(), self.shift, self.segments)
+        return Rule(self.index, self.ste, self.reduction, self.codes, self.ties_up(), self.shift, self.segments,
+                    self.relu)
 
     @torch.no_grad()
     def levels(self) -> Tensor:

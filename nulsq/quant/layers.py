@@ -45,11 +45,13 @@ class _Quantized:
 
     def quantized(self, x):
         """Input and weight as the layer's product sees them."""
+        quantizer = self.activation_quantizer
         if self.observer is not None:
+            x = x.relu() if quantizer is not None and quantizer.relu else x
             self.observer(x)
             return x, self.weight
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer(x)
+        if quantizer is not None:
+            x = quantizer(x)
         return x, self.weight if self.weight_quantizer is None else self.quantized_weight()
 
     def quantized_weight(self) -> Tensor:

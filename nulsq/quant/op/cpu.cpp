@@ -3,9 +3,10 @@
 // oracle.py defines what is computed; cpu.py compiles this file and calls it. Written with the vector types that GCC
 // and Clang share: one text for AVX2, AVX-512 and NEON. What makes it quick:
 //
-//   index     up to CHAIN thresholds: compare and select, a few instructions for a whole vector. More: equal buckets
-//             say how many thresholds lie below x's bucket, and only those inside it are compared. x and thresholds go
-//             to buckets by one rounded, monotone function, so the answer is exact.
+//   index     up to CHAIN thresholds: compare and select, a few instructions for a whole vector; 15 by halves, where
+//             a vector can be a table. More: equal buckets say how many thresholds lie below x's bucket, and only those
+//             inside it are compared. x and thresholds go to buckets by one rounded, monotone function, so the answer
+//             is exact.
 //   ties      x >= t is x > the float just below t: one kind of comparison for both.
 //   sums      1, 3 or 7 gaps: a masked accumulator each. Else every lane adds at its slot in a column of its own.
 //   order     pieces of PIECE elements are summed in the type of computation, the pieces in double and in order: the
@@ -13,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "lanes.h"
@@ -39,6 +41,13 @@ inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) {
         if (WITH_INDEX) index = load(at);
         return x == x ? load(level) : x;
     }
+    if constexpr (PICKS<C> && COUNT == 15) {
+        Int<C> part = -(x > all<C>(table.thresholds[7]));      // a true mask is -1
+        for (int d = 0; d < 3; d++) part += part - (x > pick<C>(table.middle[d], part));
+        Real<C> y = part > 7 ? pick<C>(table.high_levels, part) : pick<C>(table.low_levels, part);
+        if (WITH_INDEX) index = part;
+        return x == x ? y : x;
+    }
     Real<C> y = x == x ? all<C>(table.levels[0]) : x;
     if (WITH_INDEX) index = Int<C>{};
     const int count = COUNT ? COUNT : table.count;
@@ -46,7 +55,7 @@ inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) {
     for (int k = 0; k < count; k++) {
         Int<C> above = x > all<C>(table.thresholds[k]);
         y = above ? all<C>(table.levels[k + 1]) : y;
-        if (WITH_INDEX) index -= above;                        // a true mask is -1
+        if (WITH_INDEX) index -= above;
     }
     return y;
 }
@@ -137,33 +146,30 @@ template <class C, int COUNT, int GAPS> struct Masked {
 };
 
 // Sums at their slots: every lane has a column of its own, so that lanes do not wait for each other.
-template <class C, int COUNT> struct Scattered {
+template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
     static constexpr bool LIGHT = false;
-    static constexpr int SLOTS = 2 * (2 * MOST + 3);
+    static constexpr int SLOTS = REDUCTION == PER_GAP ? (COUNT ? COUNT + 2 : MOST + 2) : 2 * (2 * MOST + 3);
     const Rule& rule;
     const Table<C>& table;
     const C low = table.levels[0], high = table.levels[table.count], width = (high - low) / std::max(1, rule.segments);
     const int slots = slots_of(rule);
-    C column[WIDTH<C>][SLOTS];
+    C columns[WIDTH<C>][SLOTS];
 
     Scattered(const Rule& rule, const Table<C>& table) : rule(rule), table(table) {
-        for (auto& each : column) std::fill(each, each + slots, C(0));
-    }
-    Real<C> level(Real<C> x) const {
-        Int<C> unused;
-        return look_up<COUNT, false>(table, x, unused);
+        for (auto& each : columns) std::fill(each, each + slots, C(0));
     }
     void add(Int<C> slot, Real<C> value) {
         Whole<C> s[WIDTH<C>];
         C v[WIDTH<C>];
         store(s, slot);
         store(v, value);
-        for (int j = 0; j < WIDTH<C>; j++) column[j][s[j]] += v[j];
+#pragma GCC unroll 16
+        for (int j = 0; j < WIDTH<C>; j++) columns[j][s[j]] += v[j];
     }
     Real<C> gradient(Real<C> x, Real<C> dy) {
         Int<C> below = x < low, above = x > high, inside = (x >= low) & (x <= high), slot;
         Real<C> y = look_up<COUNT, true>(table, x, slot);
-        if (rule.reduction == PER_GAP) {
+        if constexpr (REDUCTION == PER_GAP) {
             slot -= x > y;
             add(slot, below | above ? dy : where<C>(inside, (y - x) * dy));
         } else {
@@ -180,7 +186,7 @@ template <class C, int COUNT> struct Scattered {
     }
     void add_to(double* total) const {
         for (int s = 0; s < slots; s++)
-            for (int j = 0; j < WIDTH<C>; j++) total[s] += column[j][s];
+            for (int j = 0; j < WIDTH<C>; j++) total[s] += columns[j][s];
     }
 };
 
@@ -195,47 +201,54 @@ struct Call {
     void *out, *dgaps, *dlow, *dhigh, *doffset, *dslope;       // out: y or dx
 };
 
-// y or dx of elements start to stop, and the piece's sums.
-template <class Kind, class S, class C>
-void piece(const Call& call, const Table<C>& table, const S* x, const S* dy, S* out, int64_t count, double* total) {
-    Kind kind(call.rule, table);
+// y (FORWARD) or dx and the sums of one piece.
+template <bool FORWARD, class Kind, class S, class C>
+void piece(const Rule& rule, const Table<C>& table, const S* x, const S* dy, S* out, int64_t count, double* total) {
+    Kind kind(rule, table);
+    const Real<C> floor = all<C>(rule.relu ? C(0) : std::numeric_limits<C>::quiet_NaN());  // nothing is below a NaN
     auto step = [&](const S* x, const S* dy, S* out) {
-        store(out, dy ? kind.gradient(load(x), load(dy)) : kind.level(load(x)));
+        Real<C> at = load(x);
+        at = at <= floor ? floor : at;
+        if constexpr (FORWARD) store(out, kind.level(at));
+        else store(out, at == floor ? Real<C>{} : kind.gradient(at, load(dy)));
     };
     int64_t i = 0;
     for (; i + WIDTH<C> <= count; i += WIDTH<C>) {
         if (Kind::LIGHT) {
             __builtin_prefetch(x + i + AHEAD);
-            if (dy) __builtin_prefetch(dy + i + AHEAD);
+            if (!FORWARD) __builtin_prefetch(dy + i + AHEAD);
             __builtin_prefetch(out + i + AHEAD, 1);
         }
-        step(x + i, dy ? dy + i : dy, out + i);
+        step(x + i, dy + (FORWARD ? 0 : i), out + i);
     }
     if (i < count) {                                           // a zero gradient adds nothing
         S rest[WIDTH<C>] = {}, beside[WIDTH<C>] = {}, done[WIDTH<C>];
         std::copy(x + i, x + count, rest);
-        if (dy) std::copy(dy + i, dy + count, beside);
-        step(rest, dy ? beside : dy, done);
+        if (!FORWARD) std::copy(dy + i, dy + count, beside);
+        step(rest, beside, done);
         std::copy(done, done + (count - i), out + i);
     }
-    if (dy) kind.add_to(total);
+    if constexpr (!FORWARD) kind.add_to(total);
 }
 
-template <class S, class C, int COUNT> auto choose_kind(const Rule& rule, bool forward) {
-    constexpr bool few = COUNT > 0 && COUNT <= MASKED;
-    if (forward || rule.reduction == NO_SUMS || rule.reduction == TOTAL) return piece<Masked<C, COUNT, 1>, S, C>;
-    if (few && rule.reduction == PER_GAP) return piece<Masked<C, COUNT, few ? COUNT : 1>, S, C>;
-    return piece<Scattered<C, COUNT>, S, C>;
+template <bool FORWARD, class S, class C, int COUNT> auto choose_kind(const Rule& rule) {
+    if constexpr (!FORWARD) {
+        constexpr bool few = COUNT > 0 && COUNT <= MASKED;
+        if (few && rule.reduction == PER_GAP) return piece<FORWARD, Masked<C, COUNT, few ? COUNT : 1>, S, C>;
+        if (rule.reduction == PER_GAP) return piece<FORWARD, Scattered<C, COUNT, PER_GAP>, S, C>;
+        if (rule.reduction == PER_CELL) return piece<FORWARD, Scattered<C, COUNT, PER_CELL>, S, C>;
+    }
+    return piece<FORWARD, Masked<C, COUNT, 1>, S, C>;
 }
 
-template <class S, class C> auto choose(const Rule& rule, bool forward) {
-    if (rule.uniform) return piece<Uniform<C>, S, C>;
+template <bool FORWARD, class S, class C> auto choose(const Rule& rule) {
+    if (rule.uniform) return piece<FORWARD, Uniform<C>, S, C>;
     switch (rule.thresholds) {                                 // all thresholds of 1, 2, 3 and 4 bits in registers
-        case 1: return choose_kind<S, C, 1>(rule, forward);
-        case 3: return choose_kind<S, C, 3>(rule, forward);
-        case 7: return choose_kind<S, C, 7>(rule, forward);
-        case 15: return choose_kind<S, C, 15>(rule, forward);
-        default: return choose_kind<S, C, 0>(rule, forward);
+        case 1: return choose_kind<FORWARD, S, C, 1>(rule);
+        case 3: return choose_kind<FORWARD, S, C, 3>(rule);
+        case 7: return choose_kind<FORWARD, S, C, 7>(rule);
+        case 15: return choose_kind<FORWARD, S, C, 15>(rule);
+        default: return choose_kind<FORWARD, S, C, 0>(rule);
     }
 }
 
@@ -247,16 +260,17 @@ template <class S, class C> void run(const Call& call) {
     for (int64_t c = 0; c < channels; c++) {
         tables[c].read(rule, (const C*)call.gaps + c * call.gap_count, (const C*)call.levels + c * (rule.thresholds + 1),
                        (const C*)call.thresholds + c * rule.thresholds, call.ties_up);
+        if (PICKS<C> && tables[c].count == 15) tables[c].sort_into_halves();
         if (tables[c].count > CHAIN && elements > 4 * Table<C>::BUCKETS) tables[c].sort_into_buckets();
     }
     std::vector<double> partial(channels * pieces * slots, 0.0);
-    const auto work = choose<S, C>(rule, !call.dy);
+    const auto work = call.dy ? choose<false, S, C>(rule) : choose<true, S, C>(rule);
     const S *x = (const S*)call.x, *dy = (const S*)call.dy;
     S* out = (S*)call.out;
 #pragma omp parallel for num_threads(call.threads) if (call.threads > 1 && channels * elements > 4 * PIECE)
     for (int64_t task = 0; task < channels * pieces; task++) {
         const int64_t c = task / pieces, start = task % pieces * PIECE, at = c * elements + start;
-        work(call, tables[c], x + at, dy ? dy + at : dy, out + at, std::min(PIECE, elements - start),
+        work(rule, tables[c], x + at, dy ? dy + at : dy, out + at, std::min(PIECE, elements - start),
              partial.data() + task * slots);
     }
     if (!slots) return;

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nulsq.quant.op.layout import channels_of, contiguous_table, dense, gradient_buffers, laid_like
 from nulsq.quant.op.oracle import STE_RULES, Rule, Table
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "table.h", "lanes.h")]
@@ -33,7 +34,7 @@ REDUCTIONS = ("none", "total", "per_gap", "per_cell")
 
 class _Rule(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("uniform", "ste", "reduction", "low", "high", "segments",
-                                                  "thresholds")] + [("shift", ctypes.c_double)]
+                                                  "thresholds", "relu")] + [("shift", ctypes.c_double)]
 
 
 class _Call(ctypes.Structure):
@@ -50,78 +51,49 @@ def available() -> bool:
 
 def quantize(x: Tensor, table: Table, rule: Rule) -> Tensor:
     """y: the level of each element; shape, type and memory order of x."""
-    x, kept, table, call = _prepare(x, table, rule)
+    stored = x.dtype
+    x, table, call = _prepare(x, table, rule)
     y = torch.empty_like(x)
     call.out = y.data_ptr()
     _library().nulsq_run(call)
-    return y.to(kept)
+    return y.to(stored)
 
 
 def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor, ...]:
     """dx and the gradients of gaps, low, high, offset and slope; empty where the rule's reduction has none."""
-    kind = table.gaps.dtype
-    x, kept, table, call = _prepare(x, table, rule)
-    dx = torch.empty_like(x)
-    if dy.dtype != x.dtype or dy.stride() != x.stride():
-        dy = torch.empty_like(x).copy_(dy)
-    sums = gradient_buffers(table, rule)
+    stored, kind = x.dtype, table.gaps.dtype
+    x, table, call = _prepare(x, table, rule)
+    dy, dx, sums = laid_like(dy, x), torch.empty_like(x), gradient_buffers(table, rule)
     if not x.numel():
-        return dx.to(kept), *(each.zero_().to(kind) for each in sums)
+        return dx.to(stored), *(each.zero_().to(kind) for each in sums)
     call.dy, call.out = dy.data_ptr(), dx.data_ptr()
     call.dgaps, call.dlow, call.dhigh, call.doffset, call.dslope = (each.data_ptr() for each in sums)
     _library().nulsq_run(call)
-    return dx.to(kept), *(each.to(kind) for each in sums)
-
-
-def gradient_buffers(table: Table, rule: Rule) -> list[Tensor]:
-    """Room for the gradients of gaps, low, high, offset and slope: like those, or empty."""
-    nothing = table.gaps.new_empty(0)
-    if rule.reduction == "none":
-        return [nothing] * 5
-    ends = [torch.empty_like(table.low), torch.empty_like(table.high)]
-    if rule.reduction == "per_cell":
-        return [nothing, *ends, torch.empty_like(table.offset), torch.empty_like(table.slope)]
-    return [torch.empty_like(table.gaps), *ends, nothing, nothing]
-
-
-def dense(x: Tensor) -> Tensor:
-    """x itself where its elements lie without gaps, in order or channels last; else a copy in order."""
-    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return x
-    return x.contiguous()
+    return dx.to(stored), *(each.to(kind) for each in sums)
 
 
 def _prepare(x, table, rule):
-    x, kept = dense(x), x.dtype
-    kind = torch.promote_types(x.dtype, table.gaps.dtype)
-    if x.dtype not in STORAGE or STORAGE[x.dtype] == 0 and kind == torch.float64:
-        x = x.to(kind)
-    if table.gaps.dim() == 2 and x.dim() > 1 and x.stride(0) * x.shape[0] != x.numel():
-        x = x.contiguous()
-    table = Table(*(t if t is None or t.dtype == kind and t.is_contiguous() else t.to(kind).contiguous()
-                    for t in table))
-    channels = table.gaps.shape[0] if table.gaps.dim() == 2 else 1
+    x, table, channels = dense(x), contiguous_table(x, table), channels_of(table)
+    kind = table.gaps.dtype
+    if x.dtype != kind and (x.dtype, kind) != (torch.bfloat16, torch.float32):
+        x = x.to(kind)  # the kernel computes in the type of what it reads, or in float32 for bfloat16
     call = _Call(rule=_switches(rule), storage=STORAGE[x.dtype], threads=torch.get_num_threads(),
                  gap_count=table.gaps.shape[-1], channels=channels, elements=x.numel() // channels,
-                 ties_up=_ties(rule), gaps=table.gaps.data_ptr(), x=x.data_ptr())
+                 ties_up=ctypes.addressof(_ties(rule)), gaps=table.gaps.data_ptr(), x=x.data_ptr())
     if rule.index == "table":
         call.levels, call.thresholds = table.levels.data_ptr(), table.thresholds.data_ptr()
-    return x, kept, table, call
+    return x, table, call
 
 
-@functools.lru_cache
+@functools.cache
 def _switches(rule):
     return _Rule(rule.index == "uniform", STE_RULES.index(rule.ste), REDUCTIONS.index(rule.reduction), *rule.codes,
-                 rule.segments, len(rule.ties_up), rule.shift)
+                 rule.segments, len(rule.ties_up), rule.relu, rule.shift)
 
 
-_kept_alive: dict[Rule, ctypes.Array] = {}
-
-
+@functools.cache  # which also keeps the array alive: C++ gets its address
 def _ties(rule):
-    if rule not in _kept_alive:
-        _kept_alive[rule] = (ctypes.c_uint8 * max(1, len(rule.ties_up)))(*rule.ties_up)
-    return ctypes.addressof(_kept_alive[rule])
+    return (ctypes.c_uint8 * max(1, len(rule.ties_up)))(*rule.ties_up)
 
 
 # ---- the library

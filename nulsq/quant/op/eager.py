@@ -23,6 +23,7 @@ class Eager(torch.autograd.Function):
         shape, stored = (x.shape, _order(x)), x.dtype
         kept = _flat(x, shape[1])
         x, table = compute_type(kept, Table(gaps, low, high, levels, thresholds))
+        x = x.relu() if rule.relu else x
         if rule.index == "uniform":
             index = None
             at = x / table.gaps
@@ -44,6 +45,7 @@ class Eager(torch.autograd.Function):
         x, index, *saved = ctx.saved_tensors
         rule, stored, kind = ctx.rule, x.dtype, saved[0].dtype
         x, table = compute_type(x, Table(*saved))
+        x = x.relu() if rule.relu else x
         dy = _flat(dy, ctx.shape[1]).to(x.dtype)
 
         if rule.index == "uniform":
@@ -54,6 +56,7 @@ class Eager(torch.autograd.Function):
             clamped = torch.maximum(torch.minimum(at, high), low)
         inside = clamped == at
         dx = dy * inside if rule.ste == "clip" else input_gradient(dy, at, low, high, inside, rule.ste)
+        dx = dx.masked_fill(x <= 0, 0) if rule.relu else dx
         dx = _unflat(dx.to(stored), *ctx.shape)
         if rule.reduction == "none" or not any(ctx.needs_input_grad[1:]):
             return dx, *(None,) * 8

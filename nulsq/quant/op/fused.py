@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from nulsq.quant.op import cpu, gpu
-from nulsq.quant.op.oracle import Rule, Table
+from nulsq.quant.op.layout import dense, gradient_buffers
+from nulsq.quant.op.oracle import Oracle, Rule, Table, sums_asked_for
 
 KERNELS = {"cpu": cpu, "cuda": gpu}
 _TABLE = "Tensor gaps, Tensor low, Tensor high, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
-_RULE = "str index, str ste, str reduction, int[] codes, bool[] ties_up, float shift, int segments"
+_RULE = "str index, str ste, str reduction, int[] codes, bool[] ties_up, float shift, int segments, bool relu"
 _FIELDS = len(Table._fields)
 
 
@@ -81,36 +82,26 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, *table = ctx.saved_tensors
-        rule = _reduced(ctx.rule, ctx.needs_input_grad)
+        rule = sums_asked_for(ctx.rule, ctx.needs_input_grad)
         return *_in_order(KERNELS[x.device.type].gradients(x, dy, Table(*table), rule)), None
 
 
-class Transformed(torch.autograd.Function):
-    """The same in the shape that torch.func asks for, which takes three times as long to call."""
+class Transformed(Oracle):
+    """The same in the shape that torch.func asks for, which takes longer to call; keeps what the oracle keeps."""
 
     @staticmethod
     def forward(x, gaps, low, high, levels, thresholds, offset, slope, rule):
         return torch.ops.nulsq.quantize(x, gaps, low, high, levels, thresholds, offset, slope, *rule)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.rule = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
     def backward(ctx, dy):
         x, *table = ctx.saved_tensors
-        rule = _reduced(ctx.rule, ctx.needs_input_grad)
+        rule = sums_asked_for(ctx.rule, ctx.needs_input_grad)
         return *_in_order(torch.ops.nulsq.gradients(x, dy, *table, *rule)), None
 
     @staticmethod
     def vmap(info, dims, x, *rest):
         return _quantize_batch(info, dims, x, *rest[:_FIELDS], *rest[_FIELDS])
-
-
-def _reduced(rule, needs):
-    """No sums where no parameter asks for a gradient."""
-    return rule if any(needs[1:1 + _FIELDS]) else rule._replace(reduction="none")
 
 
 def _in_order(found):
@@ -129,8 +120,8 @@ _library.define(f"gradients(Tensor x, Tensor dy, {_TABLE}, {_RULE}) -> "
 
 
 def _read(arguments):
-    index, ste, reduction, codes, ties_up, shift, segments = arguments[_FIELDS:]
-    return Table(*arguments[:_FIELDS]), Rule(index, ste, reduction, tuple(codes), tuple(ties_up), shift, segments)
+    rule = Rule(*arguments[_FIELDS:])
+    return Table(*arguments[:_FIELDS]), rule._replace(codes=tuple(rule.codes), ties_up=tuple(rule.ties_up))
 
 
 for _device, _kernel in KERNELS.items():
@@ -141,12 +132,12 @@ for _device, _kernel in KERNELS.items():
 
 @torch.library.register_fake("nulsq::quantize", lib=_library)
 def _quantize_like(x, *rest):
-    return torch.empty_like(cpu.dense(x))
+    return torch.empty_like(dense(x))
 
 
 @torch.library.register_fake("nulsq::gradients", lib=_library)
 def _gradients_like(x, dy, *rest):
-    return torch.empty_like(cpu.dense(x)), *cpu.gradient_buffers(*_read(rest))
+    return torch.empty_like(dense(x)), *gradient_buffers(*_read(rest))
 
 
 def _keep(ctx, inputs, output):
@@ -157,7 +148,7 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, dy):
     x, *table = ctx.saved_tensors
-    rule = _reduced(Rule(*ctx.rule), ctx.needs_input_grad)
+    rule = sums_asked_for(Rule(*ctx.rule), ctx.needs_input_grad)
     return *_in_order(torch.ops.nulsq.gradients(x, dy, *table, *rule)), *(None,) * len(Rule._fields)
 
 

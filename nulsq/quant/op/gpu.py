@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nulsq.quant.op import oracle
-from nulsq.quant.op.cpu import dense, gradient_buffers
+from nulsq.quant.op.layout import channels_of, contiguous_table, dense, gradient_buffers, laid_like
 from nulsq.quant.op.oracle import Rule, Table
 
 MOST_THRESHOLDS, MOST_SLOTS = 63, 100
@@ -30,38 +30,36 @@ def quantize(x: Tensor, table: Table, rule: Rule) -> Tensor:
     """y: the level of each element; shape, type and memory order of x."""
     if len(rule.ties_up) > MOST_THRESHOLDS:
         return oracle.quantize(x, table, rule)[0].to(x.dtype)
-    x, table, channels, kind = _prepare(x, table)
+    stored = x.dtype
+    x, table, channels = _prepare(x, table)
     y = torch.empty_like(x)
     if x.numel():
         elements = x.numel() // channels
         grid = (_programs(elements, FORWARD_BLOCK, channels, x.device), channels)
-        _kernels().quantize[grid](x, y, *_pointers(table), elements, **_static(rule), KIND=kind, BLOCK=FORWARD_BLOCK,
-                                  num_warps=WARPS, enable_fp_fusion=False)
-    return y
+        _kernels().quantize[grid](x, y, *_pointers(table), elements, **_static(rule), KIND=_kind(table),
+                                  BLOCK=FORWARD_BLOCK, num_warps=WARPS, enable_fp_fusion=False)
+    return y.to(stored)
 
 
 def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor, ...]:
     """dx and the gradients of gaps, low, high, offset and slope; empty where the rule's reduction has none."""
-    slots = _slots(rule)
-    rows = 2 * slots if rule.reduction == "per_cell" else slots
+    slots, rows = slots_and_rows(rule)
     if rows > MOST_SLOTS or len(rule.ties_up) > MOST_THRESHOLDS:
         found = oracle.gradients(x, dy, table, rule)
         return tuple(table.gaps.new_empty(0) if each is None else each for each in found)
-    buffers = gradient_buffers(table, rule)
-    x, table, channels, kind = _prepare(x, table)
-    dx = torch.empty_like(x)
+    buffers, stored = gradient_buffers(table, rule), x.dtype
+    x, table, channels = _prepare(x, table)
+    dy, dx = laid_like(dy, x), torch.empty_like(x)
     if not x.numel():
-        return dx, *(each.zero_() for each in buffers)
-    if dy.dtype != x.dtype or dy.stride() != x.stride():
-        dy = torch.empty_like(x).copy_(dy)
+        return dx.to(stored), *(each.zero_() for each in buffers)
     elements, block = x.numel() // channels, _block(rows, x.element_size())
     programs = _programs(elements, block, channels, x.device)
     partial = torch.empty(channels, programs, rows, dtype=table.gaps.dtype, device=x.device)
     _kernels().gradients[(programs, channels)](
         x, dy, dx, partial, *_pointers(table), elements, **_static(rule), STE=rule.ste, REDUCTION=rule.reduction,
-        SEGMENTS=rule.segments, SLOTS=slots, KIND=kind, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False)
+        SEGMENTS=rule.segments, SLOTS=slots, KIND=_kind(table), BLOCK=block, num_warps=WARPS, enable_fp_fusion=False)
     if not rows:
-        return dx, *buffers
+        return dx.to(stored), *buffers
     sums = partial.double().sum(1)
     low, middle, high = sums[:, :1], sums[:, 1:slots - 1], sums[:, slots - 1:slots]
     if rule.reduction == "per_cell":
@@ -69,15 +67,14 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor, 
     else:  # a uniform grid's errors are in steps already
         gaps = middle if rule.index == "uniform" else middle / table.gaps.view(channels, -1)
         found = [gaps, low, high, *buffers[3:]]
-    return dx, *(each.view(buffer.shape).to(buffer.dtype) for each, buffer in zip(found, buffers, strict=True))
+    pairs = zip(found, buffers, strict=True)
+    return dx.to(stored), *(each.view(buffer.shape).to(buffer.dtype) for each, buffer in pairs)
 
 
-def _slots(rule):
-    if rule.reduction == "none":
-        return 0
-    if rule.reduction == "total":
-        return 3
-    return len(rule.ties_up) + rule.segments + 2
+def slots_and_rows(rule: Rule) -> tuple[int, int]:
+    """Slots of the sums as the kernel numbers them, and numbers that a program stores: also moments for per_cell."""
+    slots = {"none": 0, "total": 3}.get(rule.reduction, len(rule.ties_up) + rule.segments + 2)
+    return slots, 2 * slots if rule.reduction == "per_cell" else slots
 
 
 def _block(rows, element_size):
@@ -87,15 +84,14 @@ def _block(rows, element_size):
 
 
 def _prepare(x, table):
-    x, triton_types = dense(x), _kernels().tl
-    kind = torch.promote_types(x.dtype, table.gaps.dtype)
-    if table.gaps.dim() == 2 and x.dim() > 1 and x.stride(0) * x.shape[0] != x.numel():
-        x = x.contiguous()
-    if kind == torch.float64:
-        x = x.double()
-    table = Table(*(t if t is None else t.to(kind).contiguous() for t in table))
-    channels = table.gaps.shape[0] if table.gaps.dim() == 2 else 1
-    return x, table, channels, triton_types.float64 if kind == torch.float64 else triton_types.float32
+    table = contiguous_table(x, table)
+    x = dense(x)
+    return x.double() if table.gaps.dtype == torch.float64 else x, table, channels_of(table)
+
+
+def _kind(table):
+    """The type to compute in, as Triton has it."""
+    return _kernels().tl.float64 if table.gaps.dtype == torch.float64 else _kernels().tl.float32
 
 
 def _pointers(table):
@@ -106,14 +102,10 @@ def _pointers(table):
 
 
 @functools.cache
-def _static_of(rule):
-    return {"UNIFORM": rule.index == "uniform", "LOW": float(rule.codes[0]), "HIGH": float(rule.codes[1]),
-            "SHIFT": float(rule.shift), "COUNT": len(rule.ties_up),
-            "TIES": sum(1 << k for k, up in enumerate(rule.ties_up) if up)}
-
-
 def _static(rule):
-    return _static_of(rule._replace(reduction="none", segments=0))
+    return {"UNIFORM": rule.index == "uniform", "LOW": float(rule.codes[0]), "HIGH": float(rule.codes[1]),
+            "SHIFT": float(rule.shift), "COUNT": len(rule.ties_up), "RELU": rule.relu,
+            "TIES": sum(1 << k for k, up in enumerate(rule.ties_up) if up)}
 
 
 def _programs(elements, block, channels, device):

@@ -47,9 +47,14 @@ def _look_up(x, levels, thresholds, COUNT: tl.constexpr, TIES: tl.constexpr):
 
 
 @triton.jit
+def _relu(x):
+    return tl.where(x <= 0, 0.0, x)  # a NaN stays one
+
+
+@triton.jit
 def quantize(x_from, y_to, gaps, levels, thresholds, elements,
              UNIFORM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr,
-             TIES: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+             RELU: tl.constexpr, TIES: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
     channel = tl.program_id(1).to(tl.int64)
     gaps += channel
     levels += channel * (COUNT + 1)
@@ -59,6 +64,8 @@ def quantize(x_from, y_to, gaps, levels, thresholds, elements,
         at = start + tl.arange(0, BLOCK)
         mask = at < elements
         x = tl.load(x_from + channel * elements + at, mask, other=0).to(KIND)
+        if RELU:
+            x = _relu(x)
         if UNIFORM:
             step = tl.load(gaps)
             code = _round_half_even(_clamp(_divide(x, step + tl.zeros_like(x)) - SHIFT, LOW, HIGH))
@@ -71,8 +78,8 @@ def quantize(x_from, y_to, gaps, levels, thresholds, elements,
 @triton.jit
 def gradients(x_from, dy_from, dx_to, partial, gaps, levels, thresholds, elements,
               UNIFORM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr,
-              TIES: tl.constexpr, STE: tl.constexpr, REDUCTION: tl.constexpr, SEGMENTS: tl.constexpr,
-              SLOTS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+              RELU: tl.constexpr, TIES: tl.constexpr, STE: tl.constexpr, REDUCTION: tl.constexpr,
+              SEGMENTS: tl.constexpr, SLOTS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """dx, and the sums of this program: partial [channels, programs, SLOTS], twice as many slots for per_cell."""
     channel = tl.program_id(1).to(tl.int64)
     gaps += channel
@@ -92,6 +99,9 @@ def gradients(x_from, dy_from, dx_to, partial, gaps, levels, thresholds, element
         mask = at < elements
         x = tl.load(x_from + channel * elements + at, mask, other=0).to(KIND)
         dy = tl.load(dy_from + channel * elements + at, mask, other=0).to(KIND)
+        if RELU:
+            x = _relu(x)
+            passes = x != 0
         if UNIFORM:
             x = _divide(x, tl.load(gaps) + nothing)
             low = LOW + SHIFT + nothing
@@ -109,6 +119,8 @@ def gradients(x_from, dy_from, dx_to, partial, gaps, levels, thresholds, element
             dx = tl.where((x > low) & (x < high), dy, 0.0)
             if STE == "half":
                 dx += tl.where((x == low) | (x == high), 0.5 * dy, 0.0)
+        if RELU:
+            dx = tl.where(passes, dx, 0.0)
         tl.store(dx_to + channel * elements + at, dx.to(dx_to.dtype.element_ty), mask)
 
         if REDUCTION != "none":

@@ -5,6 +5,10 @@
 #include <cstring>
 #include <type_traits>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #ifdef __AVX512F__
 #define VECTOR_BYTES 64
 #else
@@ -61,6 +65,21 @@ inline void store(BFloat16* to, Real<float> v) {
         to[j].bits = (wide[j] & 0x7fffffff) > 0x7f800000 ? uint16_t(wide[j] >> 16 | 0x40) : uint16_t(rounded);
     }
 }
+
+// A vector as a table of 8 values, by the three low bits of each index: one instruction, where PICKS says that it is.
+template <class C> constexpr bool PICKS = false;
+template <class C> Real<C> pick(Real<C> table, Int<C> index);
+#ifdef __AVX512F__
+template <> constexpr bool PICKS<float> = true;
+template <> inline Real<float> pick<float>(Real<float> table, Int<float> index) {
+    return (Real<float>)_mm512_permutexvar_ps((__m512i)(index & 7), (__m512)table);
+}
+#elif defined(__AVX2__)
+template <> constexpr bool PICKS<float> = true;
+template <> inline Real<float> pick<float>(Real<float> table, Int<float> index) {
+    return (Real<float>)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index);
+}
+#endif
 
 template <class C> inline Real<C> clamp(Real<C> v, C low, C high) {    // NaN stays NaN
     v = v < all<C>(low) ? all<C>(low) : v;

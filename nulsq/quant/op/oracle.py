@@ -22,7 +22,8 @@ In each the gradient with respect to the parameters is linear in x, so `per_cell
 and the quantizer says by its `offset` and `slope` what they mean for its parameters.
 
 Everything is written as unrolled elementwise comparisons, because that is what a compiler fuses into one pass.
-Comparisons, tables and parameter gradients are in float32 (float64 for float64 inputs); y has the type of x.
+Comparisons, tables and sums are in float32, in float64 where x or the table is; y and dx have the type of x, the
+table's gradients that of the table.
 """
 
 from typing import NamedTuple
@@ -57,6 +58,7 @@ class Rule(NamedTuple):
     ties_up: tuple[bool, ...] = ()  # per threshold: does x == threshold belong to the upper level?
     shift: float = 0.0  # "uniform": 0 has a level at zero, 0.5 has one on either side of it
     segments: int = 0  # "per_cell": S
+    relu: bool = False  # x counts as max(x, 0): the ReLU before the quantizer is left to this operation
 
 
 STE_RULES = ("clip", "clip_open", "half", "none")
@@ -65,6 +67,7 @@ STE_RULES = ("clip", "clip_open", "half", "none")
 def encode(x: Tensor, table: Table, rule: Rule) -> Tensor:
     """Level index of each element, by the very comparisons that `fake_quantize` makes. int64, shape of x."""
     x, table = compute_type(x, table)
+    x = x.relu() if rule.relu else x
     if rule.index == "uniform":
         return (_code(x, table, rule) - rule.codes[0]).long()
     return _index(x, table, rule)
@@ -85,7 +88,7 @@ class Oracle(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, *table = ctx.saved_tensors
-        rule = ctx.rule if any(ctx.needs_input_grad[1:]) else ctx.rule._replace(reduction="none")
+        rule = sums_asked_for(ctx.rule, ctx.needs_input_grad)
         dx, dgaps, dlow, dhigh, doffset, dslope = gradients(x, dy, Table(*table), rule)
         return dx, dgaps, dlow, dhigh, None, None, doffset, dslope, None
 
@@ -101,7 +104,8 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor |
     at = x / _column(table.gaps, 0, x) if uniform else x
     low, high = end_codes(rule) if uniform else (_column(table.levels, 0, x), _column(table.levels, -1, x))
     inside = (at >= low) & (at <= high)
-    dx = input_gradient(dy, at, low, high, inside, rule.ste).to(stored)
+    dx = input_gradient(dy, at, low, high, inside, rule.ste)
+    dx = (torch.where(x <= 0, 0, dx) if rule.relu else dx).to(stored)
     if rule.reduction == "none":
         return dx, *(None,) * 5
 
@@ -128,8 +132,9 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor |
 
 
 def quantize(x, table, rule):
-    """y, and x and table in the type that is computed in."""
+    """y, and x (behind its ReLU) and table in the type that is computed in."""
     x, table = compute_type(x, table)
+    x = x.relu() if rule.relu else x
     if rule.index == "uniform":
         return (_code(x, table, rule) + rule.shift) * _column(table.gaps, 0, x), x, table
     y = torch.where(x == x, _column(table.levels, 0, x), x)  # NaN in, NaN out
@@ -187,9 +192,19 @@ def _sum(values, channels):
     return values.flatten(1).sum(1, keepdim=True) if channels else values.sum().view(1)
 
 
+def computed_in(x: Tensor, table: Table) -> torch.dtype:
+    """float32, or float64 where x or the table is."""
+    return torch.promote_types(torch.promote_types(x.dtype, table.gaps.dtype), torch.float32)
+
+
 def compute_type(x, table):
-    kind = torch.promote_types(x.dtype, table.gaps.dtype)
+    kind = computed_in(x, table)
     return x.to(kind), Table(*(t if t is None else t.detach().to(kind) for t in table))
+
+
+def sums_asked_for(rule: Rule, needs_input_grad: tuple[bool, ...]) -> Rule:
+    """The rule without sums where no parameter asks for a gradient; x is the first of the inputs."""
+    return rule if any(needs_input_grad[1:]) else rule._replace(reduction="none")
 
 
 def scale_gradient(parameter: Tensor, factor) -> Tensor:

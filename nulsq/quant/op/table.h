@@ -18,7 +18,7 @@ enum Ste { CLIP, CLIP_OPEN, HALF, PASS_ALL };                  // the order of c
 enum Reduction { NO_SUMS, TOTAL, PER_GAP, PER_CELL };
 
 struct Rule {
-    int uniform, ste, reduction, low, high, segments, thresholds;
+    int uniform, ste, reduction, low, high, segments, thresholds, relu;
     double shift;
 };
 
@@ -30,6 +30,7 @@ template <class C> struct Table {
     int inside = 0;                                            // most thresholds in one bucket
     std::vector<uint8_t> below;                                // empty: no buckets
     static constexpr int BUCKETS = 4 * MOST;
+    Real<C> middle[3], low_levels, high_levels;                // for the search by halves: 15 thresholds
 
     Table() {}                                                 // leaves the arrays as they are
 
@@ -41,6 +42,13 @@ template <class C> struct Table {
             thresholds[k] = ties_up[k] ? std::nextafter(t, -std::numeric_limits<C>::infinity()) : t;
         }
         for (int k = 0; k < count + (rule.uniform ? 0 : 1); k++) levels[k] = all_levels[k];
+    }
+
+    // middle[d]: the thresholds in the middle of the two, four and eight parts that have been told apart.
+    void sort_into_halves() {
+        for (int d = 0; d < 3; d++)
+            for (int part = 0; part < 2 << d; part++) middle[d][part] = thresholds[(2 * part + 1) * (4 >> d) - 1];
+        for (int k = 0; k < 8; k++) low_levels[k] = levels[k], high_levels[k] = levels[8 + k];
     }
 
     Int<C> bucket(Real<C> x) const {

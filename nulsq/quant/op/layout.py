@@ -1,0 +1,40 @@
+"""How the kernels want their arguments: memory without gaps, channels outermost, one type to compute in."""
+
+import torch
+from torch import Tensor
+
+from nulsq.quant.op.oracle import Rule, Table, computed_in
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself where its elements lie without gaps, in order or channels last; else a copy in order."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def contiguous_table(x: Tensor, table: Table) -> Table:
+    """The table row by row, in the type that is computed in."""
+    kind = computed_in(x, table)
+    return Table(*(t if t is None or t.dtype == kind and t.is_contiguous() else t.to(kind).contiguous()
+                   for t in table))
+
+
+def laid_like(dy: Tensor, x: Tensor) -> Tensor:
+    """dy in the type and the order of memory of x, which is dense."""
+    return dy if dy.dtype == x.dtype and dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+
+
+def channels_of(table: Table) -> int:
+    return table.gaps.shape[0] if table.gaps.dim() == 2 else 1
+
+
+def gradient_buffers(table: Table, rule: Rule) -> list[Tensor]:
+    """Room for the gradients of gaps, low, high, offset and slope: like those, or empty."""
+    nothing = table.gaps.new_empty(0)
+    if rule.reduction == "none":
+        return [nothing] * 5
+    ends = [torch.empty_like(table.low), torch.empty_like(table.high)]
+    if rule.reduction == "per_cell":
+        return [nothing, *ends, torch.empty_like(table.offset), torch.empty_like(table.slope)]
+    return [torch.empty_like(table.gaps), *ends, nothing, nothing]
