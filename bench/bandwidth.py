@@ -4,7 +4,7 @@
 
 Forward counts x in, y out; backward x and dy in, dx out. A copy of the same tensor, interleaved, is the measure. The
 `ratio` of a row is that share, so here a target is met from below: `met` says whether the share is at least as high.
-On a GPU the clock is that of CUDA events over the kernels alone.
+On a GPU the clock stops when the device has finished, and five launches share a reading.
 """
 
 import time

@@ -11,12 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
-
-import torch
 
 from bench.step import FLOAT, METHODS, Step, quantized
-from bench.timing import machine, row, table, write_json
+from bench.timing import add_options, begin, row, table, write_json
 from nulsq.errors import Parser, exit_on_input_error
 
 TARGETS = {"cold": {2: 60.0, 3: 90.0, 4: 90.0}, "warm": {2: 10.0, 3: 10.0, 4: 10.0}}
@@ -35,21 +32,19 @@ def parser() -> Parser:
     made.add_argument("--methods", nargs="+", choices=["float", *METHODS], default=["float", "nulsq-a"],
                       help="(float nulsq-a)")
     made.add_argument("--bits", type=int, nargs="+", default=[2, 4], help="(2 4)")
-    made.add_argument("--threads", type=int, default=2, help="(%(default)s)")
     made.add_argument("--first-step", nargs=2, metavar=("METHOD", "BITS"), help="be one of the processes")
-    made.add_argument("--json", type=Path, help="write the rows to this file")
+    add_options(made, rounds=None)
     return made
 
 
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    torch.set_num_threads(arguments.threads)
+    begin(arguments)
     if arguments.first_step:
         method, bits = arguments.first_step
         Step(FLOAT if method == "float" else quantized(method, int(bits)), "compiled")()
         return 0
-    print(machine())
     rows = []
     for method in arguments.methods:
         for bits in [2] if method == "float" else arguments.bits:

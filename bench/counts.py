@@ -1,4 +1,4 @@
-"""What is counted rather than timed: synchronizations, graph breaks, compilations, bytes."""
+"""What is counted rather than timed: synchronizations, graph breaks, compilations, bytes; and where the time goes."""
 
 import torch
 import torch._dynamo.testing
@@ -58,3 +58,14 @@ def compilations(quantizer: nn.Module) -> int:
     for size in range(2, 16):
         quick(torch.randn(size, 3, size + 1, size + 2, requires_grad=True)).sum().backward()
     return graphs.frame_count
+
+
+def operations(run, times: int = 6) -> dict[str, float]:
+    """Milliseconds a call that each operation takes by itself, by torch.profiler; the longest first."""
+    for _ in range(times):
+        run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(times):
+            run()
+    found = {event.key: event.self_cpu_time_total / 1e3 / times for event in profile.key_averages()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -10,14 +10,12 @@ autograd, with the quantizer's own parameters. Targets are those of the project 
 
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.timing import interleaved, machine, ratios, table, timed_row, write_json
+from bench.timing import add_options, begin, interleaved, ratios, show, table, timed_row, write_json
 from nulsq.errors import Parser, exit_on_input_error
-from nulsq.memory import keep_freed_memory
 from nulsq.quant.op import FORMS, force
 from nulsq.quant.statistics import Statistics
 from nulsq.quantizers import get_quantizer
@@ -91,7 +89,7 @@ def measure(methods: list[str], bits: list[int], rounds: int, form: str | None, 
                 times = interleaved({"relu": both_passes(torch.relu, x, dy), "q": both_passes(made, x, dy)}, rounds, 5)
             rows.append(timed_row(METHODS[method], width, setting, times["q"], times["relu"],
                                   TARGETS.get(method, {}).get(width) if form in (None, "fused") else None))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            show(rows[-1:])
     return rows
 
 
@@ -134,21 +132,17 @@ def parser() -> Parser:
     made = Parser(prog="python -m bench.quantizers", description=__doc__)
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
     made.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="(2 3 4)")
-    made.add_argument("--rounds", type=int, default=31, help="(%(default)s)")
-    made.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    add_options(made, rounds=31)
     made.add_argument("--form", choices=FORMS, help="force this form of the operation (the usual choice)")
     made.add_argument("--bf16", action="store_true", help="activations and gradients in bfloat16")
     made.add_argument("--scaling", action="store_true", help="time per element over bits, batches and channels")
-    made.add_argument("--json", type=Path, help="write the rows to this file")
     return made
 
 
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as the trainer does
-    print(machine())
+    begin(arguments)
     if arguments.scaling:
         rows = scaling([method for method in arguments.methods if method != "minmax"], arguments.rounds)
     else:

@@ -8,27 +8,28 @@ over and over, so no loader takes part. Float is the same recipe with the quanti
 
     compiled      torch.compile, channels last          eager-nchw    eager, contiguous
     eager         channels last                          no-compiler   eager, with no C++ compiler on the machine
+    traced        compiled, with the oracle in the graph in place of the fused operator
     bf16, bf16-eager   under autocast                    preresnet18, preresnet18-eager   32 images of 224 pixels
     memory, memory-eager     bytes that a step allocates at its peak
     syncs         reads of a device number by the host in a step (the ratio is their count, the target none)
     graphs        graph breaks of a compiled step, compilations over 14 activation shapes (likewise counts)
-"""
 
-from pathlib import Path
+`--profile` has the milliseconds of an eager step's operations instead, float beside quantized.
+"""
 
 import torch
 
-from bench.counts import compilations, graph_breaks, peak_bytes, synchronizations
-from bench.timing import interleaved, machine, row, table, timed_row, write_json
+from bench.counts import compilations, graph_breaks, operations, peak_bytes, synchronizations
+from bench.timing import add_options, begin, interleaved, row, show, table, timed_row, write_json
 from nulsq.compile import compiled
 from nulsq.config import load_recipe
-from nulsq.errors import InputError, Parser, exit_on_input_error
+from nulsq.errors import Parser, exit_on_input_error
 from nulsq.loss import backward
-from nulsq.memory import keep_freed_memory
 from nulsq.metrics import Counters
 from nulsq.models import network
 from nulsq.optim import Optimizers
 from nulsq.quant.calibrate import calibrate_
+from nulsq.quant.fold_relu import fold_relu_
 from nulsq.quant.op import force
 from nulsq.quant.step import quantizers_of
 
@@ -36,7 +37,8 @@ METHODS = {"nulsq-a": ("nuLSQ-A", "lsq", "nulsq"), "nulsq-wa": ("nuLSQ-WA", "nul
            "lsq": ("LSQ", "lsq", "lsq"), "lcq": ("LCQ", "lcq", "lcq"), "apot": ("APoT", "apot", "apot"),
            "uniq": ("UniQ", "uniq", "uniq")}
 FLOAT = ["quant.weight.quantizer=fp", "quant.activation.quantizer=fp", "quant.rules.edges.enabled=false"]
-TIMED = ("compiled", "eager", "eager-nchw", "no-compiler", "bf16", "bf16-eager", "preresnet18", "preresnet18-eager")
+TIMED = ("compiled", "traced", "eager", "eager-nchw", "no-compiler", "bf16", "bf16-eager", "preresnet18",
+         "preresnet18-eager")
 COUNTED = ("memory", "memory-eager", "syncs", "graphs")
 SMOKE = [("compiled", "nulsq-a", 2), ("compiled", "lsq", 2), ("eager", "nulsq-a", 2), ("eager", "nulsq-a", 4)]
 
@@ -72,11 +74,12 @@ class Step:
         self.labels = torch.randint(0, classes, (batch,), generator=draw)
         if quantizers_of(self.model):
             calibrate_(self.model, [self.images])
+            fold_relu_(self.model)
         self.model.train()
         self.stepped = self.model
-        if setting in ("compiled", "bf16", "preresnet18", "memory"):
+        if setting in ("compiled", "traced", "bf16", "preresnet18", "memory"):
             self.stepped = compiled(self.model, torch.device("cpu"))
-        self.form = "eager" if setting == "no-compiler" else None
+        self.form = {"no-compiler": "eager", "traced": "oracle"}.get(setting)
         self.optimizers = Optimizers(self.model, self.recipe.optim)
         self.counters = Counters(torch.device("cpu"))
 
@@ -111,7 +114,7 @@ def measure(setting: str, wanted: list[tuple[str, int]], rounds: int) -> list[di
             found = [timed_row(METHODS[method][0], bits, setting, times[bits], times["float"],
                                target(setting, method, bits)) for bits in times if bits != "float"]
         rows += found
-        print(*table(found).splitlines()[2:], sep="\n", flush=True)
+        show(found)
     return rows
 
 
@@ -124,8 +127,19 @@ def _counted(setting: str, method: str, bits: int) -> list[dict]:
         counts = {"graph breaks": graph_breaks(step.model, step.images), "compilations": compilations(quantizer)}
     found = [row(METHODS[method][0], bits, name, float(count), target(name, method, bits))
              for name, count in counts.items()]
-    print(*table(found).splitlines()[2:], sep="\n", flush=True)
+    show(found)
     return found
+
+
+def profile(method: str, bits: int, count: int = 12) -> None:
+    """Print where the time of an eager step goes: the operations that take most of it, and all others together."""
+    float_step, step = (operations(Step(overrides, "eager")) for overrides in (FLOAT, quantized(method, bits)))
+    longest = list(step)[:count]
+    print(f"| operation | float, ms | {METHODS[method][0]} {bits} bits, ms |", "|---" * 3 + "|", sep="\n")
+    for name in longest:
+        print(f"| {name} | {float_step.get(name, 0.0):.1f} | {step[name]:.1f} |")
+    rest = (sum(value for name, value in each.items() if name not in longest) for each in (float_step, step))
+    print("| all others | {:.1f} | {:.1f} |".format(*rest), flush=True)
 
 
 def parser() -> Parser:
@@ -136,20 +150,20 @@ def parser() -> Parser:
                       help="(compiled eager)")
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
     made.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="(2 3 4)")
-    made.add_argument("--rounds", type=int, default=21, help="(%(default)s)")
-    made.add_argument("--threads", type=int, default=2, help="(%(default)s)")
-    made.add_argument("--json", type=Path, help="write the rows to this file")
+    made.add_argument("--profile", action="store_true", help="where an eager step's time goes, by operation")
+    add_options(made, rounds=21)
     return made
 
 
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    if arguments.rounds < 1:
-        raise InputError(f"--rounds {arguments.rounds}, allowed: 1 and more")
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as the trainer does
-    print(machine())
+    begin(arguments)
+    if arguments.profile:
+        for method in arguments.methods:
+            for bits in arguments.bits:
+                profile(method, bits)
+        return 0
     print(table([]))
     wanted = {setting: [(method, bits) for method in arguments.methods for bits in arguments.bits]
               for setting in arguments.settings}

@@ -1,4 +1,4 @@
-"""Interleaved timing: both sides of a ratio in one run, round by round, and rows against their targets.
+"""Interleaved timing: both sides of a ratio in one run, round by round; rows against their targets; common options.
 
 A machine's speed drifts by more than what is measured here, so a ratio is taken within each round, where its two sides
 ran one after the other; what is reported is the median of the rounds' ratios and their quartiles.
@@ -13,6 +13,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from nulsq.errors import InputError, Parser
+from nulsq.memory import keep_freed_memory
+
+
+def add_options(parser: Parser, rounds: int | None) -> None:
+    """What every measurement can be told; `rounds` is the default, None: it has no rounds."""
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+
+
+def begin(arguments) -> None:
+    """Threads and memory as they are asked for and as the trainer has them; says on what machine this is."""
+    if getattr(arguments, "rounds", 1) < 1:
+        raise InputError(f"--rounds {arguments.rounds}, allowed: 1 and more")
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    print(machine())
 
 
 def interleaved(sides: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2, repeat: int = 1,
@@ -65,6 +85,11 @@ def table(rows: list[dict]) -> str:
         lines.append(f"| {each['name']} | {each['bits'] or ''} | {each['setting']} | {each['ratio']:.3f} | "
                      f"{quartiles} | {target} | {met} | {clock} |")
     return "\n".join(lines)
+
+
+def show(rows: list[dict]) -> None:
+    """Print them as further lines of a table whose head is out already."""
+    print(*table(rows).splitlines()[2:], sep="\n", flush=True)
 
 
 def write_json(path: Path | None, rows: list[dict]) -> None:

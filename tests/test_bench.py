@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bench import bandwidth, quantizers, step
-from bench.counts import compilations, graph_breaks, peak_bytes, synchronizations
+from bench.counts import compilations, graph_breaks, operations, peak_bytes, synchronizations
 from bench.timing import interleaved, ratios, row, table, timed_row, write_json
 
 
@@ -63,6 +63,13 @@ def test_the_peak_is_that_of_the_call():
         return float(b[0, 0] + c[0, 0])
 
     assert peak_bytes(run) == pytest.approx(8_000_000, abs=10_000)
+
+
+def test_operations_are_listed_with_the_longest_first():
+    x = torch.randn(300, 300)
+    found = operations(lambda: (x @ x).relu())
+    assert {"aten::mm", "aten::relu"} <= set(found)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
 class Broken(nn.Module):

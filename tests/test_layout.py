@@ -163,8 +163,7 @@ def test_documented_commands_parse(line, monkeypatch):
     elif module == "data_prep":
         from data_prep.__main__ import parser
         parser().parse_args(arguments)
-    elif module in ("nulsq.evaluate", "nulsq.inspect", "bench.compare_methods", "bench.initializers",
-                    "bench.quantizers", "bench.step", "bench.cifar_epoch", "bench.bandwidth", "bench.compile_time"):
+    elif module in ("nulsq.evaluate", "nulsq.inspect") or module.startswith("bench."):
         made = importlib.import_module(f"{module}.__main__" if module == "nulsq.inspect" else module)
         made.parser().parse_intermixed_args(arguments)
     else:
