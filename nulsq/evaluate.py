@@ -30,7 +30,7 @@ def evaluate(model: nn.Module, loader, normalize: Normalize, here: World, precis
     model.eval()
     counters = Counters(here.device)
     for images, labels, _ in loader.epoch(0):
-        labels = labels.to(here.device)
+        labels = labels.to(here.device, non_blocking=True)
         with torch.autocast(here.device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(normalize(images))
         counters.add(logits, labels, F.cross_entropy(logits.float(), labels))

@@ -1,16 +1,37 @@
 """The loader on the device gives the other loaders' batches, bit for bit, without waiting for the host."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from conftest import needs_ffcv
 
 from bench.counts import Waits
 from nulsq.config import Data
 from nulsq.data import DataSet, Normalize, build_loader, build_loaders, check_data
+from nulsq.data.device import DeviceLoader
 from nulsq.errors import InputError
-from tests.conftest import needs_ffcv
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> Path:
+    """What the grey, square digits cannot show: 1,100 images of CIFAR-10 where it is, else noise, higher than wide."""
+    from data_prep.writing import write_arrays
+    if "NULSQ_DATA" in os.environ:
+        from PIL import Image
+        with Image.open(Path(os.environ["NULSQ_DATA"]) / "cifar10" / "data_batch_1.webp") as grid:  # 100 x 100 images
+            pixels = np.asarray(grid.convert("RGB")).reshape(100, 32, 100, 32, 3)
+        images = pixels.transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)[:1100]
+    else:
+        images = np.random.default_rng(0).integers(0, 256, (1100, 24, 20, 3), dtype=np.uint8)
+    labels = np.arange(1100) % 10
+    return write_arrays(tmp_path_factory.mktemp("data") / "colours", name="colours", classes=list("0123456789"),
+                        source="a test", images={"train": images[:1000], "test": images[1000:]},
+                        labels={"train": labels[:1000], "test": labels[1000:]})
 
 
 def same(found, wanted):
@@ -27,24 +48,35 @@ def loaders(digits, kind, rank=0, size=1, **settings):
     return build_loaders(recipe, DataSet(digits), 7, rank, size)
 
 
-@pytest.mark.parametrize("other", ["torchvision", pytest.param("ffcv", marks=needs_ffcv)])
+@pytest.mark.parametrize("other", ["torchvision", pytest.param("ffcv", marks=[needs_ffcv, pytest.mark.ffcv])])
 @pytest.mark.parametrize("settings", [
     {"crop": "pad", "flip": True}, {"crop": "pad", "padding": 1}, {"flip": True}, {},
     {"crop": "pad", "flip": True, "subset": 200}])
-def test_batches_are_those_of_the_other_loaders(digits, settings, other):
-    ours, theirs = loaders(digits, "device", **settings), loaders(digits, other, **settings)
-    assert ours.kind == "device" and ours.train.steps == theirs.train.steps
+@pytest.mark.parametrize("images", ["digits", "colours"])
+def test_batches_are_those_of_the_other_loaders(images, settings, other, request):
+    path = request.getfixturevalue(images)
+    ours, theirs = loaders(path, "device", **settings), loaders(path, other, **settings)
+    assert (ours.kind, theirs.kind) == ("device", other) and ours.train.steps == theirs.train.steps
     for epoch in (0, 3):
         same(ours.train.epoch(epoch), theirs.train.epoch(epoch))
     same(ours.val.epoch(0), theirs.val.epoch(0))
 
 
-def test_ranks_and_a_start_within_the_epoch(digits):
+def test_ranks_and_a_start_within_the_epoch(colours):
     for rank in range(2):
-        ours, theirs = (loaders(digits, kind, rank, 2, crop="pad", flip=True) for kind in ("device", "torchvision"))
+        ours, theirs = (loaders(colours, kind, rank, 2, crop="pad", flip=True) for kind in ("device", "torchvision"))
+        same(ours.train.epoch(0), theirs.train.epoch(0))
         same(ours.train.epoch(1, 3), theirs.train.epoch(1, 3))
         same(ours.val.epoch(0), theirs.val.epoch(0))
     assert list(ours.train.epoch(0, ours.train.steps)) == []
+
+
+def test_images_that_no_epoch_shows_need_not_be_brought_to_the_device(colours):
+    whole = loaders(colours, "device", crop="pad", flip=True, subset=200).train
+    used = np.unique(torch.cat([indices for _, _, indices in whole.epoch(0)]).numpy())
+    part = DeviceLoader(DataSet(colours), "train", whole.order, whole.view, CPU, used)
+    assert len(part.images) == len(used) < len(whole.images)
+    same(part.epoch(0), whole.epoch(0))
 
 
 @pytest.mark.parametrize("which", ["test", "val"])
@@ -74,13 +106,26 @@ def test_batches_can_be_kept_and_changed(digits):
     same(([images] for images, _, _ in loader.epoch(0)), ([images] for images in before))
 
 
-def test_auto_takes_the_device_where_the_images_fit(digits, monkeypatch):
-    data, recipe = DataSet(digits), Data(path=str(digits))
-    assert check_data(recipe, data) == "device"
-    monkeypatch.setattr("nulsq.data._room", lambda device: 1000)
-    assert check_data(recipe, data) in ("ffcv", "torchvision")
-    with pytest.raises(InputError, match="device: the images need .* GB, half of what is free on cpu is 0.00"):
-        check_data(Data(path=str(digits), loader="device"), data)
+def test_auto_takes_the_device_on_the_cpu_and_on_a_gpu_where_the_images_fit(digits, monkeypatch):
+    data, recipe, asked = DataSet(digits), Data(path=str(digits)), Data(path=str(digits), loader="device")
+    needed = data.images("train").nbytes
+    assert check_data(recipe, data, device=CPU) == "device"
+
+    def free(count, kept=0):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (count, 10 * needed))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: kept)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+
+    free(2 * needed)
+    assert check_data(recipe, data, device=CUDA) == check_data(asked, data, device=CUDA) == "device"
+    free(needed, kept=needed)  # a network that was trained before has left it to torch
+    assert check_data(recipe, data, device=CUDA) == "device"
+    free(2 * needed - 2)
+    assert check_data(recipe, data, device=CUDA) == ("ffcv" if data.beton("train") else "torchvision")
+    assert check_data(asked, data, device=CUDA, file="test") == "device"  # there are fewer of them
+    with pytest.raises(InputError, match="device: the images need .* GB, half of what is free on cuda is .* GB; "
+                                         "allowed: auto, ffcv, torchvision"):
+        check_data(asked, data, device=CUDA)
 
 
 def test_photographs_stay_with_the_other_loaders():
@@ -101,7 +146,7 @@ def test_photographs_stay_with_the_other_loaders():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_no_step_synchronizes(digits):
-    data, device = DataSet(digits), torch.device("cuda")
+    data, device = DataSet(digits), CUDA
     recipe = Data(path=str(digits), batch=64, crop="pad", flip=True)
     ours, theirs = (build_loaders(recipe, data, 7, device=where).train for where in (device, CPU))
     found, normalize = [], Normalize(data, device)

@@ -1,21 +1,21 @@
-"""build_loaders(recipe, data, rank, size): the loaders of a run, all behind one interface.
+"""build_loaders(recipe, data, seed, rank, size, device): the loaders of a run, all behind one interface.
 
     loader.steps                             steps per epoch on this rank
     for images, labels, indices in loader.epoch(epoch, start_step=0): ...
 
-Images are uint8 [B, 3, H, W] whatever the loader; `normalize` is the one place where they become floats.
+Images are uint8 [B, 3, H, W] whatever the loader; `normalize` is the one place where they become floats. Which loader
+it is, `data.loader` says: FFCV, torchvision, or the device, for small images that fit in its memory.
 """
 
 import importlib.util
-import os
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nulsq.config import Data
-from nulsq.data.device import DeviceLoader, bytes_needed
+from nulsq.data.device import DeviceLoader
 from nulsq.data.folder import FolderLoader
 from nulsq.data.manifest import DataSet
 from nulsq.data.order import sharded, shuffled, split, subset
@@ -51,8 +51,8 @@ class Normalize:
 CPU = torch.device("cpu")
 
 
-def check_data(recipe: Data, data: DataSet, size: int = 1, device: torch.device = CPU) -> str:
-    """What has to fit before a run starts; returns the loader's kind. Raises InputError."""
+def check_data(recipe: Data, data: DataSet, size: int = 1, device: torch.device = CPU, file: str = "train") -> str:
+    """What has to fit before a run starts; returns the kind of the loader of `file`. Raises InputError."""
     if recipe.crop == "pad" and data.kind != "arrays":
         raise InputError("data.crop = pad is for small equal images (arrays); photographs take resized")
     if recipe.crop == "resized" and data.kind != "files":
@@ -66,8 +66,8 @@ def check_data(recipe: Data, data: DataSet, size: int = 1, device: torch.device 
         raise InputError(f"data.loader = device is for small equal images (arrays), {data.path} has photographs; "
                          "allowed for them: auto, ffcv, torchvision")
     if recipe.loader in ("auto", "device") and data.kind == "arrays":
-        needed = bytes_needed(data, recipe.padding if recipe.crop == "pad" else 0)
-        if needed <= (room := _room(device)):
+        needed, room = data.images(file).nbytes, _room(device)
+        if needed <= room:
             return "device"
         if recipe.loader == "device":
             raise InputError(f"data.loader = device: the images need {needed / 1e9:.2f} GB, half of what is free on "
@@ -82,14 +82,11 @@ def check_data(recipe: Data, data: DataSet, size: int = 1, device: torch.device 
 
 
 def _room(device):
-    """Bytes that a data set may take on a device: half of what is free there."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    try:  # what the system could free counts as free
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024 // 2
-    except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    """Bytes that images may take on a device: half of what is free there. The CPU's stay mapped from disk."""
+    if device.type == "cpu":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for its next tensors
+    return (torch.cuda.mem_get_info(device)[0] + kept) // 2
 
 
 def build_loaders(recipe: Data, data: DataSet, seed: int, rank: int = 0, size: int = 1,
@@ -110,7 +107,7 @@ def build_loaders(recipe: Data, data: DataSet, seed: int, rank: int = 0, size: i
 
 def build_loader(recipe: Data, data: DataSet, which: str, rank: int = 0, size: int = 1, device: torch.device = CPU):
     """An evaluation loader alone: `which` is "test" or "val". Every image once over all ranks."""
-    kind = check_data(recipe, data, 1, device)
+    kind = check_data(recipe, data, 1, device, "test" if which == "test" else "train")
     if which == "test":
         indices = torch.arange(data.counts["test"]).numpy()
         return _evaluation(kind, data, "test", indices, recipe, rank, size, device)
@@ -128,7 +125,7 @@ def _evaluation(kind, data, file, indices, recipe, rank, size, device):
 
 def _loader(kind, data, file, order, view, workers, device, used):
     if kind == "device":
-        return DeviceLoader(data, file, order, view, device, used)
+        return DeviceLoader(data, file, order, view, device, None if device.type == "cpu" else used)
     if kind == "torchvision":
         return FolderLoader(data, file, order, view, workers)
     from nulsq.data.beton import BetonLoader

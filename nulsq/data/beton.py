@@ -131,7 +131,7 @@ class _CropFlip(Operation):
     def generate_code(self):
         my_range = Compiler.get_iterator()
         seed = np.uint64(self.view.seed)
-        padding = self.view.padding if self.view.crop == "pad" else 0
+        padding = self.view.border
         may_flip = self.view.flip
         draw = _uniform
 

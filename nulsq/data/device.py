@@ -2,7 +2,8 @@
 
 For arrays (small equal images). Pixels, order, crops and flips are those of the other loaders: the same arithmetic of
 (seed, epoch, sample index), done on the host once an epoch and copied once an epoch. A step then only gathers: no copy
-between host and device, no synchronization, no loop over images, no worker.
+between host and device, no synchronization, no loop over images, no worker. On the CPU the images stay where they are,
+mapped from disk.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nulsq.data.augment import crop_and_flip
 from nulsq.data.manifest import DataSet
@@ -20,44 +22,56 @@ from nulsq.data.view import View
 class DeviceLoader:
     """Yields (images uint8 [B, 3, H, W], labels int64 [B], indices int64 [B]), all on `device`, for each step."""
 
-    def __init__(self, data: DataSet, split: str, order: Order, view: View, device: torch.device, used: np.ndarray):
-        """`used`: sorted indices of the images that any epoch may show; only these are brought to the device."""
-        self.order, self.view, self.device, self.used = order, view, device, used
+    def __init__(self, data: DataSet, split: str, order: Order, view: View, device: torch.device,
+                 used: np.ndarray | None = None):
+        """`used`: indices of the images that any epoch may show; only these are brought to the device. None: all."""
+        self.order, self.view, self.device = order, view, device
         self.steps = len(order(0))
-        images = np.ascontiguousarray(data.images(split)[used])
-        self.padding = view.padding if view.crop == "pad" else 0
-        _, self.height, self.width, _ = images.shape
-        edge = (self.padding, self.padding)
-        padded = np.pad(images, ((0, 0), edge, edge, (0, 0))) if self.padding else images
-        self.area, self.row = padded.shape[1] * padded.shape[2], padded.shape[2]
-        self.pixels = torch.from_numpy(padded).view(-1, 3).to(device)
-        self.labels = torch.from_numpy(data.labels(split)[used]).to(device)
-        self.grids = self._grids()
+        self.padding = view.border
+        images, labels = data.images(split), data.labels(split)
+        self.place = np.arange(len(labels))  # of each sample in `self.images`
+        if used is not None:
+            self.place[:] = -1  # no image: asking for it is an error
+            self.place[used] = np.arange(len(used))
+            images, labels = images[used], labels[used]
+        self.images = torch.from_numpy(images).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
+        self.height, self.width = images.shape[1:3]
+        self.rows = torch.arange(self.height, device=device) * (self.width + 2 * self.padding)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         batches = self.order(epoch)[start_step:]
         if not batches:
             return
-        indices = np.concatenate(batches)
-        position = np.searchsorted(self.used, indices)
-        top, left, flipped = crop_and_flip(self.view.seed, epoch, indices, self.padding)
-        first = position * self.area + top * self.row + left  # pixel of the crop's corner
-        flipped = flipped.astype(np.int64) * self.view.flip
-        on_device = torch.from_numpy(np.stack([indices, position, first, flipped])).to(self.device)
-        for part in on_device.split([len(batch) for batch in batches], dim=1):
-            sample, position, first, flipped = part
-            pixels = first[:, None] + self.grids.index_select(0, flipped)
-            images = self.pixels.index_select(0, pixels.view(-1)).view(-1, self.height, self.width, 3)
-            yield images.permute(0, 3, 1, 2), self.labels.index_select(0, position), sample
+        plan = torch.from_numpy(self._plan(batches, epoch)).to(self.device)
+        for sample, place, corner in plan.split([len(batch) for batch in batches], dim=1):
+            images = self.images.index_select(0, place)
+            if self.padding or self.view.flip:
+                images = self._crop_and_flip(images, corner)
+            yield images.permute(0, 3, 1, 2), self.labels.index_select(0, place), sample
 
-    def _grids(self):
-        """[2, H * W]: where the pixels of a crop lie, seen from its corner; and the same mirrored."""
-        columns = torch.arange(self.width)
-        rows = torch.arange(self.height)[:, None] * self.row
-        return torch.stack([(rows + columns).flatten(), (rows + columns.flip(0)).flatten()]).to(self.device)
+    def _plan(self, batches, epoch):
+        """int64 [3, images]: sample index, place, and where the crop's corner is in what `_crop_and_flip` lays out."""
+        indices, padding = np.concatenate(batches), self.padding
+        plan = np.zeros((3, len(indices)), np.int64)
+        plan[:2] = indices, self.place[indices]
+        if padding or self.view.flip:
+            top, left, flipped = crop_and_flip(self.view.seed, epoch, indices, padding)
+            flipped &= self.view.flip
+            left = np.where(flipped, 2 * padding - left, left)
+            sizes = np.concatenate([np.full(len(batch), len(batch)) for batch in batches])
+            image = np.concatenate([np.arange(len(batch)) for batch in batches]) + sizes * flipped
+            plan[2] = (image * (self.height + 2 * padding) + top) * (self.width + 2 * padding) + left
+        return plan
 
+    def _crop_and_flip(self, images, corner):
+        """Each row of a crop is one piece of the padded batch or of its mirror image, and is gathered as such.
 
-def bytes_needed(data: DataSet, padding: int) -> int:
-    """Of all training images with their padding, as they would lie on the device."""
-    count, height, width, channels = data.images("train").shape
-    return count * (height + 2 * padding) * (width + 2 * padding) * channels
+        Padding and mirroring a batch costs less than selecting by a mask, and no memory for a padded data set.
+        """
+        images = F.pad(images, (0, 0) + 4 * (self.padding,))
+        if self.view.flip:
+            images = torch.cat([images, images.flip(2)])
+        pieces = images.flatten().unfold(0, 3 * self.width, 3)  # the piece that starts at each pixel; no copy
+        rows = corner[:, None] + self.rows
+        return pieces.index_select(0, rows.flatten()).view(-1, self.height, self.width, 3)

@@ -41,7 +41,7 @@ class FolderLoader:
         for indices in batches:
             images = np.ascontiguousarray(self.images[indices])
             if view.crop == "pad" or view.flip:
-                padding = view.padding if view.crop == "pad" else 0
+                padding = view.border
                 images = apply_crop_and_flip(images, view.seed, epoch, indices, padding, view.flip)
             yield torch.from_numpy(images).permute(0, 3, 1, 2)
 

@@ -66,8 +66,9 @@ class DataSet:
         return np.load(self.path / f"{split}_labels.npy")
 
     def images(self, split: str) -> np.ndarray:
-        """uint8 [N, H, W, 3], mapped from disk. For kind "arrays"."""
-        return np.load(self.path / f"{split}_images.npy", mmap_mode="r")
+        """uint8 [N, H, W, 3], mapped from disk; never written back. For kind "arrays"."""
+        # "c", copy on write: torch takes no array that is read-only without a warning
+        return np.load(self.path / f"{split}_images.npy", mmap_mode="c")
 
     def paths(self, split: str) -> list[Path]:
         """Absolute path of each sample. For kind "files"."""

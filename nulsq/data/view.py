@@ -11,3 +11,8 @@ class View:
     flip: bool
     size: int  # pixels of photographs
     ratio: float  # of the central crop
+
+    @property
+    def border(self) -> int:
+        """Black pixels on every side that a random crop is taken out of."""
+        return self.padding if self.crop == "pad" else 0

@@ -55,7 +55,7 @@ def of_recipe(path: Path, overrides: list[str], here: World) -> tuple[Recipe, Da
     data, model, _ = prepare(recipe, here)
     model.to(here.device)
     if quantizers_of(model):
-        train = build_loaders(recipe.data, data, recipe.run.seed).train
+        train = build_loaders(recipe.data, data, recipe.run.seed, device=here.device).train
         batches = first_batches(train, Normalize(data, here.device), recipe.quant.calibration_batches)
         try:
             calibrate_(model, batches, recipe.quant.calibration)
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
         else:
             recipe, data, model, title = of_recipe(arguments.what, arguments.overrides, here)
             out = arguments.out or Path(recipe.run.root) / f"{recipe.name}-inspect"
-        loaders = build_loaders(recipe.data, data, recipe.run.seed)
+        loaders = build_loaders(recipe.data, data, recipe.run.seed, device=here.device)
         batches = first_batches(loaders.val or loaders.train, Normalize(data, here.device), arguments.batches)
         found = report(model, batches, oscillating_above=recipe.oscillation.oscillating_above)
     title += f" ({recipe.model.name} on {data.name}, inputs of {found.images} images of " \
