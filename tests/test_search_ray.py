@@ -14,7 +14,9 @@ import pytest
 from nulsq import checkpoint
 from nulsq.config import to_yaml
 from nulsq.optim import learning_rate
-from nulsq.run_directory import read_metrics, read_outcome
+from nulsq.run_directory import path_of, read_metrics, read_outcome
+from nulsq.train import train
+from tests.conftest import FLOAT
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
@@ -22,9 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def search_file(short, float_run, tmp_path_factory) -> Path:
+def search_file(short, tmp_path_factory) -> Path:
+    """Trials that start from a network that has learned something, and a last draw that harms it (lr 3e-4, 6e-4,
+    0.087): from chance trials tie, and ASHA stops none that ties with those before it, or betters them."""
     folder = tmp_path_factory.mktemp("search")
-    recipe = short("trial", model__init_from=str(float_run), optim__epochs=4)
+    learned = short("learned", **FLOAT, optim__epochs=6, data__subset=1024)
+    assert train(learned, quiet=True).outcome == "finished"
+    recipe = short("trial", model__init_from=str(path_of(learned)), optim__epochs=4)
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     (folder / "tiny.yaml").write_text(f"""
 recipe: {folder}/recipe.yaml
@@ -35,6 +41,7 @@ studies:
 space:
   lr: {{key: optim.lr, sample: loguniform, low: 1e-4, high: 0.1}}
 trials: 3
+seed: 39
 reduction: 2
 """)
     return folder / "tiny.yaml"
@@ -60,11 +67,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(search_file, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-def test_every_trial_ran_to_its_end_or_was_stopped_at_a_rung(done):
-    """How many are stopped is chance here: trials this short tie, and ASHA stops none of those that tie."""
+def test_every_trial_ran_and_some_were_stopped(done):
     out, _ = done
     rows = list(csv.DictReader((out / "trials.csv").open()))
-    assert len(rows) == 12 and {row["status"] for row in rows} <= {"finished", "stopped"}
+    assert len(rows) == 12 and {row["status"] for row in rows} == {"finished", "stopped"}
     for row in rows:
         lines = read_metrics(Path(row["run"]))
         assert len(lines) == int(row["epochs"]) and float(row["val_top1"]) == lines[-1]["val_top1"]
@@ -72,7 +78,6 @@ def test_every_trial_ran_to_its_end_or_was_stopped_at_a_rung(done):
         full = learning_rate(3, steps=16, warmup_steps=0, peak=float(row["optim.lr"]), warmup_lr=0)
         assert lines[0]["lr"] == pytest.approx(full)
         assert (row["status"] == "finished") == (len(lines) == 4)
-        assert len(lines) in (1, 2, 4)  # rungs at 1 and 2
 
 
 def test_the_rungs_hold_each_trials_own_scores(done):
@@ -98,8 +103,6 @@ def test_each_study_has_a_leaderboard_a_winner_on_test_and_a_recipe_for_it(done)
 
 def test_best_yaml_retrains_the_winner_to_the_same_numbers(done, tmp_path):
     from nulsq.config import load_recipe
-    from nulsq.run_directory import path_of
-    from nulsq.train import train
     out, _ = done
     row = max((row for row in csv.DictReader((out / "trials.csv").open()) if row["study"] == "nulsq_2"),
               key=lambda row: (int(row["epochs"]), float(row["val_top1"])))
