@@ -10,6 +10,8 @@ import warnings
 import torch
 from torch import nn
 
+from nulsq.quant.op import inline_forward
+
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` compiled, sharing its parameters; `model` itself, with a warning, where that is impossible."""
@@ -17,6 +19,7 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
         warnings.warn(f"run.compile: torch.compile does not work here, the network runs without it (same recipe, "
                       f"slower): {reason}", stacklevel=2)
         return model
+    inline_forward()
     return torch.compile(model)
 
 

@@ -117,3 +117,19 @@ def test_the_first_ten_losses_of_a_compiled_network_equal_the_oracles_in_float64
     wanted = losses(recipe, *batches, "oracle", kind=torch.float64)
     found = losses(recipe, *batches, "fused", kind=torch.float64, compiled=True)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
+def test_forward_is_part_of_what_stands_before_and_backward_is_the_kernel():
+    from torch import nn
+    from torch._inductor.utils import run_and_get_code
+
+    from nulsq.compile import compiled
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)), torch.randn(2, 3, 9, 9)
+    nulsq.calibrate_(nulsq.quantize_(model, nulsq.Policy(preset="none", bits=3)), [x])
+    torch._dynamo.reset()
+    quick = compiled(model, torch.device("cpu"))
+    _, code = run_and_get_code(lambda: quick(x).sum().backward())
+    assert "nulsq.gradients" in "".join(code) and "nulsq.quantize" not in "".join(code)

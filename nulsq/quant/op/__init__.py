@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from nulsq.quant.op.eager import Eager
-from nulsq.quant.op.fused import available, fused, requantized
+from nulsq.quant.op.fused import available, fused, inline_forward, requantized
 from nulsq.quant.op.oracle import Oracle, Rule, Table, encode, scale_gradient
 
-__all__ = ["FORMS", "Rule", "Table", "available", "encode", "fake_quantize", "force", "requantized", "scale_gradient"]
+__all__ = ["FORMS", "Rule", "Table", "available", "encode", "fake_quantize", "force", "inline_forward", "requantized",
+           "scale_gradient"]
 
 FORMS = {
     "oracle": lambda x, table, rule: Oracle.apply(x, *table, rule),

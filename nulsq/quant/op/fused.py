@@ -11,11 +11,12 @@ bookkeeping costs more than the kernel does on the weights of a small layer.
 """
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor, nn
 
-from nulsq.quant.op import cpu, gpu
+from nulsq.quant.op import cpu, gpu, oracle
 from nulsq.quant.op.layout import dense, gradient_buffers
 from nulsq.quant.op.oracle import Oracle, Rule, Table, sums_asked_for
 
@@ -23,6 +24,7 @@ KERNELS = {"cpu": cpu, "cuda": gpu}
 _TABLE = "Tensor gaps, Tensor low, Tensor high, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
 _RULE = "str index, str ste, str reduction, int[] codes, bool[] ties_up, float shift, int segments, bool relu"
 _FIELDS = len(Table._fields)
+MOST_INLINED = 15  # thresholds: with more, unrolled comparisons take longer than a pass of the kernel
 
 
 @torch.compiler.assume_constant_result  # a compiler asks once and takes the answer for good
@@ -153,6 +155,23 @@ def _backward(ctx, dy):
 
 
 torch.library.register_autograd("nulsq::quantize", _backward, setup_context=_keep, lib=_library)
+
+
+@functools.cache
+def inline_forward() -> None:
+    """From now on Inductor takes the oracle's comparisons for forward: part of the batch norm before them, they need no
+    pass over memory of their own. Backward stays the kernel: Inductor's sums over a whole tensor are passes of theirs.
+    """
+    from torch._inductor.decomposition import fast_random_decomps, register_decomposition
+
+    @register_decomposition([torch.ops.nulsq.quantize.default])
+    def quantize(x, *rest):
+        table, rule = _read(rest)
+        if len(rule.ties_up) > MOST_INLINED:
+            return NotImplemented
+        return oracle.quantize(x, table, rule)[0].to(x.dtype)
+
+    fast_random_decomps.cache_clear()  # Inductor's copy of its table, if anything was compiled before
 
 
 # ---- torch.vmap, for the gradients of each sample: a batch of calls is one call with a table for each "channel"
