@@ -26,9 +26,9 @@ def tensors(*shape, seed=0, dtype=torch.float32):
     return [torch.randn(shape, generator=draw).to(dtype) for _ in range(2)]
 
 
-def ready(name, bits, role="activation", signed=None, channels=None, ste=None):
+def ready(name, bits, role="activation", signed=None, channels=None, ste=None, rows=8):
     quantizer = nulsq.get_quantizer(name)(bits, role, signed=signed, channels=channels, ste=ste)
-    data = tensors(channels or 8, 999, seed=bits)[0]
+    data = tensors(channels or rows, 999, seed=bits)[0]
     quantizer.reset_(Statistics.of(data, per_channel=channels is not None))
     return quantizer
 

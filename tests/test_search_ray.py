@@ -78,6 +78,7 @@ def test_every_trial_ran_and_some_were_stopped(done):
         full = learning_rate(3, steps=16, warmup_steps=0, peak=float(row["optim.lr"]), warmup_lr=0)
         assert lines[0]["lr"] == pytest.approx(full)
         assert (row["status"] == "finished") == (len(lines) == 4)
+        assert len(lines) in (1, 2, 4)  # rungs at 1 and 2
 
 
 def test_the_rungs_hold_each_trials_own_scores(done):
