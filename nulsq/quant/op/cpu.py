@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nulsq.quant.op.layout import channels_of, contiguous_table, dense, gradient_buffers, laid_like
+from nulsq.quant.op.layout import gradient_buffers, laid_like, laid_out
 from nulsq.quant.op.oracle import STE_RULES, Rule, Table
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "table.h", "lanes.h")]
@@ -73,10 +73,7 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor, 
 
 
 def _prepare(x, table, rule):
-    x, table, channels = dense(x), contiguous_table(x, table), channels_of(table)
-    kind = table.gaps.dtype
-    if x.dtype != kind and (x.dtype, kind) != (torch.bfloat16, torch.float32):
-        x = x.to(kind)  # the kernel computes in the type of what it reads, or in float32 for bfloat16
+    x, table, channels = laid_out(x, table, (torch.bfloat16,))
     call = _Call(rule=_switches(rule), storage=STORAGE[x.dtype], threads=torch.get_num_threads(),
                  gap_count=table.gaps.shape[-1], channels=channels, elements=x.numel() // channels,
                  ties_up=ctypes.addressof(_ties(rule)), gaps=table.gaps.data_ptr(), x=x.data_ptr())

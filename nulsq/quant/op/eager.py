@@ -10,7 +10,7 @@ is counted once, kept as one byte per element, and everything follows from it by
 
 import torch
 
-from nulsq.quant.op.oracle import Table, compute_type, end_codes, input_gradient, segment
+from nulsq.quant.op.oracle import Table, end_codes, input_gradient, prepared, segment
 
 PIECE = 1 << 15  # elements that are summed up one by one in float32
 
@@ -22,8 +22,7 @@ class Eager(torch.autograd.Function):
     def forward(ctx, x, gaps, low, high, levels, thresholds, offset, slope, rule):
         shape, stored = (x.shape, _order(x)), x.dtype
         kept = _flat(x, shape[1])
-        x, table = compute_type(kept, Table(gaps, low, high, levels, thresholds))
-        x = x.relu() if rule.relu else x
+        x, table = prepared(kept, Table(gaps, low, high, levels, thresholds), rule)
         if rule.index == "uniform":
             index = None
             at = x / table.gaps
@@ -44,8 +43,7 @@ class Eager(torch.autograd.Function):
     def backward(ctx, dy):
         x, index, *saved = ctx.saved_tensors
         rule, stored, kind = ctx.rule, x.dtype, saved[0].dtype
-        x, table = compute_type(x, Table(*saved))
-        x = x.relu() if rule.relu else x
+        x, table = prepared(x, Table(*saved), rule)
         dy = _flat(dy, ctx.shape[1]).to(x.dtype)
 
         if rule.index == "uniform":

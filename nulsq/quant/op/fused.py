@@ -24,7 +24,7 @@ KERNELS = {"cpu": cpu, "cuda": gpu}
 _TABLE = "Tensor gaps, Tensor low, Tensor high, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
 _RULE = "str index, str ste, str reduction, int[] codes, bool[] ties_up, float shift, int segments, bool relu"
 _FIELDS = len(Table._fields)
-MOST_INLINED = 15  # thresholds: with more, unrolled comparisons take longer than a pass of the kernel
+MOST_INLINED = 15  # thresholds: the comparisons are unrolled
 
 
 @torch.compiler.assume_constant_result  # a compiler asks once and takes the answer for good

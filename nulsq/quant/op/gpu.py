@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from nulsq.quant.op import oracle
-from nulsq.quant.op.layout import channels_of, contiguous_table, dense, gradient_buffers, laid_like
+from nulsq.quant.op.layout import gradient_buffers, laid_like, laid_out
 from nulsq.quant.op.oracle import Rule, Table
 
 MOST_THRESHOLDS, MOST_SLOTS = 63, 100
 FORWARD_BLOCK, WARPS = 1024, 4
+NARROW = (torch.bfloat16, torch.float16)
 WAVES = 8  # programs for each multiprocessor
 
 
@@ -31,7 +32,7 @@ def quantize(x: Tensor, table: Table, rule: Rule) -> Tensor:
     if len(rule.ties_up) > MOST_THRESHOLDS:
         return oracle.quantize(x, table, rule)[0].to(x.dtype)
     stored = x.dtype
-    x, table, channels = _prepare(x, table)
+    x, table, channels = laid_out(x, table, NARROW)
     y = torch.empty_like(x)
     if x.numel():
         elements = x.numel() // channels
@@ -48,7 +49,7 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor, 
         found = oracle.gradients(x, dy, table, rule)
         return tuple(table.gaps.new_empty(0) if each is None else each for each in found)
     buffers, stored = gradient_buffers(table, rule), x.dtype
-    x, table, channels = _prepare(x, table)
+    x, table, channels = laid_out(x, table, NARROW)
     dy, dx = laid_like(dy, x), torch.empty_like(x)
     if not x.numel():
         return dx.to(stored), *(each.zero_() for each in buffers)
@@ -81,12 +82,6 @@ def _block(rows, element_size):
     """16 bytes a thread where the accumulators leave room for that; four elements, or one, where there are many."""
     each = 16 // element_size if rows <= 9 else 4 if rows <= 20 else 1
     return 32 * WARPS * each
-
-
-def _prepare(x, table):
-    table = contiguous_table(x, table)
-    x = dense(x)
-    return x.double() if table.gaps.dtype == torch.float64 else x, table, channels_of(table)
 
 
 def _kind(table):

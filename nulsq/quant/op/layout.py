@@ -13,20 +13,22 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def contiguous_table(x: Tensor, table: Table) -> Table:
-    """The table row by row, in the type that is computed in."""
+def laid_out(x: Tensor, table: Table, narrow: tuple[torch.dtype, ...]) -> tuple[Tensor, Table, int]:
+    """x dense, the table row by row, and how many rows: channels. Both in the type that is computed in, except that x
+    stays in one of the types `narrow` where that is float32: the kernel widens those as it reads.
+    """
     kind = computed_in(x, table)
-    return Table(*(t if t is None or t.dtype == kind and t.is_contiguous() else t.to(kind).contiguous()
-                   for t in table))
+    x = dense(x)
+    if x.dtype != kind and not (kind == torch.float32 and x.dtype in narrow):
+        x = x.to(kind)
+    table = Table(*(t if t is None or t.dtype == kind and t.is_contiguous() else t.to(kind).contiguous()
+                    for t in table))
+    return x, table, table.gaps.shape[0] if table.gaps.dim() == 2 else 1
 
 
 def laid_like(dy: Tensor, x: Tensor) -> Tensor:
     """dy in the type and the order of memory of x, which is dense."""
     return dy if dy.dtype == x.dtype and dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
-
-
-def channels_of(table: Table) -> int:
-    return table.gaps.shape[0] if table.gaps.dim() == 2 else 1
 
 
 def gradient_buffers(table: Table, rule: Rule) -> list[Tensor]:

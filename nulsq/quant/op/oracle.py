@@ -66,8 +66,7 @@ STE_RULES = ("clip", "clip_open", "half", "none")
 
 def encode(x: Tensor, table: Table, rule: Rule) -> Tensor:
     """Level index of each element, by the very comparisons that `fake_quantize` makes. int64, shape of x."""
-    x, table = compute_type(x, table)
-    x = x.relu() if rule.relu else x
+    x, table = prepared(x, table, rule)
     if rule.index == "uniform":
         return (_code(x, table, rule) - rule.codes[0]).long()
     return _index(x, table, rule)
@@ -133,8 +132,7 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor |
 
 def quantize(x, table, rule):
     """y, and x (behind its ReLU) and table in the type that is computed in."""
-    x, table = compute_type(x, table)
-    x = x.relu() if rule.relu else x
+    x, table = prepared(x, table, rule)
     if rule.index == "uniform":
         return (_code(x, table, rule) + rule.shift) * _column(table.gaps, 0, x), x, table
     y = torch.where(x == x, _column(table.levels, 0, x), x)  # NaN in, NaN out
@@ -197,9 +195,11 @@ def computed_in(x: Tensor, table: Table) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, table.gaps.dtype), torch.float32)
 
 
-def compute_type(x, table):
+def prepared(x: Tensor, table: Table, rule: Rule) -> tuple[Tensor, Table]:
+    """x, behind its ReLU, and the table in the type that is computed in."""
     kind = computed_in(x, table)
-    return x.to(kind), Table(*(t if t is None else t.detach().to(kind) for t in table))
+    x = x.to(kind)
+    return x.relu() if rule.relu else x, Table(*(t if t is None else t.detach().to(kind) for t in table))
 
 
 def sums_asked_for(rule: Rule, needs_input_grad: tuple[bool, ...]) -> Rule:
