@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from nulsq.quant.base import Quantizer
 from nulsq.quant.layers import QUANTIZED
+from nulsq.quant.step import quantizers_of
 
 
 def fold_relu_(model: nn.Module) -> list[str]:
@@ -25,6 +26,8 @@ def fold_relu_(model: nn.Module) -> list[str]:
 
     Returns the names of the folded ReLUs.
     """
+    if not quantizers_of(model):
+        return []
     modes = {module: module.training for module in model.modules()}
     try:  # what is called may differ: an auxiliary head in training, say
         found = [_foldable(_Tracer().trace(model.train(mode)), model) for mode in (True, False)]
