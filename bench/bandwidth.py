@@ -8,13 +8,11 @@ On a GPU the clock stops when the device has finished, and five launches share a
 """
 
 import time
-from pathlib import Path
 
 import torch
 
-from bench.timing import interleaved, machine, ratios, row, write_json
+from bench.timing import add_options, begin, interleaved, ratios, row, write_json
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.memory import keep_freed_memory
 from nulsq.quant.op import available
 from nulsq.quant.op.fused import KERNELS
 from nulsq.quant.op.oracle import Table
@@ -62,8 +60,7 @@ def parser() -> Parser:
                       help="(%(default)s)")
     made.add_argument("--methods", nargs="+", default=["nulsq", "lsq"], help="(nulsq lsq)")
     made.add_argument("--elements", type=int, default=50_000_000, help="(%(default)s)")
-    made.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
-    made.add_argument("--json", type=Path, help="write the rows to this file")
+    add_options(made, rounds=15)
     return made
 
 
@@ -72,9 +69,10 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     if not available(arguments.device):
         raise InputError(f"--device {arguments.device}: there is no kernel for it here")
-    keep_freed_memory()
+    begin(arguments)
     device = torch.device(arguments.device)
-    print(torch.cuda.get_device_name() if device.type == "cuda" else machine())
+    if device.type == "cuda":
+        print(torch.cuda.get_device_name())
     print("| method | bits | type | pass | share of a copy's bandwidth | target |", "|---" * 6 + "|", sep="\n")
     rows = [each for method in arguments.methods for bits in (2, 3, 4) for kind in (torch.float32, torch.bfloat16)
             for each in measure(method, bits, kind, device, arguments.elements, arguments.rounds)]
