@@ -9,6 +9,8 @@ import warnings
 
 import torch
 from torch import nn
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.utils.checkpoint import CheckpointPolicy
 
 from nulsq.quant.op import inline_forward
 
@@ -20,7 +22,24 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
                       f"slower): {reason}", stacklevel=2)
         return model
     inline_forward()
-    return torch.compile(model)
+    return torch.compile(model, options={"joint_custom_pre_pass": _InputsMadeAgain()})
+
+
+class _InputsMadeAgain(CustomGraphPass):
+    """What a quantizer takes (the batch norm's output) is not kept for backward but made again there.
+
+    The partition keeps it otherwise, beside what the batch norm took and what the convolution takes: three tensors of
+    an activation's size where a float network keeps two. Forward then never writes it either.
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.nulsq.gradients.default):
+            source = node.args[0]
+            if torch.Tag.pointwise in getattr(source.target, "tags", ()):  # cheap to make again
+                source.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
 
 
 def why_not(device: torch.device) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import nulsq
+import nulsq.compile
 from nulsq.loss import backward
 from nulsq.metrics import Counters
 from nulsq.models import network
@@ -83,7 +84,7 @@ def losses(recipe, images, labels, form, *, kind=torch.float32, compiled=False, 
         model = network(recipe, 10, start=False)
         nulsq.calibrate_(model, [images[0]])
         model.to(kind).train()
-        stepped = torch.compile(model) if compiled else model
+        stepped = nulsq.compile.compiled(model, torch.device("cpu")) if compiled else model
         optimizers, counters, found = Optimizers(model, recipe.optim), Counters(torch.device("cpu")), []
         for x, y in zip(images[:steps], labels, strict=False):
             before = counters.values.clone()
@@ -131,5 +132,9 @@ def test_forward_is_part_of_what_stands_before_and_backward_is_the_kernel():
     nulsq.calibrate_(nulsq.quantize_(model, nulsq.Policy(preset="none", bits=3)), [x])
     torch._dynamo.reset()
     quick = compiled(model, torch.device("cpu"))
-    _, code = run_and_get_code(lambda: quick(x).sum().backward())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        _, code = run_and_get_code(lambda: quick(x).sum().backward())
     assert "nulsq.gradients" in "".join(code) and "nulsq.quantize" not in "".join(code)
+    # What the batch norm takes and what the convolution takes; what the quantizer takes is made again.
+    assert kept.count(torch.Size([2, 4, 7, 7])) == 2
