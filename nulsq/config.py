@@ -21,10 +21,10 @@ from nulsq.quant.layers import NORMALIZATIONS
 from nulsq.quant.op.oracle import STE_RULES
 from nulsq.quant.policy import FLOAT, PRESETS
 from nulsq.quantizers import get_quantizer
-from nulsq.recipe import Data, Distill, Model, Optim, Quant, Recipe, Run, setting
+from nulsq.recipe import Data, Distill, Guard, Model, Optim, Quant, Recipe, Run, setting
 
-__all__ = ["Data", "Distill", "Model", "Optim", "Quant", "Recipe", "Run", "check_names", "describe", "differences",
-           "flatten", "load", "load_recipe", "setting", "to_yaml"]
+__all__ = ["Data", "Distill", "Guard", "Model", "Optim", "Quant", "Recipe", "Run", "check_names", "describe",
+           "differences", "flatten", "load", "load_recipe", "setting", "to_yaml"]
 
 T = TypeVar("T")
 

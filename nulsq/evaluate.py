@@ -19,37 +19,51 @@ from nulsq.data import DataSet, Normalize, build_loader
 from nulsq.errors import Parser, exit_on_input_error
 from nulsq.metrics import Counters
 from nulsq.run_directory import read_recipe, write_atomically
+from nulsq.signals import Asked
 from nulsq.state import trained_network
 from nulsq.world import World, world
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, normalize: Normalize, here: World, precision: str, prefix: str) -> dict:
-    """Mean loss, top-1 and top-5 in percent and the image count, over all ranks. A collective call."""
+def evaluate(model: nn.Module, loader, normalize: Normalize, here: World, precision: str, prefix: str,
+             asked: Asked | None = None) -> dict:
+    """Mean loss, top-1 and top-5 in percent and the image count, over all ranks. A collective call.
+
+    Raises Stopped on every rank where `asked` says so; the model is then in the mode that it was in.
+    """
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     counters = Counters(here.device)
-    for images, labels, _ in loader.epoch(0):
-        labels = labels.to(here.device, non_blocking=True)
-        with torch.autocast(here.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(normalize(images))
-        counters.add(logits, labels, F.cross_entropy(logits.float(), labels))
-    for module, training in was_training.items():
-        module.training = training
+    shared = min(here.gather(loader.steps)) if asked else 0  # ranks' shares may differ by a batch
+    try:
+        for batch, (images, labels, _) in enumerate(loader.epoch(0)):
+            if batch < shared:
+                asked.stop_evaluation(batch)
+            labels = labels.to(here.device, non_blocking=True)
+            with torch.autocast(here.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(normalize(images))
+            counters.add(logits, labels, F.cross_entropy(logits.float(), labels))
+    finally:
+        for module, training in was_training.items():
+            module.training = training
     return counters.read(here, prefix)
 
 
-def evaluate_run(run: Path, *, split: str = "test", which: str = "auto", here: World) -> dict:
-    """Evaluate a run directory's checkpoint and write the result to SPLIT.json in it. A collective call."""
+def evaluate_run(run: Path, *, split: str = "test", which: str = "auto", here: World,
+                 asked: Asked | None = None) -> dict:
+    """Evaluate a run directory's checkpoint and write the result to SPLIT.json in it. A collective call.
+
+    Raises Stopped where `asked` says so, InputError where there is no good checkpoint.
+    """
     recipe = read_recipe(run)
-    content = checkpoint.best_or_last(run) if which == "auto" else checkpoint.load(run / "checkpoints" / f"{which}.pt")
+    content = checkpoint.load(here.on_first(lambda: checkpoint.chosen(run, which)))
     data = DataSet(recipe.data.path)
     model = trained_network(recipe, content, len(data.classes))
     memory = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
     model.to(here.device, memory_format=memory)
     loader = build_loader(recipe.data, data, split, here.rank, here.size, here.device)
     found = evaluate(model, loader, Normalize(data, here.device, recipe.run.channels_last), here,
-                     recipe.run.precision, split)
+                     recipe.run.precision, split, asked)
     best = content["best"] is not None and content["best"]["step"] == content["step"]
     found |= {"checkpoint": "best" if best else "last", "epoch": content["epoch"], "step": content["step"],
               "holdout": recipe.data.holdout, "start_saw_holdout": recipe.model.init_saw_holdout}
@@ -72,7 +86,7 @@ def parser() -> Parser:
     made.add_argument("run", type=Path, help="run directory")
     made.add_argument("--split", choices=["test", "val"], default="test", help="(%(default)s)")
     made.add_argument("--checkpoint", choices=["auto", "best", "last"], default="auto",
-                      help="auto: best where there is one")
+                      help="auto, best: the best on the holdout where there is one")
     made.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(%(default)s)")
     return made
 

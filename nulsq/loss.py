@@ -18,12 +18,13 @@ from nulsq.metrics import Counters
 
 
 def backward(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, counters: Counters,
-             teacher: nn.Module | None = None, dampening: Tensor | None = None) -> None:
+             teacher: nn.Module | None = None, dampening: Tensor | None = None) -> Tensor:
     """Forward and backward of this rank's part of a batch, in micro-batches; gradients are left in the parameters.
 
     `counters` get the loss of labels and teacher; `dampening` ([], of the weights alone) is added once a step.
+    Returns the batch's loss, [].
     """
-    parts = recipe.optim.accumulate
+    parts, total = recipe.optim.accumulate, 0.0
     for i, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
         last = i == parts - 1
         alone = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
@@ -35,6 +36,8 @@ def backward(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, c
             whole = loss / parts if dampening is None or not last else loss / parts + dampening
             whole.backward()
         counters.add(logits, y, loss)
+        total = total + whole.detach()
+    return total
 
 
 def task_loss(logits: Tensor, labels: Tensor, recipe: Recipe, soft: Tensor | None = None) -> Tensor:

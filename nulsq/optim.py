@@ -66,6 +66,10 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        for optimizer in filter(None, (self.weights, self.quantizers)):
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:

@@ -79,7 +79,7 @@ class Progress:
               flush=True)
 
     def say(self, text: str) -> None:
-        if self.show:
+        if self.show and text:
             print(text, flush=True)
 
     def close(self) -> None:

@@ -30,6 +30,8 @@ class Run:
     channels_last: bool = setting(True, "memory format of images and convolution weights")
     compile: bool = setting(False, "torch.compile the network (minutes at the first step, faster after)")
     log_every: int = setting(20, "steps between two lines of the TensorBoard log", low=1)
+    save_every: int | None = setting(None, "steps between two checkpoints within an epoch; default: one after each "
+                                     "epoch (and whenever RUN/save is made)", low=1)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,15 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Guard:
+    every: int = setting(50, "steps between two looks at losses and gradients: each look waits for the device", low=1)
+    spike: float | None = setting(20.0, "a loss of so many times the mean before it, and worse than guessing, is a "
+                                  "divergence; null: only what is no number", above=1)
+    rollbacks: int = setting(3, "times that a run goes back to its last good checkpoint and leaves out the batch that "
+                             "went wrong, before it ends as diverged", low=0)
+
+
+@dataclass(frozen=True)
 class Distill:
     teacher: str | None = setting(None, "learn this network's soft labels: LIBRARY:NAME (published) or a run directory")
     weights: str | None = setting(None, "file with the weights of a teacher LIBRARY:NAME")
@@ -111,3 +122,4 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     oscillation: OscillationSettings = field(default_factory=OscillationSettings)
     distill: Distill = field(default_factory=Distill)
+    guard: Guard = field(default_factory=Guard)

@@ -2,7 +2,7 @@
 
     recipe.yaml    the resolved recipe          metrics.jsonl   a line per epoch
     code.txt       code and package versions    outcome.json    how the run ended, and whether to requeue
-    checkpoints/   last.pt, best.pt             tensorboard/    the log
+    checkpoints/   the newest two and the best  tensorboard/    the log
     test.json      accuracy on the test images, written by `nulsq.evaluate`
     oscillations.jsonl   a line per epoch: how many weights of each layer oscillate, how many are frozen; where the
                          recipe tracks them
@@ -30,7 +30,7 @@ from nulsq.errors import InputError
 
 # Settings that may change between the parts of a run: they do not enter its numbers.
 FREE = {"name", "run.dir", "run.root", "run.train_id", "run.device", "run.threads", "run.log_every", "data.loader",
-        "data.workers"}
+        "data.workers", "run.save_every"}
 METRICS, OSCILLATIONS = "metrics.jsonl", "oscillations.jsonl"
 PACKAGES = ("torch", "torchvision", "timm", "pytorchcv", "numpy", "omegaconf", "ffcv", "numba", "ray")
 
@@ -83,8 +83,13 @@ class RunDirectory:
                 write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_outcome(self, outcome: str, *, requeue: bool = False, **more: Any) -> None:
-        content = {"outcome": outcome, "requeue": requeue, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **more}
-        write_atomically(self.path / "outcome.json", json.dumps(content, indent=1) + "\n")
+        write_outcome(self.path, outcome, requeue=requeue, **more)
+
+
+def write_outcome(path: Path, outcome: str, *, requeue: bool = False, **more: Any) -> None:
+    """How a run ended, or that it is running: finished, saved, diverged, failed; and whether to start it again."""
+    content = {"outcome": outcome, "requeue": requeue, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **more}
+    write_atomically(path / "outcome.json", json.dumps(content, indent=1) + "\n")
 
 
 def lock(path: Path, doing: str) -> TextIO:

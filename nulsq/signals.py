@@ -1,12 +1,23 @@
-"""Asking a run to stop: a flag that signals set, and that all ranks agree on. Only a `main()` installs handlers."""
+"""Asking a run to save, or to save and stop; what is asked, all ranks agree on. Only a `main()` installs handlers.
+
+    signals SIGTERM, SIGINT, SIGUSR1     save and stop
+    a file RUN/save (touch RUN/save)     save and go on; the file is removed
+"""
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from nulsq.world import World
 
-INTERVAL = 8  # steps between two agreements of several ranks: each costs a collective
+INTERVAL = 8  # steps between two agreements of several ranks, each of which costs a collective
+NOTHING, SAVE, STOP = range(3)
+SAVE_FILE = "save"
+
+
+class Stopped(Exception):
+    """Out of an evaluation that was asked to stop, on every rank at the same batch."""
 
 
 @contextmanager
@@ -29,10 +40,31 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def asked_to_stop(stop: Callable[[], bool] | None, here: World, step: int) -> bool:
-    """Whether any rank was asked to stop; every rank gets the same answer at the same step."""
-    if stop is None:
-        return False
-    if here.size == 1:
-        return stop()
-    return step % INTERVAL == 0 and here.any(stop())
+class Asked:
+    """What a run is asked for. Every rank gets the same answer if all ask at the same counts."""
+
+    def __init__(self, stop: Callable[[], bool] | None, here: World, run: Path):
+        self.stop, self.here, self.file = stop, here, run / SAVE_FILE
+
+    def __call__(self, count: int) -> int:
+        """NOTHING, SAVE or STOP after step number `count`."""
+        agreed = count % INTERVAL == 0
+        if self.here.size > 1 and not agreed:
+            return NOTHING
+        own = STOP if self._stop() else NOTHING
+        if own == NOTHING and agreed and self.here.first and self.file.exists():
+            own = SAVE
+        return self.here.largest(own)
+
+    def stop_evaluation(self, count: int) -> None:
+        """Raises Stopped where batch number `count` of an evaluation is to be the last."""
+        asked = self.here.size == 1 or count % INTERVAL == 0
+        if asked and self.here.any(self._stop()):
+            raise Stopped
+
+    def answered(self) -> None:
+        """What was asked for is saved."""
+        self.file.unlink(missing_ok=True)
+
+    def _stop(self):
+        return self.stop is not None and self.stop()

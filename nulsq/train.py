@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from nulsq import checkpoint, command_line
+from nulsq import checkpoint, command_line, outcome
 from nulsq.compile import compiled
 from nulsq.config import Recipe
 from nulsq.data import Normalize, build_loaders
 from nulsq.distill import build_teacher
+from nulsq.divergence import DivergenceGuard, first_bad, gradient_norm
 from nulsq.ema import WeightAverage
 from nulsq.errors import InputError, exit_on_input_error
 from nulsq.evaluate import evaluate, evaluate_run, read_evaluation
@@ -37,20 +38,19 @@ from nulsq.optim import Optimizers, learning_rate
 from nulsq.prepare import prepare
 from nulsq.progress import Progress
 from nulsq.quant.batch_norm import freeze_batch_norm_
-from nulsq.quant.calibrate import average_batch_norm_, calibrate_
+from nulsq.quant.calibrate import calibrate_
 from nulsq.quant.fold_relu import fold_relu_
 from nulsq.quant.oscillation import shares
 from nulsq.quant.step import quantizers_of
 from nulsq.quant.swap import summary
-from nulsq.run_directory import METRICS, OSCILLATIONS, RunDirectory, path_of
-from nulsq.signals import asked_to_stop, stop_on_signal
+from nulsq.run_directory import METRICS, OSCILLATIONS, RunDirectory, path_of, write_outcome
+from nulsq.signals import NOTHING, SAVE, SAVE_FILE, STOP, Asked, Stopped, stop_on_signal
 from nulsq.state import TrainState, track_oscillations
 from nulsq.tensorboard import TensorBoardLog
 from nulsq.validate import first_batches, validate
 from nulsq.world import World, world
 
 Report = Callable[[dict, Path], None]
-EXIT_DIVERGED, EXIT_SAVED = 3, 99
 
 
 def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None = None,
@@ -58,15 +58,18 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
     """Train as the recipe says, from where its run directory stands, to the end or until `stop()`.
 
     Args:
-        report: called once per epoch on every rank with the epoch's metrics and the checkpoints' folder.
-        resume: a checkpoint file to continue from; None continues the run directory's own, if there is one.
-        stop: polled at step boundaries; any rank's True saves the state and returns (outcome "saved").
+        report: called once per epoch on every rank with the epoch's metrics and the checkpoints' folder; of a run that
+            diverged once more, with losses and accuracies NaN.
+        resume: a checkpoint file to continue from; None continues the run directory's newest good one, if there is one.
+        stop: polled at step boundaries and in evaluation; any rank's True saves the state and returns (outcome
+            "saved").
         quiet: print nothing.
 
     Returns the state at the end; `state.outcome` is finished, saved or diverged, as in outcome.json. May be called
     many times in one process: it leaves no thread, process group or global setting of torch behind.
 
-    Raises InputError, before anything is written, for a recipe that cannot be run.
+    Raises InputError, before anything is written, for a recipe that cannot be run; later where a checkpoint cannot be
+    written or data turn out damaged, with the checkpoints before it intact.
     """
     threads = torch.get_num_threads()
     with world(recipe.run.device) as here, contextlib.ExitStack() as cleanup:
@@ -95,7 +98,8 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
             raise
         except (Exception, KeyboardInterrupt) as error:
             if here.first:
-                run.write_outcome("failed", error=f"{type(error).__name__}: {error}"[:2000])
+                with contextlib.suppress(OSError):  # a full disk is an error of its own
+                    run.write_outcome("failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise
 
 
@@ -126,23 +130,40 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     average = WeightAverage(model, optim.ema_decay) if optim.ema_decay else None
     state = TrainState(model, Optimizers(model, optim), Counters(device), average)
     if resumed is not None:
-        state.load_state_dict(resumed)
-        if not here.first:
-            state.counters.reset()  # the checkpoint has the sum over the ranks
+        progress.say(state.load_state_dict(resumed, here))
     if here.first:
         run.cut_records(state.epoch)  # a line without its checkpoint is written again
     steps = loaders.train.steps
     total = steps * optim.epochs
     schedule = functools.partial(learning_rate, steps=total, warmup_steps=round(steps * optim.warmup_epochs),
                                  peak=optim.lr, warmup_lr=optim.warmup_lr)
-    if here.first and state.step < total:
-        run.write_outcome("running")
+    if state.step < total or state.epoch < optim.epochs:
+        here.on_first(lambda: run.write_outcome("running"))
     progress.announce(recipe, state, data.name, kind, steps, run.path)
     log = TensorBoardLog(run.path, state.step, enabled=here.first and state.step < total)
     cleanup.callback(log.close)
+    guard = DivergenceGuard(recipe.guard, len(data.classes), here)
+    asked = Asked(stop, here, run.path)
+    if resumed is None:
+        outcome.save(state, here, run)  # where a run goes back to that goes wrong in its first steps
 
     # ---- epochs
+    bad = images = None  # the step that went wrong, once one has
     while state.epoch < optim.epochs:
+        if bad is not None:
+            if len(state.skipped) >= recipe.guard.rollbacks:
+                where = first_bad(model, normalize(images))
+                state, metrics = outcome.diverged(state, here, run, progress, bad, where)
+                if report is not None:
+                    report(metrics, run.path / "checkpoints")
+                return state
+            skipped = [*state.skipped, bad]
+            state.load_state_dict(checkpoint.load(here.on_first(lambda: checkpoint.newest(run.path))), here)
+            state.optimizers.zero_grad()
+            state.skipped, bad = skipped, None
+            guard.forget(watched=skipped[-1] + recipe.guard.every)
+            progress.say(f"step {skipped[-1]} went wrong; going back to step {state.step} and leaving its batch out "
+                         f"({len(skipped)} of at most {recipe.guard.rollbacks})")
         began, first_step, waited = time.monotonic(), state.step, 0.0
         progress.start(state.epoch, state.step - state.epoch * steps, steps)
         model.train()
@@ -151,23 +172,40 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
         fetched = time.monotonic()
         for images, labels, _ in loaders.train.epoch(state.epoch, state.step - state.epoch * steps):
             waited += time.monotonic() - fetched
-            torch.manual_seed(_step_seed(recipe.run.seed, state.step, here.rank))
-            dampening = oscillations.dampening(state.step / total) if oscillations else None
-            labels = labels.to(device, non_blocking=True)
-            backward(stepped, normalize(images), labels, recipe, state.counters, teacher, dampening)
             rate = schedule(state.step)
-            state.optimizers.step(rate)
+            if state.step not in state.skipped:
+                torch.manual_seed(_step_seed(recipe.run.seed, state.step, here.rank))
+                dampening = oscillations.dampening(state.step / total) if oscillations else None
+                labels = labels.to(device, non_blocking=True)
+                loss = backward(stepped, normalize(images), labels, recipe, state.counters, teacher, dampening)
+                bad = guard.look(state.step, loss, gradient_norm(model), state.level)
+                if bad is not None:
+                    break
+                state.optimizers.step(rate)
+                if oscillations:
+                    oscillations.after_step_((state.step + 1) / total)
+                if average:
+                    average.update_(state.step + 1)
             state.step += 1
-            if oscillations:
-                oscillations.after_step_(state.step / total)
-            if average:
-                average.update_(state.step)
             progress.advance()
             if state.step % recipe.run.log_every == 0:
                 log.step(state.step, rate, state.counters)
-            if asked_to_stop(stop, here, state.step):
-                return _save_and_stop(state, here, run, progress)
+            answer = asked(state.step)
+            if answer != NOTHING or recipe.run.save_every and state.step % recipe.run.save_every == 0:
+                bad = guard.check(state.level)
+                if bad is not None:
+                    break
+                outcome.save(state, here, run)
+                if answer == STOP:
+                    return outcome.saved(state, here, run, progress)
+                if answer == SAVE:
+                    progress.say(f"saved at step {state.step}, as {SAVE_FILE} asked for")
+                    here.on_first(asked.answered)
             fetched = time.monotonic()
+        if bad is None:
+            bad = guard.check(state.level)
+        if bad is not None:
+            continue
         seconds = time.monotonic() - began
         metrics = {"epoch": state.epoch + 1, "step": state.step, "lr": schedule(state.step - 1),
                    **state.counters.read(here, "train"),
@@ -175,16 +213,19 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
                    "wait_share": waited / seconds}
 
         # ---- evaluation on the holdout; never on test
-        metrics |= validate(recipe, here, state, loaders, normalize)
+        try:
+            metrics |= validate(recipe, here, state, loaders, normalize, asked)
+        except Stopped:
+            outcome.save(state, here, run)
+            return outcome.saved(state, here, run, progress)
+        if not math.isfinite(metrics.get("val_loss", 0.0)):
+            bad = state.step - 1  # its loss, that before the update, was good
+            continue
         layers = oscillations.count() if oscillations else {}
         if layers:
             metrics |= shares(layers)
         metrics["seconds"] = time.monotonic() - began
-        # The training loss is that before the last update; val shows what the update left behind.
-        diverged = not all(math.isfinite(metrics[key]) for key in ("train_loss", "val_loss") if key in metrics)
-        improved = not diverged and "val_top1" in metrics and (
-            state.best is None or metrics["val_top1"] > state.best["val_top1"])
-        if improved:
+        if "val_top1" in metrics and (state.best is None or metrics["val_top1"] > state.best["val_top1"]):
             state.best = dict(metrics)
         state.epoch += 1
         state.counters.reset()
@@ -194,25 +235,12 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
             if layers:
                 run.append(OSCILLATIONS, {"epoch": state.epoch, "step": state.step, "layers": layers})
                 log.oscillations(layers, state.step)
-            if not diverged:
-                checkpoint.save(run.path, state.state_dict(), best=improved)
+        outcome.save(state, here, run)
         progress.finish(metrics, optim.epochs - state.epoch, metrics["seconds"])
-        if diverged:
-            state.outcome = "diverged"
-            if here.first:
-                run.write_outcome("diverged", epoch=state.epoch, step=state.step,
-                                  error=f"train_loss {metrics['train_loss']}, val_loss {metrics.get('val_loss')}")
         if report is not None:
             report(metrics, run.path / "checkpoints")
-        if diverged:
-            progress.say(f"diverged in epoch {state.epoch}: a loss is no number; what was saved before it is in "
-                         f"{run.path / 'checkpoints'}")
-            return state
 
-    state.outcome = "finished"
-    if here.first:
-        run.write_outcome("finished", epoch=state.epoch, best=state.best)
-    return state
+    return outcome.finished(state, here, run)
 
 
 def _calibrate(recipe, here, model, loaders, normalize, progress):
@@ -229,24 +257,6 @@ def _calibrate(recipe, here, model, loaders, normalize, progress):
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """Random numbers inside the network (dropout) follow from (seed, step, rank): no state to save."""
     return (seed * 1_000_003 + step) * 4099 + rank
-
-
-def _save_and_stop(state, here, run, progress):
-    state.outcome = "saved"
-    if here.device.type == "cpu":
-        # Running averages: averaged over the ranks now or at the end is the same.
-        average_batch_norm_(state.model.modules())
-        if state.average:
-            with state.average.applied():
-                average_batch_norm_(state.model.modules())
-    # Ranks count their own images of the epoch under way; the checkpoint is rank 0's and holds the sum.
-    counted = here.sum_(state.counters.values.clone())
-    if here.first:
-        content = state.state_dict() | {"counters": counted}
-        checkpoint.save(run.path, content)
-        run.write_outcome("saved", requeue=True, epoch=state.epoch, step=state.step)
-    progress.say(f"saved at step {state.step} of epoch {state.epoch + 1}; the same command continues")
-    return state
 
 
 # ---- command line
@@ -268,11 +278,17 @@ def main(argv: list[str]) -> int:
             return 0
         with stop_on_signal() as stop:
             state = train(recipe, stop=stop)
-        if state.outcome == "saved":
-            return EXIT_SAVED
-        if state.outcome == "diverged":
-            return EXIT_DIVERGED
-        found = here.on_first(lambda: read_evaluation(path_of(recipe))) or evaluate_run(path_of(recipe), here=here)
+            if state.outcome == "saved":
+                return outcome.EXIT_SAVED
+            if state.outcome == "diverged":
+                return outcome.EXIT_DIVERGED
+            path = path_of(recipe)
+            try:
+                found = here.on_first(lambda: read_evaluation(path)) or evaluate_run(
+                    path, here=here, asked=Asked(stop, here, path))
+            except Stopped:
+                here.on_first(lambda: write_outcome(path, "saved", requeue=True, epoch=state.epoch, step=state.step))
+                return outcome.EXIT_SAVED
         if here.first:
             print(f"test top-1 {found['test_top1']:.2f}  top-5 {found['test_top5']:.2f}  ({found['test_images']} "
                   f"images, {found['checkpoint']} checkpoint of epoch {found['epoch']})  {path_of(recipe)}")

@@ -10,16 +10,28 @@ from nulsq.data import Loaders, Normalize
 from nulsq.evaluate import evaluate
 from nulsq.quant.batch_norm import reestimate_batch_norm_
 from nulsq.quant.calibrate import average_batch_norm_
+from nulsq.signals import Asked, Stopped
 from nulsq.state import TrainState
 from nulsq.world import World
 
 
-def validate(recipe: Recipe, here: World, state: TrainState, loaders: Loaders, normalize: Normalize) -> dict:
+def validate(recipe: Recipe, here: World, state: TrainState, loaders: Loaders, normalize: Normalize,
+             asked: Asked) -> dict:
     """Settle batch-norm statistics, which the checkpoint then holds, and measure accuracy. A collective call.
 
     "val_..." is what checkpoints are chosen by: of the averaged weights where the recipe averages them, beside the
-    trained ones' own, "raw_val_...". Where nothing is held out only the statistics are settled.
+    trained ones' own, "raw_val_...". Where nothing is held out only the statistics are settled. Raises Stopped on
+    every rank where `asked` says so; the state is then as it was.
     """
+    before = state.own()
+    try:
+        return _settle_and_measure(recipe, here, state, loaders, normalize, asked)
+    except Stopped:
+        state.load_own(before)
+        raise
+
+
+def _settle_and_measure(recipe, here, state, loaders, normalize, asked):
     def measure(prefix):
         if recipe.optim.reestimate_bn:
             batches = first_batches(loaders.train, normalize, recipe.optim.reestimate_bn)
@@ -29,7 +41,7 @@ def validate(recipe: Recipe, here: World, state: TrainState, loaders: Loaders, n
             average_batch_norm_(state.model.modules())  # torch has no SyncBatchNorm for the CPU
         if loaders.val is None:
             return {}
-        return evaluate(state.model, loaders.val, normalize, here, recipe.run.precision, prefix)
+        return evaluate(state.model, loaders.val, normalize, here, recipe.run.precision, prefix, asked)
 
     if state.average is None:
         return measure("val")

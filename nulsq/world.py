@@ -36,9 +36,23 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. All ranks have to ask equally often."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values. All ranks have to ask equally often."""
         if self.size == 1:
-            return flag
-        return bool(self.sum_(torch.tensor([int(flag)], device=self.device)).item())
+            return value
+        values = torch.tensor([value], device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.item()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        found = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
 
     def on_first(self, function: Callable[[], Any]) -> Any:
         """Call the function on rank 0 alone; its result, or its error, reaches every rank."""

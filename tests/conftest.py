@@ -50,6 +50,21 @@ def short(digits, tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def steps_done(monkeypatch) -> list[int]:
+    """What `TrainState.step` was set to in this process, in order: the last entry is the step that a run is at."""
+    from nulsq.state import TrainState
+    done, plain = [0], TrainState.__setattr__
+
+    def note(state, name, value):
+        plain(state, name, value)
+        if name == "step":
+            done.append(value)
+
+    monkeypatch.setattr(TrainState, "__setattr__", note)
+    return done
+
+
 FLOAT = {"quant__weight__quantizer": "fp", "quant__activation__quantizer": "fp", "quant__rules__edges__enabled": False}
 
 
@@ -59,5 +74,15 @@ def float_run(short) -> Path:
     from nulsq.run_directory import path_of
     from nulsq.train import train
     recipe = short("float", **FLOAT)
+    assert train(recipe, quiet=True).outcome == "finished"
+    return path_of(recipe)
+
+
+@pytest.fixture(scope="session")
+def straight(short, float_run) -> Path:
+    """Run directory of an uninterrupted quantized run of three epochs, four steps each."""
+    from nulsq.run_directory import path_of
+    from nulsq.train import train
+    recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
     assert train(recipe, quiet=True).outcome == "finished"
     return path_of(recipe)

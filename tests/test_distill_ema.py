@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import FLOAT
-from test_train import ALONE, assert_same_state, last, numbers, torchrun
+from test_train import ALONE
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,6 +21,7 @@ from nulsq.quant.oscillation import Oscillations, OscillationSettings
 from nulsq.run_directory import path_of, read_lines, read_metrics
 from nulsq.train import train
 from nulsq.weights import read_weights
+from runs import assert_same_state, last, numbers, torchrun
 
 # Twelve steps are few: counted fast, and from the start, so that some weights do freeze.
 ALL = {"oscillation__momentum": 0.1, "oscillation__freeze_threshold": 0.25, "oscillation__freeze_final": 0.2,
@@ -202,7 +203,7 @@ def test_evaluation_and_starting_weights_take_the_average(short, everything):
         key: best[key] for key in ("val_top1", "val_loss", "val_images")}
     assert evaluate_run(everything, split="val", which="last", here=ALONE)["val_loss"] == lines[-1]["val_loss"]
     assert all(line["val_loss"] != line["raw_val_loss"] for line in lines)
-    for source in (everything, everything / "checkpoints" / "best.pt"):
+    for source in (everything, checkpoint.chosen(everything)):
         weights = read_weights(source)
         for key, value in content["model"].items():
             assert torch.equal(weights[key], content["ema"].get(key, value))

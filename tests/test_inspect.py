@@ -404,8 +404,8 @@ def test_a_float_run_has_totals_and_no_pictures(float_run, tmp_path, capsys):
     (["RUN", "--batches", "0"], "--batches 0, allowed: at least 1"),
     (["RUN", "--jsn", "x"], "Did you mean --json?"),
     (["RUN", "--no-plot", "--json", "RUN"], "cannot be written"),
-    (["DAMAGED"], "last.pt cannot be read"),
-    (["DAMAGED", "--checkpoint", "best"], "no checkpoint"),
+    (["DAMAGED"], "can be read: "),
+    (["DAMAGED", "--checkpoint", "best"], "is damaged: its 10 bytes are not the"),
     (["OTHER"], "the checkpoint is not of this network"),
     (["NODATA"], "is not a prepared data set"),
     (["RUN/recipe.yaml", "quant.bitz=3"], "quant.bitz"),
@@ -416,8 +416,8 @@ def test_what_cannot_be_inspected_is_one_line_and_exit_code_2(run, tmp_path, cap
     for name in ("DAMAGED", "OTHER", "NODATA"):
         places[name] = tmp_path / name
         shutil.copytree(run, tmp_path / name)
-    (tmp_path / "DAMAGED/checkpoints/best.pt").unlink()
-    (tmp_path / "DAMAGED/checkpoints/last.pt").write_bytes(b"PK damaged")
+    for file in (tmp_path / "DAMAGED/checkpoints").glob("*.pt"):
+        file.write_bytes(b"PK damaged")
     recipe = (run / "recipe.yaml").read_text()
     (tmp_path / "OTHER/recipe.yaml").write_text(recipe.replace("preresnet20_cifar10", "preresnet56_cifar10"))
     (tmp_path / "NODATA/recipe.yaml").write_text(recipe.replace("/digits", "/elsewhere"))

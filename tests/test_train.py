@@ -12,58 +12,22 @@ import torch
 from conftest import FLOAT
 
 from nulsq import checkpoint
-from nulsq.config import to_yaml
 from nulsq.errors import InputError
 from nulsq.evaluate import evaluate_run, read_evaluation
 from nulsq.optim import learning_rate
 from nulsq.run_directory import path_of, read_metrics, read_outcome
 from nulsq.train import train
 from nulsq.world import World
+from runs import TIMES, assert_same_state, last, numbers, torchrun
 
 ALONE = World(0, 1, torch.device("cpu"))
-TIMES = {"images_per_second", "wait_share", "seconds"}
-
-
-def numbers(run: Path) -> list[dict]:
-    """The metrics without the clock's."""
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(run)]
-
-
-def last(run: Path) -> dict:
-    return checkpoint.load(run / "checkpoints" / "last.pt")
-
-
-def assert_same_state(a, b):
-    """Equal, bit for bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a.keys() - TIMES:
-            assert_same_state(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same_state(x, y)
-    else:
-        assert a == b
-
-
-@pytest.fixture(scope="module")
-def straight(short, float_run):
-    """An uninterrupted quantized run of three epochs."""
-    recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
-    train(recipe, quiet=True)
-    return path_of(recipe)
 
 
 @pytest.mark.parametrize("stops", [[3], [4, 9], [1, 2, 11]])
-def test_resume_equals_uninterrupted(short, float_run, straight, stops):
+def test_resume_equals_uninterrupted(short, float_run, straight, steps_done, stops):
     recipe = short(f"stopped-{'-'.join(map(str, stops))}", model__init_from=str(float_run), optim__epochs=3)
     for at in stops:
-        polls = iter(range(1_000))
-        before = last(path_of(recipe))["step"] if path_of(recipe).exists() else 0
-        state = train(recipe, stop=lambda at=at, before=before, polls=polls: before + next(polls) + 1 >= at, quiet=True)
+        state = train(recipe, stop=lambda at=at: steps_done[-1] >= at, quiet=True)
         assert (state.outcome, state.step) == ("saved", at)
         assert read_outcome(path_of(recipe)) | {"time": ""} == {
             "outcome": "saved", "requeue": True, "time": "", "epoch": at // 4 - (at % 4 == 0 and at > 0), "step": at}
@@ -85,10 +49,10 @@ def test_quantized_training_learns_and_reports_every_epoch(short, float_run, str
 
 
 def test_a_finished_run_is_not_trained_again(short, float_run, straight):
-    before = (straight / "checkpoints" / "last.pt").stat().st_mtime_ns
+    before = checkpoint.newest(straight).stat().st_mtime_ns
     recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
     assert train(recipe, quiet=True).outcome == "finished"
-    assert (straight / "checkpoints" / "last.pt").stat().st_mtime_ns == before
+    assert checkpoint.newest(straight).stat().st_mtime_ns == before
 
 
 def test_another_recipe_in_the_same_directory_is_an_error(short, float_run, straight):
@@ -129,7 +93,7 @@ def test_report_gets_each_epoch_and_may_end_the_run(short, float_run):
     recipe, reported = short("reporting", model__init_from=str(float_run)), []
 
     def report(metrics, checkpoints):
-        assert (checkpoints / "last.pt").is_file()
+        assert (checkpoints / f"step-{metrics['step']:08d}-epoch-{metrics['epoch']:04d}.pt").is_file()
         reported.append(metrics["epoch"])
         raise SystemExit
 
@@ -144,7 +108,7 @@ def test_divergence_ends_the_run_with_its_last_good_checkpoint(short):
     recipe = short("diverging", **FLOAT, optim__lr=1e30)
     state = train(recipe, quiet=True)
     assert state.outcome == "diverged" == read_outcome(path_of(recipe))["outcome"]
-    assert not (path_of(recipe) / "checkpoints" / "last.pt").exists()
+    assert last(path_of(recipe))["step"] == 0  # what it began with
 
 
 def test_training_leaves_global_settings_alone(short, float_run):
@@ -238,15 +202,6 @@ def test_a_quantized_run_starts_one_of_other_bits(short, straight):
 
 
 # ---- ranks
-
-
-def torchrun(recipe, path: Path, ranks: int, module="nulsq.train") -> subprocess.CompletedProcess:
-    file = path / f"{recipe.name}.yaml"
-    file.write_text(to_yaml(recipe))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks),
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", module]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=300, env=environment)
 
 
 def test_two_ranks_equal_one_process(short, float_run, tmp_path):

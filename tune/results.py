@@ -16,9 +16,7 @@ from nulsq.evaluate import evaluate_run, read_evaluation
 from nulsq.run_directory import read_metrics, read_outcome, read_recipe, write_atomically
 from nulsq.world import World
 from tune.space import Search, Trial, base_recipe, rungs, studies
-from tune.trial import directory
-
-WORST = {"val_top1": 0.0, "val_loss": float("inf")}
+from tune.trial import WORST, directory
 
 
 @dataclass

@@ -67,7 +67,8 @@ class StratifiedAsha(FIFOScheduler):
         if "epoch" not in result:
             return CONTINUE  # Tune's own result of a trial that ended without a report
         which = trial.config["trial"]
-        return self.decide(which["study"], which["number"], result["epoch"], result.get(self.metric_name))
+        score = None if result.get("diverged") else result.get(self.metric_name)
+        return self.decide(which["study"], which["number"], result["epoch"], score)
 
     def debug_string(self):
         return "one ASHA per study"

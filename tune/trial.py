@@ -4,6 +4,7 @@ A trial has a run directory of its own, named by study and number. Its metrics a
 Ray keeps or forgets, and a trial that is started again continues from it.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from nulsq.config import load_recipe
 from nulsq.run_directory import read_metrics
 from nulsq.train import train
 from tune.space import trial_key
+
+WORST = {"val_top1": 0.0, "val_loss": 1e9}
 
 
 def run(config: dict[str, Any]) -> None:
@@ -32,8 +35,10 @@ def run(config: dict[str, Any]) -> None:
     recipe = load_recipe(config["recipe"], trial["overrides"] | own)
 
     def report(metrics, checkpoint_dir=None):
-        # A score that is no number is reported as it is: the scheduler ends the trial and keeps it out of the rungs.
-        ray.tune.report({"epoch": metrics["epoch"], metric: metrics[metric], "train_loss": metrics["train_loss"]})
+        # Searchers need numbers: a trial that diverged has the worst. The scheduler keeps it out of the rungs.
+        diverged = not math.isfinite(metrics[metric])
+        ray.tune.report({"epoch": metrics["epoch"], metric: WORST[metric] if diverged else metrics[metric],
+                         "train_loss": metrics["train_loss"], "diverged": diverged})
 
     # What was trained before an interruption is told again: the rungs have to see every epoch's own score, and the
     # report that was under way when a search was killed may never have arrived.

@@ -1,0 +1,48 @@
+"""What tests of runs compare: metrics without the clock, checkpoints bit for bit; and runs of several ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from nulsq import checkpoint
+from nulsq.config import to_yaml
+from nulsq.run_directory import read_metrics
+
+TIMES = {"images_per_second", "wait_share", "seconds"}
+
+
+def numbers(run: Path) -> list[dict]:
+    """The metrics without the clock's."""
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(run)]
+
+
+def last(run: Path) -> dict:
+    return checkpoint.load(checkpoint.chosen(run, "last"))
+
+
+def assert_same_state(a, b):
+    """Equal, bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - TIMES:
+            assert_same_state(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same_state(x, y)
+    else:
+        assert a == b
+
+
+def torchrun(recipe, path: Path, ranks: int, module="nulsq.train") -> subprocess.CompletedProcess:
+    file = path / f"{recipe.name}.yaml"
+    file.write_text(to_yaml(recipe))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks),
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", module]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=300, env=environment)

@@ -1,0 +1,160 @@
+"""The divergence guard: what counts as going wrong, going back, leaving out, giving up, and naming the culprit."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import nulsq
+import nulsq.train
+from bench.counts import Waits
+from nulsq import checkpoint
+from nulsq.divergence import TRUSTED, DivergenceGuard, first_bad
+from nulsq.quant.step import quantizers_of
+from nulsq.recipe import Guard
+from nulsq.run_directory import path_of, read_metrics, read_outcome
+from nulsq.train import train
+from nulsq.world import World
+from runs import assert_same_state, last, numbers
+
+ALONE = World(0, 1, torch.device("cpu"))
+NAN, INF = math.nan, math.inf
+
+
+def judge(losses, norms=None, **settings):
+    """The first bad step, and the mean that the guard is left with."""
+    guard, level = DivergenceGuard(Guard(**settings), 10, ALONE), [0.0, 0]
+    for step, loss in enumerate(losses):
+        norm = 1.0 if norms is None else norms[step]
+        bad = guard.look(step, torch.tensor(loss), torch.tensor(norm), level)
+        if bad is not None:
+            return bad, level
+    return guard.check(level), level
+
+
+GOOD = [1.0] * TRUSTED
+
+
+@pytest.mark.parametrize("every", [1, 7, 50])
+@pytest.mark.parametrize(("losses", "bad"), [
+    ([*GOOD, NAN, 1.0], 20), ([*GOOD, INF], 20), ([*GOOD, 25.0, 1.0, 30.0], 20), ([*GOOD, 19.0], None), (GOOD, None),
+    ([1.0] * 5 + [1000.0], None),  # too early to know what is usual
+    ([0.001] * 30 + [1.0], None),  # no worse than guessing among ten classes
+    ([0.001] * 30 + [2.4], 30),
+])
+def test_what_counts_as_going_wrong_however_often_one_looks(every, losses, bad):
+    assert judge(losses, every=every)[0] == bad
+    assert judge(losses, every=every)[1] == judge(losses, every=3)[1]
+
+
+def test_a_gradient_that_is_no_number_counts_at_its_own_step():
+    assert judge(GOOD, [1.0] * 7 + [INF] + [1.0] * 12)[0] == 7
+    assert judge([*GOOD, 1e9], spike=None)[0] is None
+
+
+def test_looking_costs_no_synchronization():
+    guard, level = DivergenceGuard(Guard(every=20), 10, ALONE), [0.0, 0]
+    loss = torch.tensor(1.0)
+    with Waits() as waits:
+        for step in range(19):
+            guard.look(step, loss, loss, level)
+        assert waits.count == 0
+
+
+def spoil(monkeypatch, steps_done, when, what):
+    """From now on `what(model)` is done to the gradients of the steps that `when` says."""
+    plain = nulsq.train.backward
+
+    def backward(model, *rest):
+        loss = plain(model, *rest)
+        if when(steps_done[-1]):
+            what(model)
+        return loss
+    monkeypatch.setattr(nulsq.train, "backward", backward)
+
+
+def bad_gradient(model):
+    model.output.bias.grad[0] = NAN
+
+
+def test_a_run_goes_back_and_leaves_the_batch_out(short, float_run, straight, steps_done, monkeypatch, capsys):
+    """It ends as a run does that was to leave this batch out from the start."""
+    recipe, wanted = (short(name, model__init_from=str(float_run), optim__epochs=3)
+                      for name in ("going-back", "left-out"))
+    train(wanted, stop=lambda: True, quiet=True)  # saves after its first step
+    content = last(path_of(wanted))
+    checkpoint.save(path_of(wanted), content | {"skipped": [5]})
+    assert train(wanted, quiet=True).outcome == "finished"
+    spoil(monkeypatch, steps_done, lambda step: step == 5, bad_gradient)
+    state = train(recipe)
+    assert (state.outcome, state.skipped) == ("finished", [5])
+    said = "step 5 went wrong; going back to step 4 and leaving its batch out (1 of at most 3)"
+    assert said in capsys.readouterr().out
+    assert numbers(path_of(recipe)) == numbers(path_of(wanted))
+    assert [line["train_images"] for line in read_metrics(path_of(recipe))] == [128, 96, 128]
+    assert_same_state(last(path_of(recipe)), last(path_of(wanted)))
+    assert numbers(path_of(recipe))[0] == numbers(straight)[0] and numbers(path_of(recipe)) != numbers(straight)
+    assert read_outcome(path_of(recipe))["skipped"] == [5]
+
+
+def test_a_run_that_keeps_going_wrong_ends_and_names_the_quantizer(short, float_run, steps_done, monkeypatch):
+    recipe, reported = short("giving-up", model__init_from=str(float_run), optim__epochs=3, guard__rollbacks=2), []
+
+    def bad_step_size(model):
+        name, quantizer = next((name, each) for name, each in model.named_modules() if each in quantizers_of(model)
+                               and each.role == "activation" and list(each.parameters()))
+        next(quantizer.parameters()).grad.fill_(INF)
+        bad_step_size.name = name
+
+    spoil(monkeypatch, steps_done, lambda step: step >= 5, bad_step_size)
+    state = train(recipe, report=lambda metrics, _: reported.append(metrics), quiet=True)
+    assert (state.outcome, state.skipped) == ("diverged", [5, 6])
+    outcome = read_outcome(path_of(recipe))
+    assert (outcome["outcome"], outcome["step"], outcome["requeue"]) == ("diverged", 7, False)
+    assert f"quantizer {bad_step_size.name}: the gradient of its" in outcome["error"]
+    assert len(reported) == 2 and reported[0]["epoch"] == 1 and math.isnan(reported[1]["val_top1"])
+    assert last(path_of(recipe))["step"] == 4 and len(read_metrics(path_of(recipe))) == 1
+
+
+def test_the_culprit_is_the_first_in_the_order_of_the_network(digits):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3))
+    images = torch.randn(2, 3, 8, 8)
+    nulsq.calibrate_(nulsq.quantize_(model, nulsq.Policy(bits=2, rules={})), [images])
+    assert first_bad(model, images).startswith("no layer: parameters, outputs and gradients are finite")
+    model[2].weight.grad = torch.full_like(model[2].weight, NAN)
+    assert first_bad(model, images) == "layer 2: the gradient of its weight has 144 of 144 values NaN"
+    assert first_bad(model, images * NAN) == "quantizer 0.activation_quantizer: its output has 384 of 384 values NaN"
+    model[2].activation_quantizer.steps.data[1] = INF
+    assert first_bad(model, images) == "quantizer 2.activation_quantizer: its steps has 1 of 3 values infinite"
+    model[0].weight.data[0, 0, 0, 0] = NAN
+    assert first_bad(model, images) == "layer 0: its weight has 1 of 108 values NaN"
+    assert model.training
+
+
+TWO = """
+import json, sys, torch
+from nulsq.divergence import DivergenceGuard
+from nulsq.recipe import Guard
+from nulsq.world import world
+with world("cpu") as here:
+    guard, level = DivergenceGuard(Guard(every=4), 10, here), [0.0, 0]
+    found = [guard.look(step, torch.tensor(float("nan") if (here.rank, step) == (1, 5) else 1.0 + here.rank),
+                        torch.tensor(1.0), level) for step in range(8)]
+    open(sys.argv[1] + str(here.rank), "w").write(json.dumps([found, level]))
+"""
+
+
+def test_all_ranks_agree_on_what_one_of_them_sees(tmp_path):
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713",
+                                "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [subprocess.Popen([sys.executable, "-c", TWO, str(tmp_path / "rank")], cwd=ROOT,
+                              env=environment | {"RANK": str(rank)}) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    answers = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)]
+    assert answers[0] == answers[1] == [[None] * 7 + [5], [1.5, 5]]
