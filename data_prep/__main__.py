@@ -1,4 +1,7 @@
-"""python -m data_prep digits|cifar10|cifar100|folder|imagenet|check: prepare a data set, or check one."""
+"""python -m data_prep digits|cifar10|cifar100|folder|imagenet|check: prepare a data set, or check one.
+
+Exit codes: 0 all is well, 2 nothing was written or something is damaged, 4 prepared without some files (skipped.txt).
+"""
 
 import importlib.util
 import os
@@ -7,7 +10,9 @@ from pathlib import Path
 from data_prep import check, cifar, digits, folder
 from data_prep.writing import Beton, existing
 from nulsq.data.manifest import DataSet
-from nulsq.errors import Parser, exit_on_input_error
+from nulsq.errors import InputError, Parser, exit_on_input_error
+
+EXIT_SKIPPED = 4  # prepared, without some files
 
 HELP = {
     "digits": "scikit-learn's handwritten digits, at 32x32 RGB; needs no --source",
@@ -37,8 +42,16 @@ def parser() -> Parser:
                               help="share stored as JPEG with proportion (%(default)s)")
             verb.add_argument("--jpeg-quality", type=int, default=defaults.jpeg_quality, help="(%(default)s)")
             verb.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
-    checking = verbs.add_parser("check", help="is a data set as it was written?")
+            verb.add_argument("--on-error", choices=["fail", "skip"], default="fail",
+                              help="files that cannot be used: write nothing, or leave them out; each is printed with "
+                                   "the reason (%(default)s)")
+            verb.add_argument("--max-skipped", type=float, default=0.01, metavar="SHARE",
+                              help="with --on-error skip, fail all the same above this share (%(default)s)")
+    checking = verbs.add_parser("check", help="is a data set, or a .beton file, as it was written?",
+                                description="Sizes, checksums, counts, labels; and decodes every sample.")
     checking.add_argument("path", type=Path)
+    checking.add_argument("--no-decode", action="store_true", help="leave the pixels out")
+    checking.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
     return made
 
 
@@ -46,13 +59,14 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     if arguments.verb == "check":
-        print(check.check(arguments.path))
+        print(check.check(arguments.path, decode=not arguments.no_decode, workers=arguments.workers))
         return 0
     if existing(arguments.out, arguments.verb):
         print(f"{check.check(arguments.out)} (was there already)")
         if importlib.util.find_spec("ffcv") is not None and DataSet(arguments.out).beton("train") is None:
             print(f"it was written without ffcv: for train.beton remove {arguments.out} and run this again")
         return 0
+    skipped = 0
     if arguments.verb == "digits":
         digits.prepare(arguments.out)
     elif arguments.verb.startswith("cifar"):
@@ -60,9 +74,14 @@ def main(argv: list[str]) -> int:
     else:
         beton = Beton(arguments.write_mode, arguments.max_resolution, arguments.compress_probability,
                       arguments.jpeg_quality)
-        folder.prepare(arguments.out, arguments.source, name=arguments.verb, beton=beton, workers=arguments.workers)
+        if not 0 <= arguments.max_skipped <= 1:
+            raise InputError(f"--max-skipped {arguments.max_skipped:g}, allowed: 0 to 1")
+        _, skipped = folder.prepare(arguments.out, arguments.source, name=arguments.verb, beton=beton,
+                                    workers=arguments.workers, on_error=arguments.on_error, most=arguments.max_skipped)
     print(check.check(arguments.out))
-    return 0
+    if skipped:
+        print(f"{skipped} files were left out: {arguments.out / 'skipped.txt'}")
+    return EXIT_SKIPPED if skipped else 0
 
 
 if __name__ == "__main__":

@@ -1,15 +1,23 @@
-"""python -m data_prep check DIR: is a data set as it was written? Sizes, checksums, counts, labels."""
+"""python -m data_prep check DIR or FILE: is a data set as it was written? Sizes, checksums, counts, labels, pixels."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.examine import undecodable
+from nulsq.data import beton_format
 from nulsq.data.manifest import SPLITS, DataSet, describe_file
 from nulsq.errors import InputError
 
 
-def check(path: Path) -> str:
-    """A line that says all is well. Raises InputError naming the first file that is not as written."""
+def check(path: Path, *, decode: bool = False, workers: int | None = None) -> str:
+    """A line that says all is well. Raises InputError naming the first file, and sample, that is not as written.
+
+    `path`: a prepared data set, or a `.beton` file in or out of one. `decode`: every sample too.
+    """
+    if path.suffix == ".beton" and not path.is_dir():
+        return _check_beton(path, decode, workers)
     data = DataSet(path)  # files are there, with their sizes
     for name, wanted in data.files.items():
         if describe_file(path / name) != wanted:
@@ -23,5 +31,46 @@ def check(path: Path) -> str:
         missing = np.setdiff1d(np.arange(len(data.classes)), labels)
         if len(missing):
             raise InputError(f"{path}: no {split} image of class {data.classes[missing[0]]}")
+        if data.beton(split) is not None:
+            file = beton_format.read(data.beton(split), labels)
+            if decode:
+                _decoded(data.beton(split), workers)
+                if data.kind == "arrays":
+                    _same_pixels(data, split, file)
     counts = ", ".join(f"{data.counts[split]} {split}" for split in SPLITS)
-    return f"{path}: {counts} images, {len(data.classes)} classes, {len(data.files)} files as written"
+    return f"{path}: {counts} images, {len(data.classes)} classes, {len(data.files)} files as written" + (
+        ", every sample decoded" if decode else "")
+
+
+def _check_beton(path, decode, workers):
+    if (path.parent / "manifest.json").is_file():
+        data = DataSet(path.parent)
+        if path.name not in data.files:
+            raise InputError(f"{path} is not a file of the data set {path.parent}")
+        if describe_file(path) != data.files[path.name]:
+            raise InputError(f"{path}: the checksum is not the one that it was written with")
+        file = beton_format.read(path, data.labels(path.stem))
+        known = "checksum and labels as written"
+    else:
+        if not path.is_file():
+            raise InputError(f"no file {path}")
+        file = beton_format.read(path)
+        known = "no manifest beside it, so no checksum"
+    if decode:
+        _decoded(path, workers)
+    return f"{path}: {len(file.samples)} samples, {len(np.unique(file.samples['label']))} labels, {known}" + (
+        ", every sample decoded" if decode else "")
+
+
+def _decoded(path, workers):
+    damaged = undecodable(path, workers or os.cpu_count() or 1)
+    if damaged:
+        raise InputError(f"{path}: {len(damaged)} samples cannot be decoded: {', '.join(map(str, damaged[:20]))}"
+                         f"{', ...' if len(damaged) > 20 else ''}")
+
+
+def _same_pixels(data, split, file):
+    images = data.images(split)
+    for index in range(len(images)):
+        if file.bytes_of(index) != images[index].tobytes():
+            raise InputError(f"{file.path}: the pixels of sample {index} are not those of {split}_images.npy")

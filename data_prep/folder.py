@@ -7,19 +7,25 @@ folder a seeded stratified fifth becomes the test set.
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from data_prep.examine import examine, told
 from data_prep.writing import Beton, write_files
 from nulsq.data.order import stratified
+from nulsq.data.photograph import read_rgb
 from nulsq.errors import InputError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 TEST_SHARE, SEED = 0.2, 0
 MEASURED = 1000  # images that mean and standard deviation are measured on
 
 
-def prepare(out: Path, source: Path, *, name: str, beton: Beton, workers: int) -> Path:
+def prepare(out: Path, source: Path, *, name: str, beton: Beton, workers: int, on_error: str = "fail",
+            most: float = 0.01) -> tuple[Path, int]:
+    """Returns the data set's folder and how many files were left out of it; skipped.txt in it names them.
+
+    Files that cannot be used are printed with the reason; `on_error` "fail" then writes nothing, "skip" goes on
+    without them up to a share `most` of all files. Raises InputError.
+    """
     if not source.is_dir():
         raise InputError(f"--source {source} is not a folder")
     imagenet = name == "imagenet"
@@ -36,6 +42,15 @@ def prepare(out: Path, source: Path, *, name: str, beton: Beton, workers: int) -
     else:
         train, test = _scan(source / "train" if (source / "train").is_dir() else source), {}
         classes = sorted(train)
+    every = [path.relative_to(source) for found in (train, test) for images in found.values() for path in images]
+    problems = examine(source, [str(path) for path in every], workers)
+    told(problems, len(every), on_error, most)
+    left_out = {source / path for path in problems}
+    for found in (train, test):
+        for label in found:
+            found[label] = [path for path in found[label] if path not in left_out]
+            if not found[label]:
+                raise InputError(f"class {label} has no image left that can be used; nothing was written")
     paths, labels = {}, {}
     for split, found in (("train", train), ("test", test)):
         paths[split] = [str(path.relative_to(source)) for label in classes for path in found.get(label, [])]
@@ -47,13 +62,14 @@ def prepare(out: Path, source: Path, *, name: str, beton: Beton, workers: int) -
         paths = {"train": [everything[i] for i in rest], "test": [everything[i] for i in chosen]}
         labels = {"train": all_labels[rest], "test": all_labels[chosen]}
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else _moments(source, paths["train"])
-    return write_files(out, name=name, classes=classes, source=str(source), root=source, paths=paths, labels=labels,
-                       mean=mean, std=std, beton=beton, workers=workers)
+    write_files(out, name=name, classes=classes, source=str(source), root=source, paths=paths, labels=labels,
+                mean=mean, std=std, beton=beton, workers=workers, skipped=problems)
+    return out, len(problems)
 
 
 def _scan(folder: Path) -> dict[str, list[Path]]:
     """Class name -> its images, sorted."""
-    found = {entry.name: sorted(path for path in entry.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = {entry.name: sorted(path for path in entry.rglob("*") if path.is_file() and path.name[0] != ".")
              for entry in sorted(folder.iterdir()) if entry.is_dir()}
     empty = [name for name, images in found.items() if not images]
     if not found or empty:
@@ -66,9 +82,8 @@ def _moments(source, paths):
     sums, squares, count = np.zeros(3), np.zeros(3), 0
     for path in np.random.default_rng(SEED).permutation(paths)[:MEASURED]:
         try:
-            with Image.open(source / path) as image:
-                pixels = np.asarray(image.convert("RGB")).reshape(-1, 3) / 255
-        except Exception:  # the writer lists every damaged file
+            pixels = np.asarray(read_rgb(source / path)).reshape(-1, 3) / 255
+        except InputError:  # changed since it was examined; the writer will say so
             continue
         sums, squares, count = sums + pixels.sum(0), squares + np.square(pixels).sum(0), count + len(pixels)
     if not count:

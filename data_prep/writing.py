@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from nulsq.data.manifest import SPLITS, DataSet, Manifest, describe_file, write
+from nulsq.data.photograph import read_rgb
 from nulsq.errors import InputError
 
 
@@ -45,10 +44,15 @@ def write_arrays(out: Path, *, name: str, classes: list[str], source: str, image
 
 def write_files(out: Path, *, name: str, classes: list[str], source: str, root: Path,
                 paths: dict[str, list[str]], labels: dict[str, np.ndarray], mean: list[float], std: list[float],
-                beton: Beton, workers: int) -> Path:
-    """A data set of photographs: file lists relative to `root`, and `.beton` files with the photographs in them."""
+                beton: Beton, workers: int, skipped: dict[str, str] | None = None) -> Path:
+    """A data set of photographs: file lists relative to `root`, and `.beton` files with the photographs in them.
+
+    `skipped`: path -> reason of files that were left out, for skipped.txt.
+    """
     options = vars(beton)
     with _finished_at(out) as folder:
+        if skipped:
+            (folder / "skipped.txt").write_text("".join(f"{path}: {why}\n" for path, why in skipped.items()))
         for split in SPLITS:
             (folder / f"{split}_files.txt").write_text("".join(f"{path}\n" for path in paths[split]))
             np.save(folder / f"{split}_labels.npy", labels[split].astype(np.int64))
@@ -77,6 +81,9 @@ def existing(out: Path, name: str) -> bool:
 @contextmanager
 def _finished_at(out: Path):
     folder = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    for old in out.parent.glob(f".{out.name}.unfinished-*"):  # of a preparation that was killed
+        if not Path("/proc", old.name.rpartition("-")[2]).exists():
+            shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder
@@ -115,11 +122,10 @@ class _Photographs:
     def __getitem__(self, index):
         path = self.root / self.paths[index]
         try:
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB")), int(self.labels[index])
-        except Exception as error:  # whatever a damaged file makes Pillow raise
+            return np.asarray(read_rgb(path)), int(self.labels[index])
+        except InputError as error:
             with self.errors.open("a") as file:
-                file.write(f"{path}: {error}\n")
+                file.write(f"{error}\n")
             return np.zeros((1, 1, 3), np.uint8), int(self.labels[index])
 
     def raise_errors(self):
@@ -127,15 +133,13 @@ class _Photographs:
             lines = self.errors.read_text().splitlines()
             for line in lines:
                 print(line, file=sys.stderr)
-            raise InputError(f"{len(lines)} of {len(self)} images cannot be read, listed above; nothing was written")
+            raise InputError(f"{len(lines)} of {len(self)} images cannot be read any more, listed above; nothing was "
+                             "written")
 
 
 def _write_beton(path: Path, samples: Sequence, options: dict, workers: int) -> None:
     if importlib.util.find_spec("ffcv") is None:
         print(f"ffcv is not installed: {path.name} is left out, the torchvision loader needs none")
-        if isinstance(samples, _Photographs):  # every photograph is decoded once all the same: damaged ones are found
-            for index in tqdm(range(len(samples)), desc="reading"):
-                samples[index]
         return
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter

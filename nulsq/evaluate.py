@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nulsq import checkpoint
+from nulsq.config import Recipe
 from nulsq.data import DataSet, Normalize, build_loader
 from nulsq.errors import Parser, exit_on_input_error
 from nulsq.metrics import Counters
@@ -25,11 +26,12 @@ from nulsq.world import World, world
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, normalize: Normalize, here: World, precision: str, prefix: str,
+def evaluate(model: nn.Module, loader, normalize: Normalize, here: World, recipe: Recipe, prefix: str,
              asked: Asked | None = None) -> dict:
     """Mean loss, top-1 and top-5 in percent and the image count, over all ranks. A collective call.
 
-    Raises Stopped on every rank where `asked` says so; the model is then in the mode that it was in.
+    With data.eval_flip logits are the mean of those of an image and of its mirror image. Raises Stopped
+    on every rank where `asked` says so; the model is then in the mode that it was in.
     """
     was_training = {module: module.training for module in model.modules()}
     model.eval()
@@ -40,8 +42,9 @@ def evaluate(model: nn.Module, loader, normalize: Normalize, here: World, precis
             if batch < shared:
                 asked.stop_evaluation(batch)
             labels = labels.to(here.device, non_blocking=True)
-            with torch.autocast(here.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(normalize(images))
+            with torch.autocast(here.device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+                x = normalize(images)
+                logits = (model(x) + model(x.flip(3))) / 2 if recipe.data.eval_flip else model(x)
             counters.add(logits, labels, F.cross_entropy(logits.float(), labels))
     finally:
         for module, training in was_training.items():
@@ -62,8 +65,8 @@ def evaluate_run(run: Path, *, split: str = "test", which: str = "auto", here: W
     memory = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
     model.to(here.device, memory_format=memory)
     loader = build_loader(recipe.data, data, split, here.rank, here.size, here.device)
-    found = evaluate(model, loader, Normalize(data, here.device, recipe.run.channels_last), here,
-                     recipe.run.precision, split, asked)
+    found = evaluate(model, loader, Normalize(data, here.device, recipe.run.channels_last), here, recipe,
+                     split, asked)
     best = content["best"] is not None and content["best"]["step"] == content["step"]
     found |= {"checkpoint": "best" if best else "last", "epoch": content["epoch"], "step": content["step"],
               "holdout": recipe.data.holdout, "start_saw_holdout": recipe.model.init_saw_holdout}

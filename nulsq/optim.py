@@ -31,11 +31,13 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
                            quantizers=list(owned.values()))
 
 
-def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float, warmup_lr: float) -> float:
-    """Learning rate of the weights at a step: linear from `warmup_lr` to `peak`, then half a cosine to zero."""
+def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float, warmup_lr: float,
+                  shape: str = "cosine") -> float:
+    """Learning rate of the weights at a step: linear from `warmup_lr` to `peak`, then half a cosine or a line to 0."""
     if step < warmup_steps:
         return warmup_lr + (peak - warmup_lr) * step / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+    share = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * (1 - share if shape == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
 
 
 class Optimizers:

@@ -44,11 +44,21 @@ class Data:
     loader: Literal["auto", "device", "ffcv", "torchvision"] = setting(
         "auto", "auto: device for arrays that fit in its memory, else ffcv where it and train.beton are there")
     workers: int = setting(1, "loader threads (ffcv) or processes (torchvision, photographs)", low=0)
+    patience: float = setting(300.0, "seconds that a loader may take for a batch before it counts as stalled", above=0)
     crop: Literal["none", "pad", "resized"] = setting("none", "pad: random crop after padding; resized: random "
                                                       "resized crop to `size`")
     padding: int = setting(4, "pixels of padding for crop: pad", low=0)
     flip: bool = setting(False, "random horizontal flip")
-    size: int = setting(224, "pixels of photographs in training and evaluation", low=8)
+    size: int = setting(224, "pixels of photographs in training, in the end", low=8)
+    start_size: int | None = setting(None, "pixels in the beginning: grows to `size` in steps of 32 (progressive "
+                                     "resizing)", low=8)
+    ramp_start: int = setting(0, "epoch until which photographs have start_size", low=0)
+    ramp_end: int = setting(0, "epoch from which on they have size", low=0)
+    eval_size: int | None = setting(None, "pixels in evaluation; default: size", low=8)
+    eval_flip: bool = setting(False, "evaluate an image and its mirror image together (test-time augmentation)")
+    order: Literal["random", "quasi"] = setting("random", "quasi: shuffled within windows of neighbours, for data "
+                                                "larger than memory")
+    window: int = setting(16384, "images of a window of order: quasi", low=1)
     eval_ratio: float = setting(0.875, "share of the shorter side that the central evaluation crop takes", above=0,
                                 high=1)
 
@@ -81,6 +91,7 @@ class Optim:
     coeff_qparm_lr: float = setting(0.01, "learning rate of the quantizer parameters / lr", low=0)
     qparm_wd: float = setting(1e-4, "weight decay of the quantizer parameters", low=0)
     epochs: int = setting(300, "length of the schedule", low=1)
+    schedule: Literal["cosine", "linear"] = setting("cosine", "how the learning rate falls from its peak to zero")
     warmup_epochs: float = setting(0.0, "linear warm-up from warmup_lr", low=0)
     warmup_lr: float = setting(1e-5, "learning rate at step 0 of the warm-up", low=0)
     clip_norm: float | None = setting(None, "clip the gradient of the weights to this norm", above=0)

@@ -30,7 +30,7 @@ from nulsq.errors import InputError
 
 # Settings that may change between the parts of a run: they do not enter its numbers.
 FREE = {"name", "run.dir", "run.root", "run.train_id", "run.device", "run.threads", "run.log_every", "data.loader",
-        "data.workers", "run.save_every"}
+        "data.workers", "data.patience", "run.save_every"}
 METRICS, OSCILLATIONS = "metrics.jsonl", "oscillations.jsonl"
 PACKAGES = ("torch", "torchvision", "timm", "pytorchcv", "numpy", "omegaconf", "ffcv", "numba", "ray")
 

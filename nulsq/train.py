@@ -110,8 +110,9 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     model.to(device, memory_format=torch.channels_last if recipe.run.channels_last else torch.contiguous_format)
     loaders = build_loaders(recipe.data, data, recipe.run.seed, here.rank, here.size, device)
     normalize = Normalize(data, device, recipe.run.channels_last)
+    asked = Asked(stop, here, run.path)
     if resumed is None and quantizers_of(model):
-        _calibrate(recipe, here, model, loaders, normalize, progress)
+        _calibrate(recipe, here, model, loaders, normalize, progress, asked)
     fold_relu_(model)
     if here.size > 1 and device.type == "cuda":
         model = sync_batch_norm(model)
@@ -136,14 +137,13 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     steps = loaders.train.steps
     total = steps * optim.epochs
     schedule = functools.partial(learning_rate, steps=total, warmup_steps=round(steps * optim.warmup_epochs),
-                                 peak=optim.lr, warmup_lr=optim.warmup_lr)
+                                 peak=optim.lr, warmup_lr=optim.warmup_lr, shape=optim.schedule)
     if state.step < total or state.epoch < optim.epochs:
         here.on_first(lambda: run.write_outcome("running"))
     progress.announce(recipe, state, data.name, kind, steps, run.path)
     log = TensorBoardLog(run.path, state.step, enabled=here.first and state.step < total)
     cleanup.callback(log.close)
     guard = DivergenceGuard(recipe.guard, len(data.classes), here)
-    asked = Asked(stop, here, run.path)
     if resumed is None:
         outcome.save(state, here, run)  # where a run goes back to that goes wrong in its first steps
 
@@ -243,15 +243,16 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     return outcome.finished(state, here, run)
 
 
-def _calibrate(recipe, here, model, loaders, normalize, progress):
+def _calibrate(recipe, here, model, loaders, normalize, progress, asked):
     batches = first_batches(loaders.train, normalize, recipe.quant.calibration_batches)
     try:
         calibrate_(model, batches, recipe.quant.calibration)
     except ValueError as error:
         raise InputError(str(error)) from None
     if loaders.val is not None and not progress.quiet:  # a collective: all ranks are as quiet as rank 0
-        found = evaluate(model, loaders.val, normalize, here, recipe.run.precision, "val")
-        progress.say(f"after calibration, before training: val top-1 {found['val_top1']:.2f}")
+        with contextlib.suppress(Stopped):  # the first step stops
+            found = evaluate(model, loaders.val, normalize, here, recipe, "val", asked)
+            progress.say(f"after calibration, before training: val top-1 {found['val_top1']:.2f}")
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

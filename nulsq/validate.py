@@ -41,7 +41,7 @@ def _settle_and_measure(recipe, here, state, loaders, normalize, asked):
             average_batch_norm_(state.model.modules())  # torch has no SyncBatchNorm for the CPU
         if loaders.val is None:
             return {}
-        return evaluate(state.model, loaders.val, normalize, here, recipe.run.precision, prefix, asked)
+        return evaluate(state.model, loaders.val, normalize, here, recipe, prefix, asked)
 
     if state.average is None:
         return measure("val")

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import needs_ffcv
+from conftest import FLOAT, ROOT, needs_ffcv
 
-from nulsq.config import Data
+from nulsq.config import Data, load_recipe
 from nulsq.data import DataSet, Normalize, build_loader, build_loaders
 from nulsq.data.augment import apply_crop_and_flip, crop_and_flip, resized_crop
 from nulsq.data.order import sharded, shuffled, split, subset
+from nulsq.data.view import View
 from nulsq.errors import InputError
 
 LABELS = np.repeat(np.arange(5), 40)
@@ -281,3 +282,76 @@ def test_cifar10_gives_the_same_pixels_in_both_loaders(tmp_path):
     for number in (0, 1):
         assert same(epoch(plain.train, number), epoch(ffcv.train, number))
     assert json.loads((data.path / "manifest.json").read_text())["classes"][3] == "cat"
+
+
+# ---- sizes and orders of ImageNet's recipes
+
+
+def test_photographs_grow_as_the_recipe_says():
+    view = View(0, "resized", 0, True, 192, 0.875, 160, (11, 13))
+    assert [view.size_at(epoch) for epoch in (0, 11, 12, 13, 15)] == [160, 160, 192, 192, 192]
+    slow = View(0, "resized", 0, True, 224, 0.875, 128, (2, 8))
+    assert [slow.size_at(epoch) for epoch in range(10)] == [128, 128, 128, 128, 160, 192, 192, 192, 224, 224]
+    assert View(0, "resized", 0, True, 96, 0.875).size_at(7) == 96
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/recipes/imagenet").glob("rn18_*.yaml")),
+                         ids=lambda path: path.stem)
+def test_the_ladder_ramps_where_ffcvs_recipes_do(path):
+    recipe = load_recipe(path)
+    published = {16: (11, 13), 24: (17, 20), 32: (23, 27), 40: (29, 34), 56: (41, 48), 88: (65, 76)}
+    assert (recipe.data.ramp_start, recipe.data.ramp_end) == published[recipe.optim.epochs]
+    assert f"_{recipe.optim.epochs}" in path.stem
+    assert (recipe.data.start_size, recipe.data.size, recipe.data.eval_size) == (160, 192, 224)
+    bits = {"": 32, "_w2a2": 2, "_w3a3": 3, "_w4a4": 4}[path.stem.removeprefix(f"rn18_{recipe.optim.epochs}")]
+    assert recipe.quant.weight.quantizer == "fp" if bits == 32 else recipe.quant.bits == bits
+
+
+@real
+@pytest.mark.parametrize("kind", ["torchvision", pytest.param("ffcv", marks=[needs_ffcv, pytest.mark.ffcv])])
+def test_a_loader_changes_its_size_between_epochs(photographs, kind):
+    recipe = Data(path=str(photographs), batch=20, loader=kind, workers=1, crop="resized", size=96, start_size=32,
+                  ramp_start=0, ramp_end=2, eval_size=64, subset=40, holdout="stratified:0.02")
+    loaders = build_loaders(recipe, DataSet(photographs), 1)
+    seen = [{tuple(images.shape[2:]) for images, _, _ in loaders.train.epoch(number)} for number in (0, 1, 2, 0)]
+    assert seen == [{(32, 32)}, {(64, 64)}, {(96, 96)}, {(32, 32)}]
+    assert {tuple(images.shape[2:]) for images, _, _ in loaders.val.epoch(0)} == {(64, 64)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_windowed_order_is_shared_by_ranks_and_touches_few_neighbours_at_a_time(size):
+    count, batch, window = 5000, 64, 1024
+    ranks = [shuffled(np.arange(count), batch, 3, rank, size, window)(1) for rank in range(size)]
+    steps = [np.concatenate(each) for each in zip(*ranks, strict=True)]
+    alone = shuffled(np.arange(count), batch, 3, window=window)(1)
+    assert all(np.array_equal(a, b) for a, b in zip(steps, alone, strict=True))
+    seen = np.concatenate(steps)
+    assert len(np.unique(seen)) == len(seen) == count // batch * batch
+    for start in range(0, len(seen) - window, window):
+        assert len(np.unique(seen[start:start + window] // 128)) <= 2 * window // 128  # the file's last chunk is short
+    assert not np.array_equal(seen, np.concatenate(shuffled(np.arange(count), batch, 3, window=window)(2)))
+    inside = seen[:window]
+    assert abs(np.corrcoef(np.arange(window), np.argsort(np.argsort(inside)))[0, 1]) < 0.1  # mixed within a window
+
+
+def test_evaluation_with_the_mirror_image_does_not_see_which_way_an_image_looks(short, float_run, digits):
+    from nulsq.evaluate import evaluate
+    from nulsq.models import network
+    from nulsq.world import World
+    recipe, here = short("mirrored", **FLOAT, data__eval_flip=True, model__init_from=str(float_run)), World(
+        0, 1, torch.device("cpu"))
+    data = DataSet(digits)
+    model = network(recipe, 10)
+    normalize = Normalize(data, here.device)
+    loader = build_loader(recipe.data, data, "val")
+
+    class Mirrored:
+        steps = loader.steps
+
+        def epoch(self, number):
+            return ((images.flip(3), labels, indices) for images, labels, indices in loader.epoch(number))
+
+    a, b = (evaluate(model, each, normalize, here, recipe, "val") for each in (loader, Mirrored()))
+    assert a == pytest.approx(b, rel=1e-5)
+    plain = evaluate(model, loader, normalize, here, short("plain", **FLOAT), "val")
+    assert plain["val_loss"] != pytest.approx(a["val_loss"], rel=1e-5)

@@ -149,6 +149,12 @@ def test_learning_rate_is_warmup_then_cosine():
     assert rate[100] == pytest.approx(0) and all(a >= b for a, b in zip(rate[10:], rate[11:], strict=False))
 
 
+def test_learning_rate_falls_in_a_line_where_told():
+    rate = [learning_rate(step, steps=16, warmup_steps=2, peak=0.5, warmup_lr=0.1, shape="linear")
+            for step in range(17)]
+    assert rate[:3] == pytest.approx([0.1, 0.3, 0.5]) and rate[9] == pytest.approx(0.25) and rate[16] == 0
+
+
 def test_wrong_input_writes_nothing(short, tmp_path):
     for settings, message in (
         ({"data__path": str(tmp_path / "none")}, "not a prepared data set"),

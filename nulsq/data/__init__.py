@@ -57,6 +57,8 @@ def check_data(recipe: Data, data: DataSet, size: int = 1, device: torch.device 
         raise InputError("data.crop = pad is for small equal images (arrays); photographs take resized")
     if recipe.crop == "resized" and data.kind != "files":
         raise InputError("data.crop = resized is for photographs; small equal images take pad")
+    if recipe.start_size is not None and not recipe.ramp_start <= recipe.ramp_end:
+        raise InputError(f"data.ramp_start = {recipe.ramp_start}, allowed: at most ramp_end = {recipe.ramp_end}")
     train, val = split(data.labels("train"), recipe.holdout, recipe.holdout_seed)
     shuffled(subset(train, recipe.subset, recipe.holdout_seed), recipe.batch, 0, 0, size)
     has_ffcv = importlib.util.find_spec("ffcv") is not None
@@ -96,10 +98,11 @@ def build_loaders(recipe: Data, data: DataSet, seed: int, rank: int = 0, size: i
     labels = data.labels("train")
     train, val = split(labels, recipe.holdout, recipe.holdout_seed)
     train = subset(train, recipe.subset, recipe.holdout_seed)
-    view = View(seed, recipe.crop, recipe.padding, recipe.flip, recipe.size, recipe.eval_ratio)
-    order = shuffled(train, recipe.batch, seed, rank, size)
+    view = View(seed, recipe.crop, recipe.padding, recipe.flip, recipe.size, recipe.eval_ratio, recipe.start_size,
+                (recipe.ramp_start, recipe.ramp_end))
+    order = shuffled(train, recipe.batch, seed, rank, size, recipe.window if recipe.order == "quasi" else None)
     return Loaders(
-        train=_loader(kind, data, "train", order, view, recipe.workers, device, train),
+        train=_loader(kind, data, "train", order, view, recipe, device, train),
         val=_evaluation(kind, data, "train", val, recipe, rank, size, device) if len(val) else None,
         kind=kind,
     )
@@ -118,15 +121,15 @@ def build_loader(recipe: Data, data: DataSet, which: str, rank: int = 0, size: i
 
 
 def _evaluation(kind, data, file, indices, recipe, rank, size, device):
-    view = View(0, "none", 0, False, recipe.size, recipe.eval_ratio)
+    view = View(0, "none", 0, False, recipe.eval_size or recipe.size, recipe.eval_ratio)
     order = sharded(indices, recipe.batch, rank, size)
-    return _loader(kind, data, file, order, view, recipe.workers, device, indices[rank::size])
+    return _loader(kind, data, file, order, view, recipe, device, indices[rank::size])
 
 
-def _loader(kind, data, file, order, view, workers, device, used):
+def _loader(kind, data, file, order, view, recipe, device, used):
     if kind == "device":
         return DeviceLoader(data, file, order, view, device, None if device.type == "cpu" else used)
     if kind == "torchvision":
-        return FolderLoader(data, file, order, view, workers)
+        return FolderLoader(data, file, order, view, recipe.workers, recipe.patience)
     from nulsq.data.beton import BetonLoader
-    return BetonLoader(data, file, order, view, workers)
+    return BetonLoader(data, file, order, view, recipe.workers, recipe.patience)

@@ -6,7 +6,11 @@ that hash the sample's index (`augment.py`). The epoch reaches the compiled code
 bytes, which FFCV allocates anew for each epoch: a captured value would be frozen at compile time.
 """
 
+import contextlib
+import queue
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nulsq.data import beton_format
 from nulsq.data.augment import _mix, center_crop, is_flipped, resized_crop, uniform
-from nulsq.data.manifest import DataSet
+from nulsq.data.manifest import DataSet, Watch
 from nulsq.data.order import Order
 from nulsq.data.view import View
 from nulsq.errors import InputError
@@ -26,7 +31,7 @@ import numba.extending  # noqa: E402
 from ffcv.fields.rgb_image import IMAGE_MODES, ResizedCropRGBImageDecoder, SimpleRGBImageDecoder  # noqa: E402
 from ffcv.libffcv import imdecode, resize_crop  # noqa: E402
 from ffcv.loader import Loader, OrderOption  # noqa: E402
-from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
+from ffcv.loader.epoch_iterator import IS_CUDA, EpochIterator  # noqa: E402
 from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.pipeline.operation import Operation  # noqa: E402
@@ -70,36 +75,106 @@ class BetonLoader:
     Images lie in FFCV's ring of buffers: use them (or copy) before asking for the next batch.
     """
 
-    def __init__(self, data: DataSet, split: str, order: Order, view: View, workers: int = 1):
-        self.order = order
-        self.labels = torch.from_numpy(data.labels(split))
+    def __init__(self, data: DataSet, split: str, order: Order, view: View, workers: int = 1, patience: float = 300):
+        """`patience`: seconds without a batch after which the pipeline counts as stalled."""
+        self.order, self.patience = order, patience
         self.steps = len(order(0))
+        self.path = data.beton(split)
+        self.watch = Watch(self.path)
+        labels = data.labels(split)
+        beton_format.read(self.path, labels, data.files[self.path.name].records)
+        self.labels = torch.from_numpy(labels)
         self.keyed = _operations(data.kind, view)
         decoder, *rest = self.keyed
         threads = torch.get_num_threads()
         self.loader = Loader(
-            str(data.beton(split)), batch_size=max((len(batch) for batch in order(0)), default=1),
+            str(self.path), batch_size=max((len(batch) for batch in order(0)), default=1),
             num_workers=max(1, workers), os_cache=True, order=OrderOption.SEQUENTIAL, drop_last=False,
             pipelines={"image": [decoder, *rest, ToTensor(), ToTorchImage()], "label": None},
         )
         torch.set_num_threads(threads)  # numba's threading layer may share OpenMP's setting with torch
-        if self.loader.reader.num_samples != len(self.labels):
-            raise InputError(f"{data.beton(split)} has {self.loader.reader.num_samples} samples, "
-                             f"the manifest {len(self.labels)}")
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         batches = self.order(epoch)[start_step:]
         if not batches:
             return
         for operation in self.keyed:
-            operation.epoch = epoch
-        images = EpochIterator(self.loader, np.concatenate(batches))
+            operation.enter(epoch)
+        self.watch.look()
+        images = _Watched(self.loader, batches, self.path, self.patience)
         try:
             for indices, (pixels,) in zip(batches, images, strict=True):
+                self.watch.look()
                 indices = torch.from_numpy(indices)
                 yield pixels, self.labels[indices], indices
         finally:
-            images.close()  # a loop that is left early would leave FFCV's thread running
+            images.close()
+
+
+class _Watched(EpochIterator):
+    """FFCV's thread of one epoch, which otherwise dies of an exception and leaves who waits for it waiting for ever.
+
+    What goes wrong in it, a photograph that its decoder refuses too, is an InputError here that names the samples.
+    """
+
+    def __init__(self, loader: Loader, batches: list[np.ndarray], path, patience: float):
+        self.batches, self.path, self.patience = batches, path, patience
+        self.given, self.problem = 0, None
+        super().__init__(loader, np.concatenate(batches))
+
+    def run_pipeline(self, number, indices, slot, event):
+        try:
+            result = super().run_pipeline(number, indices, slot, event)
+            refused = [index for flags in self._flags() for index in indices[flags[slot, :len(indices), 0] != 0]]
+            if refused:
+                raise InputError(f"{self.path}: the photograph of sample {refused[0]} is damaged, its decoder says")
+            return result
+        except Exception as error:
+            self.problem = error
+            raise StopIteration from None  # what FFCV's thread ends at
+
+    def __next__(self):
+        waited = 0.0
+        while True:
+            try:
+                found = self.output_queue.get(timeout=min(1.0, self.patience))
+                break
+            except queue.Empty:
+                waited += min(1.0, self.patience)
+                if waited >= self.patience or not self.is_alive() and self.output_queue.empty():
+                    what = f"gave nothing for {waited:.0f} seconds" if self.is_alive() else "has died"
+                    raise InputError(f"{self.path}: the loader's thread {what}, at {self._where()}") from None
+        if found is None:
+            if isinstance(self.problem, InputError):
+                raise self.problem
+            if self.problem is not None:
+                raise InputError(f"{self.path}: {type(self.problem).__name__} in the loader at {self._where()}: "
+                                 f"{self.problem}") from self.problem
+            raise StopIteration
+        self.given += 1
+        slot, result = found
+        if IS_CUDA:
+            self.current_stream.wait_stream(self.cuda_streams[slot])
+        return result
+
+    def close(self):
+        """End the thread, wherever it is; one that hangs ends with the process."""
+        self.terminate_event.set()
+        until = time.monotonic() + min(10.0, self.patience)
+        while self.is_alive() and threading.current_thread() is not self and time.monotonic() < until:
+            with contextlib.suppress(queue.Empty):
+                self.output_queue.get_nowait()  # it may wait to hand over a batch, or its end
+            self.join(timeout=0.02)
+        super().close()
+
+    def _flags(self):
+        return [memory[2] for memory in self.memory_allocations["operation"].values()
+                if isinstance(memory, tuple) and len(memory) == 4]
+
+    def _where(self):
+        batch = self.batches[min(self.given, len(self.batches) - 1)]
+        return f"batch {self.given} of {len(self.batches)}, samples {', '.join(map(str, batch[:8]))}" \
+               f"{', ...' if len(batch) > 8 else ''}"
 
 
 def _operations(kind, view):
@@ -114,7 +189,8 @@ def _epoch_query(epoch):
 
 
 class _Plain(SimpleRGBImageDecoder):
-    epoch = 0
+    def enter(self, epoch: int) -> None:
+        pass
 
 
 class _CropFlip(Operation):
@@ -123,6 +199,9 @@ class _CropFlip(Operation):
     def __init__(self, view: View):
         super().__init__()
         self.view, self.epoch = view, 0
+
+    def enter(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def declare_state_and_memory(self, previous_state):
         own = AllocationQuery(previous_state.shape, previous_state.dtype)
@@ -163,14 +242,18 @@ class _Photograph(ResizedCropRGBImageDecoder):
     """Decode a photograph, cut out its box and resize it (area interpolation); perhaps flip."""
 
     def __init__(self, view: View):
-        super().__init__((view.size, view.size))
+        super().__init__((view.size_at(0),) * 2)
         self.view, self.epoch = view, 0
+
+    def enter(self, epoch: int) -> None:
+        """FFCV asks for memory at the start of each epoch: by then epoch and size are settled."""
+        self.epoch, self.output_size = epoch, (self.view.size_at(epoch),) * 2
 
     get_crop_generator = None  # abstract in FFCV; the boxes come from augment.py
 
     def declare_state_and_memory(self, previous_state):
         state, queries = super().declare_state_and_memory(previous_state)
-        return state, (*queries, _epoch_query(self.epoch))
+        return state, (*queries, AllocationQuery((1,), np.dtype("u1")), _epoch_query(self.epoch))
 
     def generate_code(self):
         jpg, mem_read, my_range = IMAGE_MODES["jpg"], self.memory_read, Compiler.get_iterator()
@@ -180,7 +263,7 @@ class _Photograph(ResizedCropRGBImageDecoder):
         random_box, central_box, flipped = _resized_crop, _center_crop, _is_flipped
 
         def decode(indices, memory, metadata, storage_state):
-            destination, scratch, epochs = memory
+            destination, scratch, refused, epochs = memory
             epoch = np.uint64(epochs.shape[1])
             for i in my_range(len(indices)):
                 index = np.uint64(indices[i])
@@ -190,9 +273,10 @@ class _Photograph(ResizedCropRGBImageDecoder):
                 if field["mode"] == jpg:
                     pixels = scratch[i]
                     h, w = np.uint32(height), np.uint32(width)
-                    decode_jpg(data, pixels, h, w, h, w, 0, 0, 1, 1, False, False)
+                    refused[i, 0] = decode_jpg(data, pixels, h, w, h, w, 0, 0, 1, 1, False, False) != 0
                     pixels = pixels.reshape(-1)[:3 * height * width].reshape(height, width, 3)
                 else:
+                    refused[i, 0] = 0
                     pixels = data.reshape(height, width, 3)
                 if random_crop:
                     top, left, h_box, w_box = random_box(seed, epoch, index, height, width)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nulsq.data.augment import crop_and_flip
-from nulsq.data.manifest import DataSet
+from nulsq.data.manifest import DataSet, Watch
 from nulsq.data.order import Order
 from nulsq.data.view import View
 
@@ -26,6 +26,7 @@ class DeviceLoader:
                  used: np.ndarray | None = None):
         """`used`: indices of the images that any epoch may show; only these are brought to the device. None: all."""
         self.order, self.view, self.device = order, view, device
+        self.watch = Watch(data.path / f"{split}_images.npy")
         self.steps = len(order(0))
         self.padding = view.border
         images, labels = data.images(split), data.labels(split)
@@ -45,6 +46,8 @@ class DeviceLoader:
             return
         plan = torch.from_numpy(self._plan(batches, epoch)).to(self.device)
         for sample, place, corner in plan.split([len(batch) for batch in batches], dim=1):
+            if self.device.type == "cpu":  # they are on disk
+                self.watch.look()
             images = self.images.index_select(0, place)
             if self.padding or self.view.flip:
                 images = self._crop_and_flip(images, corner)

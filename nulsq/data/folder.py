@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from nulsq.data.augment import apply_crop_and_flip, center_crop, is_flipped, resized_crop
-from nulsq.data.manifest import DataSet
+from nulsq.data.manifest import DataSet, Watch
 from nulsq.data.order import Order
+from nulsq.data.photograph import read_rgb
 from nulsq.data.view import View
 from nulsq.errors import InputError, require
 
@@ -16,12 +17,13 @@ from nulsq.errors import InputError, require
 class FolderLoader:
     """Yields (images uint8 [B, 3, H, W], labels int64 [B], indices int64 [B]) for each step of an epoch."""
 
-    def __init__(self, data: DataSet, split: str, order: Order, view: View, workers: int = 0):
-        self.order, self.view, self.workers = order, view, workers
+    def __init__(self, data: DataSet, split: str, order: Order, view: View, workers: int = 0, patience: float = 300):
+        self.order, self.view, self.workers, self.patience = order, view, workers, patience
         self.labels = torch.from_numpy(data.labels(split))
         self.steps = len(order(0))
         if data.kind == "arrays":
             self.images = data.images(split)
+            self.watch = Watch(data.path / f"{split}_images.npy")
         else:
             self.images = None
             self.paths = data.paths(split)
@@ -39,6 +41,7 @@ class FolderLoader:
     def _arrays(self, batches, epoch):
         view = self.view
         for indices in batches:
+            self.watch.look()
             images = np.ascontiguousarray(self.images[indices])
             if view.crop == "pad" or view.flip:
                 padding = view.border
@@ -47,13 +50,18 @@ class FolderLoader:
 
     def _photographs(self, batches, epoch):
         photographs = _Photographs(self.paths, self.view, epoch)
-        return iter(torch.utils.data.DataLoader(photographs, batch_sampler=batches, num_workers=self.workers))
+        loader = torch.utils.data.DataLoader(photographs, batch_sampler=batches, num_workers=self.workers,
+                                             timeout=self.patience if self.workers else 0)
+        try:
+            yield from loader
+        except (InputError, RuntimeError) as error:  # out of a worker it comes with the worker's traceback
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise InputError(lines[-1].removeprefix("nulsq.errors.InputError: ") if lines else repr(error)) from None
 
 
 class _Photographs(torch.utils.data.Dataset):
     def __init__(self, paths, view, epoch):
         self.paths, self.view, self.epoch = paths, view, epoch
-        self.pil = require("PIL.Image", "train")
         self.functional = require("torchvision.transforms.functional", "train")
 
     def __len__(self):
@@ -61,8 +69,10 @@ class _Photographs(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         view = self.view
-        with self.pil.open(self.paths[index]) as opened:
-            image = opened.convert("RGB")
+        try:
+            image = read_rgb(self.paths[index])
+        except InputError as error:
+            raise InputError(f"sample {index} is damaged: {error}") from None
         key = (np.uint64(view.seed), np.uint64(self.epoch), np.uint64(index))
         with np.errstate(over="ignore"):  # 64-bit arithmetic is meant to wrap
             if view.crop == "resized":
@@ -70,7 +80,7 @@ class _Photographs(torch.utils.data.Dataset):
             else:
                 box = center_crop(image.height, image.width, view.ratio)
             flip = view.flip and is_flipped(*key)
-        image = self.functional.resized_crop(image, *box, [view.size, view.size], antialias=True)
+        image = self.functional.resized_crop(image, *box, [view.size_at(self.epoch)] * 2, antialias=True)
         if flip:
             image = self.functional.hflip(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nulsq.data import beton_format
 from nulsq.errors import InputError
 
 FORMAT = 1
@@ -28,6 +29,7 @@ SPLITS = ("train", "test")
 class DataFile:
     bytes: int
     sha256: str
+    records: str | None = None  # of a .beton file: the checksum of all but its pixels, looked at whenever it is opened
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,26 @@ class DataSet:
         return self.path / name if name in self.manifest.files else None
 
 
+class Watch:
+    """Notices that a file is replaced or changed while it is in use: what is mapped from it would change unseen."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.before = self._identity()
+
+    def look(self) -> None:
+        """Raises InputError where the file is not the one that it was."""
+        if self._identity() != self.before:
+            raise InputError(f"{self.path} was replaced or changed while it was in use")
+
+    def _identity(self):
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def write(manifest: Manifest, folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
 
@@ -89,7 +111,8 @@ def describe_file(path: Path) -> DataFile:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return DataFile(path.stat().st_size, digest.hexdigest())
+    records = beton_format.read(path).digest if path.suffix == ".beton" else None
+    return DataFile(path.stat().st_size, digest.hexdigest(), records)
 
 
 def _read(path: Path) -> Manifest:

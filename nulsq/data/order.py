@@ -10,6 +10,7 @@ import numpy as np
 
 from nulsq.errors import InputError
 
+CHUNK = 128  # images of neighbouring places in a file: some megabytes of photographs
 Order = Callable[[int], list[np.ndarray]]  # epoch -> this rank's sample indices, one array per step
 
 
@@ -59,8 +60,24 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def shuffled(indices: np.ndarray, batch: int, seed: int, rank: int = 0, size: int = 1) -> Order:
-    """Training order: full global batches only, every rank an equal part of each."""
+def windowed(seed: int, epoch: int, count: int, window: int) -> np.ndarray:
+    """A permutation for data larger than memory: chunks of neighbours in random order, some of them at a time mixed.
+
+    The file is cut into chunks of CHUNK neighbours; `window` images' worth of chunks are drawn at a time and their
+    images shuffled. Reading follows the file in runs of CHUNK images, and only a window has to stay in memory, the same
+    one on every rank: FFCV's quasi-random order is for one process alone.
+    """
+    draw = np.random.default_rng([seed, epoch, 2])
+    chunks = [np.arange(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    mixed = [chunks[i] for i in draw.permutation(len(chunks))]
+    at_once = max(1, window // CHUNK)
+    return np.concatenate([draw.permutation(np.concatenate(mixed[start:start + at_once]))
+                           for start in range(0, len(mixed), at_once)])
+
+
+def shuffled(indices: np.ndarray, batch: int, seed: int, rank: int = 0, size: int = 1,
+             window: int | None = None) -> Order:
+    """Training order: full global batches only, every rank an equal part of each. `window`: see `windowed`."""
     if batch % size:
         raise InputError(f"data.batch = {batch} does not divide over {size} ranks")
     if batch > len(indices):
@@ -68,7 +85,8 @@ def shuffled(indices: np.ndarray, batch: int, seed: int, rank: int = 0, size: in
     part = batch // size
 
     def order(epoch: int) -> list[np.ndarray]:
-        mixed = indices[permutation(seed, epoch, len(indices))]
+        count = len(indices)
+        mixed = indices[permutation(seed, epoch, count) if window is None else windowed(seed, epoch, count, window)]
         steps = len(indices) // batch
         return [mixed[step * batch + rank * part:step * batch + (rank + 1) * part] for step in range(steps)]
     return order
