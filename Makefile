@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Two tests at a time: most of them use one core.
+WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help install search test check proofs clean
@@ -36,10 +38,10 @@ test: .venv/installed check
 
 check: .venv/installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not slurm"
 
 proofs: .venv/installed
-	$(BIN)/python -m pytest -m "slow or slurm" || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or slurm" || [ $$? -eq 5 ]
 
 clean:
 	rm -rf .venv data/digits runs/digits-float-0 runs/search-demo

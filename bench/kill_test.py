@@ -18,7 +18,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -159,14 +158,18 @@ def campaign(folder: Path, kills: int, seed: int, say=print) -> dict:
             "seconds": round(time.monotonic() - began, 1)}
 
 
+def parser() -> Parser:
+    made = Parser(prog="python -m bench.kill_test", description=__doc__)
+    made.add_argument("--kills", type=int, default=20, help="at least so many (%(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    made.add_argument("--dir", type=Path, help="keep the runs here; default: a temporary folder")
+    made.add_argument("--json", type=Path, help="write what happened to this file")
+    return made
+
+
 @exit_on_input_error
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python -m bench.kill_test", description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="at least so many (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
-    parser.add_argument("--dir", type=Path, help="keep the runs here; default: a temporary folder")
-    parser.add_argument("--json", type=Path, help="write what happened to this file")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     if arguments.kills < 1:
         raise InputError(f"--kills {arguments.kills}, allowed: 1 and more")
     folder = Path(arguments.dir or tempfile.mkdtemp(prefix="kill-test-"))
@@ -183,4 +186,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -3,8 +3,9 @@
     python -m bench.step --smoke                     the headline rows, under six minutes
     python -m bench.step [--settings compiled eager ...] [--methods nulsq-a ...] [--bits 2 3 4] [--json FILE]
 
-A step is what `nulsq.train` does with a batch: forward, loss, backward, both optimizers, counters; one image tensor
-over and over, so no loader takes part. Float is the same recipe with the quantizers off, in the same setting.
+A step is what `nulsq.train` does with a batch: forward, loss, backward, the guard's look, both optimizers, counters;
+one image tensor over and over, so no loader takes part. Float is the same recipe with the quantizers off, in the same
+setting.
 
     compiled      torch.compile, channels last          eager-nchw    eager, contiguous
     eager         channels last                          no-compiler   eager, with no C++ compiler on the machine
@@ -23,6 +24,7 @@ from bench.counts import compilations, graph_breaks, operations, peak_bytes, syn
 from bench.timing import add_options, begin, interleaved, row, show, table, timed_row, write_json
 from nulsq.compile import compiled
 from nulsq.config import load_recipe
+from nulsq.divergence import DivergenceGuard, gradient_norm
 from nulsq.errors import Parser, exit_on_input_error
 from nulsq.loss import backward
 from nulsq.metrics import Counters
@@ -32,6 +34,7 @@ from nulsq.quant.calibrate import calibrate_
 from nulsq.quant.fold_relu import fold_relu_
 from nulsq.quant.op import force
 from nulsq.quant.step import quantizers_of
+from nulsq.world import World
 
 METHODS = {"nulsq-a": ("nuLSQ-A", "lsq", "nulsq"), "nulsq-wa": ("nuLSQ-WA", "nulsq", "nulsq"),
            "lsq": ("LSQ", "lsq", "lsq"), "lcq": ("LCQ", "lcq", "lcq"), "apot": ("APoT", "apot", "apot"),
@@ -82,11 +85,15 @@ class Step:
         self.form = {"no-compiler": "eager", "traced": "oracle"}.get(setting)
         self.optimizers = Optimizers(self.model, self.recipe.optim)
         self.counters = Counters(torch.device("cpu"))
+        self.guard = DivergenceGuard(self.recipe.guard, classes, World(0, 1, torch.device("cpu")))
+        self.level, self.done = [0.0, 0], 0
 
     def __call__(self) -> None:
         with force(self.form):
-            backward(self.stepped, self.images, self.labels, self.recipe, self.counters)
+            loss = backward(self.stepped, self.images, self.labels, self.recipe, self.counters)
+            self.guard.look(self.done, loss, gradient_norm(self.model), self.level)
             self.optimizers.step(0.01)
+        self.done += 1
 
 
 def quantized(method: str, bits: int) -> list[str]:

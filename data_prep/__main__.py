@@ -1,4 +1,4 @@
-"""python -m data_prep digits|cifar10|cifar100|folder|imagenet|check: prepare a data set, or check one.
+"""python -m data_prep digits|cifar10|cifar100|folder|imagenet|check|bench: prepare a data set, check or time one.
 
 Exit codes: 0 all is well, 2 nothing was written or something is damaged, 4 prepared without some files (skipped.txt).
 """
@@ -7,7 +7,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from data_prep import check, cifar, digits, folder
+from data_prep import bench, check, cifar, digits, folder
 from data_prep.writing import Beton, existing
 from nulsq.data.manifest import DataSet
 from nulsq.errors import InputError, Parser, exit_on_input_error
@@ -52,6 +52,15 @@ def parser() -> Parser:
     checking.add_argument("path", type=Path)
     checking.add_argument("--no-decode", action="store_true", help="leave the pixels out")
     checking.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    timing = verbs.add_parser("bench", help="images per second that each loader gives",
+                              description="Images per second of a prepared data set, by loader and workers, with "
+                                          "random crops and flips.")
+    timing.add_argument("path", type=Path)
+    timing.add_argument("--workers", type=int, nargs="+", default=list(range(1, (os.cpu_count() or 1) + 1)),
+                        help="(1 to the number of cores)")
+    timing.add_argument("--size", type=int, default=224, help="pixels of photographs (%(default)s)")
+    timing.add_argument("--batch", type=int, default=64, help="(%(default)s)")
+    timing.add_argument("--seconds", type=float, default=5.0, help="of each row (%(default)s)")
     return made
 
 
@@ -60,6 +69,9 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     if arguments.verb == "check":
         print(check.check(arguments.path, decode=not arguments.no_decode, workers=arguments.workers))
+        return 0
+    if arguments.verb == "bench":
+        print(bench.bench(arguments.path, arguments.workers, arguments.size, arguments.batch, arguments.seconds))
         return 0
     if existing(arguments.out, arguments.verb):
         print(f"{check.check(arguments.out)} (was there already)")

@@ -110,3 +110,33 @@ def test_shares_of_the_bandwidth_have_no_targets_on_a_cpu():
     rows = bandwidth.measure("nulsq", 2, torch.float32, torch.device("cpu"), 10_000, 2)
     assert [each["setting"] for each in rows] == ["cpu float32 forward", "cpu float32 backward"]
     assert all(each["ratio"] > 0 and each["met"] is None for each in rows)
+
+
+def test_loaders_are_timed_by_kind_and_workers(digits, capsys):
+    from data_prep.__main__ import main
+    assert main(["bench", str(digits), "--workers", "1", "--seconds", "0.1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    kinds = [line.split("|")[1].strip() for line in lines[2:]]
+    assert kinds == (["ffcv"] if (digits / "train.beton").is_file() else []) + ["torchvision", "device"]
+    assert all(float(line.split("|")[3]) > 100 for line in lines[2:])
+    assert main(["bench", str(digits), "--workers", "0"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.ffcv
+def test_every_way_to_store_photographs_is_timed_beside_pillow(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    from bench import loader
+    pytest.importorskip("ffcv")
+    draw = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(10):
+        Image.fromarray(draw.integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{i}.jpg")
+    assert loader.main([str(tmp_path / "photos"), "--images", "80", "--rounds", "2", "--workers", "1", "--no-training",
+                        "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [each["name"] for each in rows] == [*loader.STORED, loader.BASE] and rows[-1]["ratio"] == 1.0
+    sizes = {each["name"]: each["megabytes"] for each in rows}
+    assert sizes["FFCV, raw at 256 px"] > sizes["FFCV, JPEG at 400 px"] and all(each["cold"] > 0 for each in rows)

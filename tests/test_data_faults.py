@@ -234,7 +234,9 @@ def test_a_pipeline_that_fails_or_stalls_is_reported(beton, monkeypatch, fault):
             release.wait(30)
         return plain(self, number, indices, *rest)
 
-    train = loader(beton, patience=1.0)
+    train = loader(beton)
+    list(train.epoch(0))  # compiles, which takes longer than
+    train.patience = 1.0
     monkeypatch.setattr(EpochIterator, "run_pipeline", run_pipeline)
     epoch = train.epoch(0)
     _, _, indices = next(epoch)
@@ -282,7 +284,7 @@ for round in range(400):
     path.write_bytes(damaged)
     try:
         beton_format.read(path)
-        if loaded < 6 and draw.random() < 0.2:  # what passes is given to FFCV
+        if loaded < 4 and draw.random() < 0.2:  # what passes is given to FFCV
             loaded += 1
             recipe = Data(path=str(path.parent), batch=8, loader="ffcv", crop="resized", size=32, holdout="none")
             data = DataSet(path.parent)
@@ -307,7 +309,7 @@ def test_damaged_beton_files_are_errors_and_never_crash(copy):
 def test_damaged_recipes_are_errors(tmp_path):
     draw, read, refused = random.Random(0), 0, 0
     whole = (ROOT / "configs/recipes/cifar10/w2a2.yaml").read_bytes()
-    for _ in range(200):
+    for _ in range(100):
         damaged = bytearray(whole)
         for _ in range(draw.choice((1, 4))):
             place = draw.randrange(len(damaged))
@@ -319,7 +321,7 @@ def test_damaged_recipes_are_errors(tmp_path):
         except InputError as error:
             assert "\n" not in str(error)
             refused += 1
-    assert read > 10 and refused > 50
+    assert read > 5 and refused > 25
 
 
 def test_images_that_shrank_after_the_run_began_are_an_error(digits, tmp_path):

@@ -187,6 +187,13 @@ def test_the_readmes_tree_is_the_tree():
         assert set(re.findall(r"\b(\w+\.py)\b", rooms[room])) == there, room
 
 
+def test_every_fault_in_the_docs_is_shown_by_a_test_that_is_there():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/reliability.md").read_text()))
+    there = {name for path in (ROOT / "tests").glob("test_*.py")
+             for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+    assert len(named) > 20 and named <= there, named - there
+
+
 def test_nothing_committed_names_this_machine_or_a_registry():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,3 +163,10 @@ def test_loss_is_ranked_downwards(tmp_path):
     assert asha.decide("s", 0, 1, 0.5) == CONTINUE
     assert asha.decide("s", 1, 1, 0.9) == STOP
     assert asha.decide("s", 2, 1, 0.1) == CONTINUE
+
+
+def test_a_diverged_trial_has_the_worst_score_and_enters_no_rung(tmp_path):
+    asha = scheduler(tmp_path)
+    trial = SimpleNamespace(config={"trial": {"study": "good", "number": 0}})
+    assert asha.on_trial_result(None, trial, {"epoch": 1, "val_top1": 0.0, "diverged": True}) == STOP
+    assert json.loads(asha.file.read_text())["rungs"]["good"][-1][1] == {}
