@@ -97,9 +97,8 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
                 run.write_outcome("saved")
             raise
         except (Exception, KeyboardInterrupt) as error:
-            if here.first:
-                with contextlib.suppress(OSError):  # a full disk is an error of its own
-                    run.write_outcome("failed", error=f"{type(error).__name__}: {error}"[:2000])
+            with contextlib.suppress(OSError):  # a full disk is an error of its own; any rank may be the one that fails
+                run.write_outcome("failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise
 
 

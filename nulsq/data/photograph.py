@@ -11,7 +11,7 @@ import numpy as np
 from nulsq.errors import InputError, require
 
 MOST_PIXELS = 100_000_000  # a small file can claim to be larger, and take all memory
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def read_rgb(path: Path):
@@ -37,8 +37,8 @@ def read_rgb(path: Path):
 
 def problem(path: Path) -> str | None:
     """Why a file cannot be used as a photograph; None where it can."""
-    if path.suffix.lower() not in FORMATS:
-        return f"not named as an image ({', '.join(FORMATS)})"
+    if path.suffix.lower() not in SUFFIXES:
+        return f"not named as an image ({', '.join(SUFFIXES)})"
     try:
         read_rgb(path)
     except InputError as error:
