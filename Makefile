@@ -8,13 +8,14 @@ BIN := .venv/bin
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install search test check proofs clean
+.PHONY: help install search test check proofs long clean
 
 help:
 	@echo "make search    install, prepare the digits, train a float network, search quantized ones from it"
 	@echo "make test      install, then 'make check'"
 	@echo "make check     ruff and the tests (without the long proofs)"
 	@echo "make proofs    the long proofs"
+	@echo "make long      more of the same, for a quiet hour"
 	@echo "make install   .venv with the project and its pinned versions; ffcv where it can be built"
 	@echo "make clean     remove .venv and what 'make search' made"
 
@@ -38,10 +39,13 @@ test: .venv/installed check
 
 check: .venv/installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not slurm"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not slurm and not long"
 
 proofs: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or slurm" || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "(slow or slurm) and not long" || [ $$? -eq 5 ]
+
+long: .venv/installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m long
 
 clean:
 	rm -rf .venv data/digits runs/digits-float-0 runs/search-demo

@@ -122,7 +122,7 @@ def test_loaders_are_timed_by_kind_and_workers(digits, capsys):
     assert main(["bench", str(digits), "--workers", "0"]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ffcv
 def test_every_way_to_store_photographs_is_timed_beside_pillow(tmp_path):
     import numpy as np

@@ -284,7 +284,7 @@ for round in range(400):
     path.write_bytes(damaged)
     try:
         beton_format.read(path)
-        if loaded < 4 and draw.random() < 0.2:  # what passes is given to FFCV
+        if loaded < 3 and draw.random() < 0.2:  # what passes is given to FFCV
             loaded += 1
             recipe = Data(path=str(path.parent), batch=8, loader="ffcv", crop="resized", size=32, holdout="none")
             data = DataSet(path.parent)

@@ -80,7 +80,7 @@ def test_print_shows_the_command_and_runs_nothing(recipe_file, capsys):
     assert not (recipe_file.parent / "runs").exists()
 
 
-@pytest.mark.parametrize("nproc", ["1", "2"])
+@pytest.mark.parametrize("nproc", [pytest.param("1", marks=pytest.mark.long), "2"])
 def test_a_launched_run_trains_and_is_evaluated(recipe_file, capfd, nproc):
     code = launch(["local", "train", str(recipe_file), "--nproc", nproc, "run.train_id=" + nproc])
     assert code == 0, capfd.readouterr().err[-2000:]
@@ -116,8 +116,8 @@ with stop_on_signal() as stop:
 
 
 @pytest.mark.parametrize(("number", "module"), [
-    ("SIGTERM", TWO_RANKS), ("SIGINT", ["launch", "local", "train"]),
-    pytest.param("SIGUSR1", PLAIN, marks=pytest.mark.slow), pytest.param("SIGUSR1", TWO_RANKS, marks=pytest.mark.slow)])
+    ("SIGTERM", TWO_RANKS), pytest.param("SIGINT", ["launch", "local", "train"], marks=pytest.mark.slow),
+    pytest.param("SIGUSR1", PLAIN, marks=pytest.mark.long), pytest.param("SIGUSR1", TWO_RANKS, marks=pytest.mark.long)])
 def test_a_signal_saves_and_the_same_command_continues(recipe_file, number, module):
     label = f"{number}-{len(module)}"
     command = [sys.executable, "-m", *module, str(recipe_file), "optim.epochs=6", f"run.train_id={label}"]

@@ -131,7 +131,7 @@ def test_another_search_in_the_same_directory_is_an_error(search_file, done):
 
 @pytest.mark.parametrize("number", [
     pytest.param(signal.SIGUSR1, id="SIGUSR1"),
-    pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),
     pytest.param(signal.SIGKILL, id="SIGKILL", marks=pytest.mark.slow)])
 def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
     """The driver gets a signal while trials run; the same command ends all trials, none from zero again, and every

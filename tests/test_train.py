@@ -240,6 +240,7 @@ def test_two_ranks_calibrate_to_the_parameters_of_one_process(short, float_run, 
             torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=0)
 
 
+@pytest.mark.long
 def test_two_ranks_evaluate_every_image_once(straight):
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2",
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
@@ -251,7 +252,7 @@ def test_two_ranks_evaluate_every_image_once(straight):
     assert (ranks["val_images"], ranks["val_top1"]) == (one["val_images"], one["val_top1"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_training_equals_eager(short, float_run):
     """One epoch through torch.compile. Compiled batch norm rounds otherwise, so elements near a threshold flip."""
     losses = []
