@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import nulsq.train
 from nulsq import checkpoint
 from nulsq.config import to_yaml
 from nulsq.errors import InputError
@@ -163,6 +165,25 @@ def test_a_stop_in_evaluation_saves_what_was_before_it(short, float_run, straigh
     assert train(recipe, quiet=True).outcome == "finished"
     assert numbers(path_of(recipe)) == numbers(straight)
     assert_same_state(last(path_of(recipe)), last(straight))
+
+
+def test_a_signal_in_the_final_evaluation_on_test_is_answered_too(short, float_run, tmp_path, monkeypatch):
+    recipe = short("signalled", model__init_from=str(float_run), optim__epochs=1)
+    (tmp_path / "r.yaml").write_text(to_yaml(recipe))
+    plain = nulsq.train.read_evaluation
+
+    def signalled(run):
+        signal.raise_signal(signal.SIGUSR1)  # training is over, the evaluation about to begin
+        return plain(run)
+
+    monkeypatch.setattr(nulsq.train, "read_evaluation", signalled)
+    assert nulsq.train.main([str(tmp_path / "r.yaml")]) == 99
+    outcome = read_outcome(path_of(recipe))
+    assert (outcome["outcome"], outcome["requeue"]) == ("saved", True)
+    assert not (path_of(recipe) / "test.json").exists()
+    monkeypatch.undo()
+    assert nulsq.train.main([str(tmp_path / "r.yaml")]) == 0
+    assert read_outcome(path_of(recipe))["outcome"] == "finished" and (path_of(recipe) / "test.json").is_file()
 
 
 def test_saves_within_an_epoch_and_on_demand_change_nothing(short, float_run, straight, steps_done, capsys):
