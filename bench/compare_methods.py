@@ -59,7 +59,7 @@ def measured(recipe: Recipe, split: str, here) -> float:
     if split == "val":
         return read_metrics(run)[-1]["val_top1"]
     found = read_evaluation(run)
-    if found is None or found["step"] != checkpoint.load(checkpoint.chosen(run, "last"))["step"]:
+    if found is None or found["step"] != checkpoint.best_or_last(run, "last")["step"]:
         found = evaluate_run(run, which="last", here=here)
     return found["test_top1"]
 

@@ -15,23 +15,21 @@ import dataclasses
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+from bench.timing import report, scratch
 from data_prep import digits
 from launch.local import torchrun
 from nulsq import checkpoint
 from nulsq.config import Recipe, load, to_yaml
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.run_directory import path_of, read_metrics
+from nulsq.run_directory import TIMES, UNFINISHED, path_of, read_metrics
 
-TIMES = {"images_per_second", "wait_share", "seconds"}
 AIMS = ("any moment", "evaluation", "save")
 SETTINGS = {"run.threads": 1, "run.device": "cpu", "run.save_every": 2, "data.batch": 32, "data.subset": 256,
             "data.holdout": "stratified:0.4", "data.crop": "pad", "data.padding": 2, "optim.epochs": 4,
@@ -53,7 +51,7 @@ def same(a, b) -> bool:
 
 def result(run: Path) -> tuple:
     """All that a finished run leaves but times: final state, metrics, test accuracy."""
-    return (checkpoint.load(checkpoint.chosen(run, "last")), read_metrics(run),
+    return (checkpoint.best_or_last(run, "last"), read_metrics(run),
             json.loads((run / "test.json").read_text()))
 
 
@@ -79,12 +77,11 @@ def moment(run: Path, steps: int) -> str:
     folder = run / checkpoint.FOLDER
     if not folder.is_dir():
         return "start"
-    if any(path.name.endswith(checkpoint.UNFINISHED) for path in folder.iterdir()):
+    if any(path.name.endswith(UNFINISHED) for path in folder.iterdir()):
         return "save"
-    newest = checkpoint.newest(run)
-    if newest is None:
+    if not checkpoint.files(run):
         return "start"
-    content = checkpoint.load(newest)
+    content = checkpoint.best_or_last(run, "last")
     return "evaluation" if content["step"] == (content["epoch"] + 1) * steps else "training"
 
 
@@ -104,7 +101,7 @@ def wait(process: subprocess.Popen, run: Path, aim: str, draw: random.Random, st
             waited = time.monotonic() - armed >= delay
             evaluating = any(step == (epoch + 1) * steps for step, epoch in map(_position, new))
             if {"any moment": waited, "evaluation": evaluating,
-                    "save": any(name.endswith(checkpoint.UNFINISHED) for name in names) and waited}[aim]:
+                    "save": any(name.endswith(UNFINISHED) for name in names) and waited}[aim]:
                 return True
         time.sleep(0.0005)
     return False
@@ -172,16 +169,11 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     if arguments.kills < 1:
         raise InputError(f"--kills {arguments.kills}, allowed: 1 and more")
-    folder = Path(arguments.dir or tempfile.mkdtemp(prefix="kill-test-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
+    if arguments.dir:
+        arguments.dir.mkdir(parents=True, exist_ok=True)
+    with scratch("kill-test-") if arguments.dir is None else contextlib.nullcontext(arguments.dir) as folder:
         found = campaign(folder, arguments.kills, arguments.seed, lambda text: print(text, flush=True))
-    finally:
-        if arguments.dir is None:
-            shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(found, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    report(found, arguments.json)
     return 0 if found["identical"] else 1
 
 

@@ -10,18 +10,18 @@ waits for its data, preresnet18 at 2 bits, batch 32. By cores, and for small ima
 """
 
 import os
-import shutil
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
-from bench.timing import add_options, begin, ratios, write_json
+from bench.timing import add_options, begin, ratios, scratch, write_json
 from data_prep.__main__ import main as prepare
-from nulsq.config import Data
+from nulsq.config import Data, load_recipe
 from nulsq.data import DataSet, build_loaders
 from nulsq.data.photograph import SUFFIXES
 from nulsq.errors import InputError, Parser, exit_on_input_error
+from nulsq.run_directory import path_of, read_metrics
+from nulsq.train import train
 
 STORED = {  # name: options of data_prep, target ratio
     "FFCV, JPEG at 400 px": (["--write-mode", "jpg", "--max-resolution", "400"], 3.0),
@@ -73,7 +73,7 @@ def measure(source: Path, folder: Path, images: int, rounds: int, workers: int, 
     where = sources(source, folder, images)
     readers, cold, megabytes = {}, {}, {}
     for name, (options, _) in STORED.items():
-        out = folder / name.replace("/", "-")
+        out = folder / name
         if prepare(["folder", "--source", str(where), "--out", str(out), *options]):
             raise InputError(f"{name}: the photographs could not be prepared, see above")
         readers[name] = Reader(out, "ffcv", workers, size, batch)
@@ -105,10 +105,7 @@ def waiting(folder: Path, workers: int) -> dict:
 
     Of the second epoch: FFCV compiles in the first.
     """
-    from nulsq.config import load_recipe
-    from nulsq.run_directory import path_of, read_metrics
-    from nulsq.train import train
-    path = folder / list(STORED)[1].replace("/", "-")
+    path = folder / list(STORED)[1]
     recipe = load_recipe("configs/recipes/imagenet/preresnet18_w2a2.yaml", {
         "name": "waiting", "run.root": str(folder), "data.path": str(path), "data.batch": 32, "data.loader": "ffcv",
         "data.workers": workers, "data.holdout": "none", "model.pretrained": False, "optim.epochs": 2,
@@ -152,14 +149,11 @@ def main(argv: list[str]) -> int:
     if not arguments.source.is_dir():
         raise InputError(f"{arguments.source} is not a folder")
     begin(arguments)
-    folder = Path(tempfile.mkdtemp(prefix="bench-loader-"))
-    try:
+    with scratch("bench-loader-") as folder:
         rows = measure(arguments.source, folder, arguments.images, arguments.rounds, arguments.workers, arguments.size,
                        arguments.batch)
         if not arguments.no_training:
             rows.append(waiting(folder, arguments.workers))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     print(table(rows))
     write_json(arguments.json, rows)
     return 0

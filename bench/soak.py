@@ -8,17 +8,16 @@ checkpoint and report after each. Compared are the medians of the second tenth o
 """
 
 import importlib.util
-import json
 import os
-import shutil
 import statistics
-import tempfile
 import threading
 from pathlib import Path
 
+from bench.timing import report, scratch
 from data_prep import digits
 from nulsq.config import load_recipe
 from nulsq.errors import InputError, Parser, exit_on_input_error
+from nulsq.memory import resident_bytes
 from nulsq.train import train
 
 SLACK = {"megabytes": 16.0, "threads": 0, "files": 0}
@@ -34,12 +33,11 @@ def soak(folder: Path, epochs: int) -> dict:
         "run.threads": 1, "optim.epochs": epochs, "quant.calibration_batches": 1})
     seen = []
 
-    def report(metrics, _):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        seen.append({"megabytes": pages * 4096 / 2**20, "threads": threading.active_count(),
+    def look(metrics, _):
+        seen.append({"megabytes": resident_bytes() / 2**20, "threads": threading.active_count(),
                      "files": len(os.listdir("/proc/self/fd"))})
 
-    train(recipe, report=report, quiet=True)
+    train(recipe, report=look, quiet=True)
     tenth = epochs // 10
     ends = [{key: statistics.median(each[key] for each in part) for key in SLACK}
             for part in (seen[tenth:2 * tenth], seen[-tenth:])]
@@ -59,14 +57,9 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     if arguments.epochs < 20:
         raise InputError(f"--epochs {arguments.epochs}, allowed: 20 and more")
-    folder = Path(tempfile.mkdtemp(prefix="soak-"))
-    try:
+    with scratch("soak-") as folder:
         found = soak(folder, arguments.epochs)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(found, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    report(found, arguments.json)
     return 0 if found["flat"] else 1
 
 

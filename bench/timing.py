@@ -4,12 +4,14 @@ A machine's speed drifts by more than what is measured here, so a ratio is taken
 ran one after the other; what is reported is the median of the rounds' ratios and their quartiles.
 """
 
+import contextlib
 import json
 import os
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -95,6 +97,21 @@ def show(rows: list[dict]) -> None:
 def write_json(path: Path | None, rows: list[dict]) -> None:
     if path is not None:
         path.write_text("[\n" + ",\n".join(json.dumps(each) for each in rows) + "\n]\n")
+
+
+def report(found: dict, path: Path | None) -> None:
+    """Print what a proof found, and write it to the file if there is one."""
+    text = json.dumps(found, indent=1)
+    print(text)
+    if path is not None:
+        path.write_text(text + "\n")
+
+
+@contextlib.contextmanager
+def scratch(prefix: str) -> Iterator[Path]:
+    """A temporary folder."""
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def machine() -> str:

@@ -16,6 +16,7 @@ import torch
 from nulsq.config import Data
 from nulsq.data import DataSet, build_loaders
 from nulsq.errors import InputError
+from nulsq.memory import resident_bytes
 
 
 def measure(path: Path, workers: list[int], size: int = 224, batch: int = 64, seconds: float = 5.0,
@@ -37,7 +38,7 @@ def measure(path: Path, workers: list[int], size: int = 224, batch: int = 64, se
 
 
 def _rate(recipe, data, seconds):
-    before, began = _resident(), time.perf_counter()
+    before, began = resident_bytes(), time.perf_counter()
     train, rates, epoch, first = build_loaders(recipe, data, 0).train, [], 0, None
     total = time.perf_counter()
     while not rates or time.perf_counter() - total < seconds:
@@ -55,12 +56,7 @@ def _rate(recipe, data, seconds):
     ends = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
     return {"images_per_second": round(len(rates) * recipe.batch / sum(recipe.batch / rate for rate in rates), 1),
             "quartiles": [round(ends[0], 1), round(ends[2], 1)], "first_batch": round(first, 2),
-            "megabytes": round((_resident() - before) / 2**20)}
-
-
-def _resident():
-    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").is_file() else 0
-    return pages * 4096
+            "megabytes": round((resident_bytes() - before) / 2**20)}
 
 
 def table(rows: list[dict]) -> str:

@@ -19,9 +19,8 @@ def check(path: Path, *, decode: bool = False, workers: int | None = None) -> st
     if path.suffix == ".beton" and not path.is_dir():
         return _check_beton(path, decode, workers)
     data = DataSet(path)  # files are there, with their sizes
-    for name, wanted in data.files.items():
-        if describe_file(path / name) != wanted:
-            raise InputError(f"{path / name}: the checksum is not the one that it was written with")
+    for name in data.files:
+        _as_written(data, name)
     for split in SPLITS:
         labels = data.labels(split)
         if len(labels) != data.counts[split]:
@@ -47,8 +46,7 @@ def _check_beton(path, decode, workers):
         data = DataSet(path.parent)
         if path.name not in data.files:
             raise InputError(f"{path} is not a file of the data set {path.parent}")
-        if describe_file(path) != data.files[path.name]:
-            raise InputError(f"{path}: the checksum is not the one that it was written with")
+        _as_written(data, path.name)
         file = beton_format.read(path, data.labels(path.stem))
         known = "checksum and labels as written"
     else:
@@ -60,6 +58,11 @@ def _check_beton(path, decode, workers):
         _decoded(path, workers)
     return f"{path}: {len(file.samples)} samples, {len(np.unique(file.samples['label']))} labels, {known}" + (
         ", every sample decoded" if decode else "")
+
+
+def _as_written(data, name):
+    if describe_file(data.path / name) != data.files[name]:
+        raise InputError(f"{data.path / name}: the checksum is not the one that it was written with")
 
 
 def _decoded(path, workers):

@@ -1,11 +1,13 @@
 """A look at every photograph before anything is written: which cannot be used, and why."""
 
+import io
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from nulsq.data import beton_format
@@ -44,9 +46,6 @@ def undecodable(path: Path, workers: int) -> list[int]:
 
 
 def _undecodable(path, indices):
-    import io
-
-    from PIL import Image
     file, found = beton_format.read(path), []
     for index in indices.tolist():
         record = file.samples[index]

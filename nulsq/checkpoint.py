@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from nulsq.errors import InputError
+from nulsq.run_directory import UNFINISHED, aside_of, write_atomically, write_synced
 
 FORMAT = 2
-FOLDER, MANIFEST, UNFINISHED = "checkpoints", "manifest.json", ".unfinished"
+FOLDER, MANIFEST = "checkpoints", "manifest.json"
 NEWEST = 2  # so many are kept: should the last one be damaged, there is another
 _NAME = re.compile(r"step-(\d+)-epoch-(\d+)\.pt")
 
@@ -37,6 +38,7 @@ def save(run: Path, content: dict) -> Path:
     """
     folder = run / FOLDER
     name = file_name(content["step"], content["epoch"])
+    aside = aside_of(folder / name)
     buffer = io.BytesIO()
     torch.save(content | {"format": FORMAT}, buffer)
     best = content["best"] and file_name(content["best"]["step"], content["best"]["epoch"])
@@ -44,15 +46,14 @@ def save(run: Path, content: dict) -> Path:
         folder.mkdir(exist_ok=True)
         known = {each: entry for each, entry in _manifest(folder).items() if (folder / each).is_file()}
         known[name] = {"bytes": buffer.tell(), "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(), "best": best}
-        _write(folder / (name + UNFINISHED), buffer.getbuffer())
-        _write(folder / (MANIFEST + UNFINISHED), json.dumps(known, indent=1).encode())
-        (folder / (MANIFEST + UNFINISHED)).replace(folder / MANIFEST)
-        (folder / (name + UNFINISHED)).replace(folder / name)
+        write_synced(aside, buffer.getbuffer())
+        write_atomically(folder / MANIFEST, json.dumps(known, indent=1))
+        aside.replace(folder / name)
         _sync(folder)
     except OSError as error:
-        for each in (name, MANIFEST):
+        for each in (aside, aside_of(folder / MANIFEST)):
             with contextlib.suppress(OSError):
-                (folder / (each + UNFINISHED)).unlink(missing_ok=True)
+                each.unlink(missing_ok=True)
         before = next(iter(files(run)), None)
         raise InputError(f"no checkpoint can be written to {folder}: {error.strerror or error}. "
                          + (f"The last good one is {before.name}; the same command continues from it"
@@ -91,43 +92,51 @@ def newest(run: Path) -> Path | None:
 
     Raises InputError where there are some and all are damaged: a run never starts anew by itself.
     """
+    return _newest(run)[0]
+
+
+def _newest(run):
+    """Path and content of the newest good checkpoint; None and None where there is none yet."""
     found, problems = files(run), []
     for path in found:
         try:
-            load(path)
+            content = load(path)
         except InputError as error:
             problems.append(str(error))
             continue
         if problems:
-            warnings.warn(f"{'; '.join(problems)}. Continuing from {path.name}", stacklevel=2)
-        return path
+            warnings.warn(f"{'; '.join(problems)}. Continuing from {path.name}", stacklevel=3)
+        return path, content
     if found:
         raise InputError(f"none of the {len(found)} checkpoints of {run} can be read: {'; '.join(problems)}. "
                          f"Remove {run} to start anew")
-    return None
+    return None, None
 
 
 def chosen(run: Path, which: str = "best") -> Path:
     """The checkpoint that a run stands for: with "last" its newest good one, else the best on the holdout that this
     one names, and itself where nothing was held out. Raises InputError where there is none."""
-    last = newest(run)
+    return _chosen(run, which)[0]
+
+
+def best_or_last(run: Path, which: str = "best") -> dict:
+    """The content of the `chosen` one."""
+    return _chosen(run, which)[1]
+
+
+def _chosen(run, which):
+    last, content = _newest(run)
     if last is None:
         raise InputError(f"{run} has no checkpoint")
-    named = load(last)["best"]
+    named = content["best"]
     if which == "last" or named is None:
-        return last
+        return last, content
     path = run / FOLDER / file_name(named["step"], named["epoch"])
     try:
-        load(path)
+        return path, content if path == last else load(path)
     except InputError as error:
-        warnings.warn(f"{error}. Its best being lost, the run stands for {last.name}", stacklevel=2)
-        return last
-    return path
-
-
-def best_or_last(run: Path) -> dict:
-    """The content that a finished run stands for: its best on the holdout, else its last."""
-    return load(chosen(run))
+        warnings.warn(f"{error}. Its best being lost, the run stands for {last.name}", stacklevel=3)
+        return last, content
 
 
 def _manifest(folder):
@@ -146,13 +155,6 @@ def _prune(run, known):
         if path.name not in wanted and (_NAME.fullmatch(path.name) or path.name.endswith(UNFINISHED)):
             with contextlib.suppress(OSError):  # a file too many does no harm
                 path.unlink()
-
-
-def _write(path, data):
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(folder):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nulsq.quant.base import Quantizer
+from nulsq.quant.modes import in_evaluation
 from nulsq.recipe import Guard
 from nulsq.world import World
 
@@ -76,25 +77,29 @@ def gradient_norm(model: nn.Module) -> Tensor:
 def first_bad(model: nn.Module, images: Tensor) -> str:
     """Which layer or quantizer's values went bad, in words: parameters first, then outputs for [B, 3, H, W] images,
     then gradients, each in the order of the network."""
-    def named(name):
-        owner = model.get_submodule(name)
-        parts = [part for i in range(1, len(name.split(".")) + 1)
-                 if isinstance(model.get_submodule(part := ".".join(name.split(".")[:i])), Quantizer)] if name else []
-        return f"quantizer {parts[0]}" if parts else f"layer {name or type(owner).__name__}"
-
     for name, module in model.named_modules():
         for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if value.is_floating_point() and not torch.isfinite(value).all():
-                return f"{named(name)}: its {key} has {_kind(value)}"
+                return f"{_named(model, name)}: its {key} has {_kind(value)}"
     found = _first_bad_output(model, images)
     if found is not None:
         name, value = found
-        return f"{named(name)}: its output has {_kind(value)}"
+        return f"{_named(model, name)}: its output has {_kind(value)}"
     for name, module in model.named_modules():
         for key, value in module.named_parameters(recurse=False):
             if value.grad is not None and not torch.isfinite(value.grad).all():
-                return f"{named(name)}: the gradient of its {key} has {_kind(value.grad)}"
+                return f"{_named(model, name)}: the gradient of its {key} has {_kind(value.grad)}"
     return "no layer: parameters, outputs and gradients are finite, the loss jumped"
+
+
+def _named(model, name):
+    """The quantizer that a module is or is part of, else the layer, in words."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        owner = ".".join(parts[:end])
+        if isinstance(model.get_submodule(owner), Quantizer):
+            return f"quantizer {owner}"
+    return f"layer {name or type(model).__name__}"
 
 
 def _first_bad_output(model, images):
@@ -108,15 +113,12 @@ def _first_bad_output(model, images):
 
     # A module ends after its children, so the innermost one is met first.
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
-    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()  # running statistics stay as they are
-        model(images)
+        with in_evaluation(model):  # running statistics stay as they are
+            model(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, was in training.items():
-            module.training = was
     return found[0] if found else None
 
 

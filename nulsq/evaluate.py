@@ -19,6 +19,7 @@ from nulsq.config import Recipe
 from nulsq.data import DataSet, Normalize, build_loader
 from nulsq.errors import Parser, exit_on_input_error
 from nulsq.metrics import Counters
+from nulsq.quant.modes import in_evaluation
 from nulsq.run_directory import read_recipe, write_atomically
 from nulsq.signals import Asked
 from nulsq.state import trained_network
@@ -33,11 +34,9 @@ def evaluate(model: nn.Module, loader, normalize: Normalize, here: World, recipe
     With data.eval_flip logits are the mean of those of an image and of its mirror image. Raises Stopped
     on every rank where `asked` says so; the model is then in the mode that it was in.
     """
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
     counters = Counters(here.device)
     shared = min(here.gather(loader.steps)) if asked else 0  # ranks' shares may differ by a batch
-    try:
+    with in_evaluation(model):
         for batch, (images, labels, _) in enumerate(loader.epoch(0)):
             if batch < shared:
                 asked.stop_evaluation(batch)
@@ -46,9 +45,6 @@ def evaluate(model: nn.Module, loader, normalize: Normalize, here: World, recipe
                 x = normalize(images)
                 logits = (model(x) + model(x.flip(3))) / 2 if recipe.data.eval_flip else model(x)
             counters.add(logits, labels, F.cross_entropy(logits.float(), labels))
-    finally:
-        for module, training in was_training.items():
-            module.training = training
     return counters.read(here, prefix)
 
 

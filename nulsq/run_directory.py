@@ -31,6 +31,8 @@ from nulsq.errors import InputError
 # Settings that may change between the parts of a run: they do not enter its numbers.
 FREE = {"name", "run.dir", "run.root", "run.train_id", "run.device", "run.threads", "run.log_every", "data.loader",
         "data.workers", "data.patience", "run.save_every"}
+TIMES = {"images_per_second", "wait_share", "seconds"}  # metrics that are the clock's, not the run's
+UNFINISHED = ".unfinished"
 METRICS, OSCILLATIONS = "metrics.jsonl", "oscillations.jsonl"
 PACKAGES = ("torch", "torchvision", "timm", "pytorchcv", "numpy", "omegaconf", "ffcv", "numba", "ray")
 
@@ -132,9 +134,21 @@ def read_outcome(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.unfinished")
-    aside.write_text(text)
-    aside.replace(path)
+    """Aside, synced, renamed: the file is the old one or the new one, after a loss of power too."""
+    write_synced(aside_of(path), text.encode())
+    aside_of(path).replace(path)
+
+
+def aside_of(path: Path) -> Path:
+    """Where a file is written before it has its name."""
+    return path.with_name(f".{path.name}{UNFINISHED}")
+
+
+def write_synced(path: Path, data: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def describe_code() -> str:

@@ -137,7 +137,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     total = steps * optim.epochs
     schedule = functools.partial(learning_rate, steps=total, warmup_steps=round(steps * optim.warmup_epochs),
                                  peak=optim.lr, warmup_lr=optim.warmup_lr, shape=optim.schedule)
-    if state.step < total or state.epoch < optim.epochs:
+    if state.epoch < optim.epochs:
         here.on_first(lambda: run.write_outcome("running"))
     progress.announce(recipe, state, data.name, kind, steps, run.path)
     log = TensorBoardLog(run.path, state.step, enabled=here.first and state.step < total)

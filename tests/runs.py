@@ -2,16 +2,14 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
+import launch.local
 from nulsq import checkpoint
 from nulsq.config import to_yaml
-from nulsq.run_directory import read_metrics
-
-TIMES = {"images_per_second", "wait_share", "seconds"}
+from nulsq.run_directory import TIMES, read_metrics
 
 
 def numbers(run: Path) -> list[dict]:
@@ -20,7 +18,7 @@ def numbers(run: Path) -> list[dict]:
 
 
 def last(run: Path) -> dict:
-    return checkpoint.load(checkpoint.chosen(run, "last"))
+    return checkpoint.best_or_last(run, "last")
 
 
 def assert_same_state(a, b):
@@ -42,7 +40,10 @@ def assert_same_state(a, b):
 def torchrun(recipe, path: Path, ranks: int, module="nulsq.train") -> subprocess.CompletedProcess:
     file = path / f"{recipe.name}.yaml"
     file.write_text(to_yaml(recipe))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks),
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", module]
+    return in_ranks(ranks, module, str(file))
+
+
+def in_ranks(ranks: int, module: str, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run([*launch.local.torchrun(ranks), module, *arguments], capture_output=True, text=True,
+                          timeout=300, env=environment)

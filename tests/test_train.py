@@ -1,10 +1,7 @@
 """Laws of the training loop: resume equals uninterrupted, two ranks equal one, test stays closed."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ from nulsq.optim import learning_rate
 from nulsq.run_directory import path_of, read_metrics, read_outcome
 from nulsq.train import train
 from nulsq.world import World
-from runs import TIMES, assert_same_state, last, numbers, torchrun
+from runs import TIMES, assert_same_state, in_ranks, last, numbers, torchrun
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -242,11 +239,7 @@ def test_two_ranks_calibrate_to_the_parameters_of_one_process(short, float_run, 
 
 @pytest.mark.long
 def test_two_ranks_evaluate_every_image_once(straight):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2",
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
-               "-m", "nulsq.evaluate", str(straight), "--split", "val", "--device", "cpu"]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = in_ranks(2, "nulsq.evaluate", str(straight), "--split", "val", "--device", "cpu")
     assert done.returncode == 0, done.stderr[-2000:]
     ranks, one = read_evaluation(straight, "val"), evaluate_run(straight, split="val", here=ALONE)
     assert (ranks["val_images"], ranks["val_top1"]) == (one["val_images"], one["val_top1"])

@@ -70,8 +70,7 @@ def read(path: Path, labels: np.ndarray | None = None, digest: str | None = None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if labels is not None and (len(samples) != len(labels) or not np.array_equal(samples["label"], labels)):
-        raise wrong(f"has other labels than the data set ({len(samples)} samples for {len(labels)})"
-                    if len(samples) != len(labels) else "has other labels than the data set")
+        raise wrong(f"has other labels than the data set ({len(samples)} samples for {len(labels)})")
     sizes, found = _sizes(samples, places, length, wrong), hashlib.sha256(b"".join(parts)).hexdigest()
     if digest is not None and digest != found:
         raise wrong("is damaged: its records are not those that were written")

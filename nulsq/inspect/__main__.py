@@ -43,7 +43,7 @@ from nulsq.world import World, world
 def of_run(run: Path, which: str, here: World) -> tuple[Recipe, DataSet, nn.Module, str]:
     """A run's recipe, data set and trained network, and what it is in words. `which`: auto, best or last."""
     recipe = read_recipe(run)
-    content = checkpoint.load(checkpoint.chosen(run, which))
+    content = checkpoint.best_or_last(run, which)
     data = DataSet(recipe.data.path)
     model = trained_network(recipe, content, len(data.classes)).to(here.device)
     return recipe, data, model, f"{run}, after epoch {content['epoch']}"

@@ -11,7 +11,6 @@ activation functions and the quantizers themselves compute is not counted.
 """
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nulsq.quant.base import Quantizer
+from nulsq.quant.modes import in_evaluation
 
 FLOAT_BITS = 32
 
@@ -124,18 +124,6 @@ def bits_of(layer: nn.Module, side: str) -> int:
     """Bits of a layer's `weight_quantizer` or `activation_quantizer`; 32 without one."""
     quantizer = getattr(layer, side, None)
     return FLOAT_BITS if quantizer is None else quantizer.bits
-
-
-@contextlib.contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within, and every module's own mode after."""
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was_training.items():
-            module.training = training
 
 
 @contextlib.contextmanager

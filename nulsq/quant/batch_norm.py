@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nulsq.quant.calibrate import average_batch_norm_
+from nulsq.quant.modes import in_evaluation
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -37,24 +38,21 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mo
     Raises ValueError where there is no batch.
     """
     found = batch_norms(model)
-    was_training = {module: module.training for module in model.modules()}
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in found]
     count = 0
     try:
-        model.eval()
-        for norm in found:
-            norm.train()
-            norm.reset_running_stats()
-            norm.momentum = None  # plain average over what comes now
-        for x in batches:
-            model(x)
-            count += 1
+        with in_evaluation(model):
+            for norm in found:
+                norm.train()
+                norm.reset_running_stats()
+                norm.momentum = None  # plain average over what comes now
+            for x in batches:
+                model(x)
+                count += 1
     finally:
         for norm, (momentum, tracked) in zip(found, before, strict=True):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(tracked)
-        for module, training in was_training.items():
-            module.training = training
     if not count:
         raise ValueError("reestimate_batch_norm_: there is no batch")
     average_batch_norm_(found)

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nulsq.quant.base import Quantizer
 from nulsq.quant.layers import QuantConv2d, QuantLinear
+from nulsq.quant.modes import in_evaluation
 from nulsq.quant.statistics import BatchStatistics, Statistics
 
 PROTOCOLS = ("float", "reference")
@@ -40,15 +41,11 @@ def calibrate_(model: nn.Module, batches: Iterable, protocol: str = "float") -> 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantConv2d | QuantLinear)}
     device = next(model.parameters()).device
     inputs = (_finite(_images(batch)).to(device) for batch in batches)
-    was_training = {module: module.training for module in model.modules()}
-    try:
+    with in_evaluation(model):
         if protocol == "reference":
             _layer_by_layer(model, layers, inputs)
         else:
             _in_float(model, layers, inputs, device)
-    finally:
-        for module, training in was_training.items():
-            module.training = training
     return model
 
 
