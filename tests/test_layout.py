@@ -77,7 +77,8 @@ def test_importing_nulsq_needs_torch_alone():
              "import numpy; check_data(Data(loader='ffcv', batch=1), N(kind='arrays', "
              "labels=lambda split: numpy.arange(20) % 2))", "ffcv"),
     ("matplotlib", "from nulsq.inspect import plot; plot(None, 'x')", "train"),
-    ("ray", "from tune.search import run; from tune.space import Search; run(Search(name='x'), None)", "search"),
+    ("ray", "from tune.search import run; from tune.space import Search; run(Search(name='x'), None, None)",
+     "search"),
 ])
 def test_what_is_missing_says_which_extra_to_install(missing, code, extra):
     """Hide one package from a fresh interpreter, use what needs it."""
@@ -163,8 +164,8 @@ def test_documented_commands_parse(line, monkeypatch):
     elif module == "data_prep":
         from data_prep.__main__ import parser
         parser().parse_args(arguments)
-    elif module in ("nulsq.evaluate", "nulsq.inspect") or module.startswith("bench."):
-        made = importlib.import_module(f"{module}.__main__" if module == "nulsq.inspect" else module)
+    elif module in ("nulsq.evaluate", "nulsq.inspect", "tune.status", "tune.report") or module.startswith("bench."):
+        made = importlib.import_module(f"{module}.__main__" if module in ("nulsq.inspect", "tune.report") else module)
         made.parser().parse_intermixed_args(arguments)
     else:
         assert module == "pytest", line
@@ -188,7 +189,8 @@ def test_the_readmes_tree_is_the_tree():
 
 
 def test_every_fault_in_the_docs_is_shown_by_a_test_that_is_there():
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/reliability.md").read_text()))
+    named = {name for page in ("reliability", "search")
+             for name in re.findall(r"`(test_\w+)`", (ROOT / f"docs/{page}.md").read_text())}
     there = {name for path in (ROOT / "tests").glob("test_*.py")
              for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
     assert len(named) > 20 and named <= there, named - there

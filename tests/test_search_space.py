@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from nulsq.errors import InputError
-from tune.space import Sampler, load_search, rungs, studies, trials
+from tune.space import Sampler, load_search, rungs, studies
+from tune.studies import listed as trials
 
 pytest.importorskip("ray")
 from tune.scheduler import CONTINUE, STOP, StratifiedAsha  # noqa: E402
@@ -68,6 +69,12 @@ def test_rungs_are_below_the_last_epoch():
     ("overrides={run.dir: x}", "run.dir is each trial's own"),
     ("space.lr.key=data.holdout_seed", "data.holdout_seed cannot be sampled"),
     ("studies.bits.values=[2, 2]", "two studies would be called lsq_nulsq_2"),
+    ("studies.bits.cases={two: {quant.bits: 2}}", "studies.bits needs a key and values.* or cases"),
+    ("points={mine: {lr: 0.01}}", "points.mine: coeff_qparm_lr is missing"),
+    ("points={mine: {lr: 0.01, coeff_qparm_lr: 0.01, qparm_wd: 1e-4, wd: 0}}", "points.mine: wd is no sampler"),
+    ("points={mine: {lr: 7, coeff_qparm_lr: 0.01, qparm_wd: 1e-4}}", "points.mine.lr = 7, allowed: 0.005 to 0.1"),
+    ("searcher=tpee", "searcher: .*expected one of"),
+    ("name=a~b", "without ~ and /"),
 ])
 def test_a_search_that_cannot_work_is_an_error_at_once(override, message):
     with pytest.raises(InputError, match=message):
@@ -90,39 +97,41 @@ def test_studies_do_not_eliminate_each_other(tmp_path):
     together = {name: [] for name in scores}
     for number in range(12):
         for name in scores:
-            together[name].append(both.decide(name, number, 1, scores[name][number]))
+            together[name].append(both.decide(name, f"{name}/{number}", 1, scores[name][number]))
     for name in scores:
         (tmp_path / name).mkdir()
         alone = scheduler(tmp_path / name, names=(name,))
-        assert [alone.decide(name, number, 1, scores[name][number]) for number in range(12)] == together[name]
+        assert [alone.decide(name, f"{name}/{number}", 1, scores[name][number]) for number in range(12)] == \
+            together[name]
     assert STOP in together["bad"] and CONTINUE in together["bad"]
 
 
 def test_one_asha_for_all_would_stop_the_worse_study(tmp_path):
     mixed = scheduler(tmp_path, names=("all",))
-    answers = [[mixed.decide("all", 2 * i, 1, 90 + i), mixed.decide("all", 2 * i + 1, 1, 10 + i)] for i in range(6)]
+    answers = [[mixed.decide("all", f"{name}/{i}", 1, base + i) for name, base in (("good", 90), ("bad", 10))]
+               for i in range(6)]
     assert [bad for _, bad in answers] == [STOP] * 6
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), None])
 def test_a_score_that_is_no_number_stops_the_trial_and_enters_no_rung(tmp_path, score):
     asha = scheduler(tmp_path)
-    asha.decide("good", 0, 1, 50.0)
-    assert asha.decide("good", 1, 1, score) == STOP
-    assert asha.decide("good", 2, 1, 51.0) == CONTINUE
-    assert list(json.loads(asha.file.read_text())["rungs"]["good"][-1][1]) == ["good/000", "good/002"]
+    asha.decide("good", "0", 1, 50.0)
+    assert asha.decide("good", "1", 1, score) == STOP
+    assert asha.decide("good", "2", 1, 51.0) == CONTINUE
+    assert list(json.loads(asha.file.read_text())["rungs"]["good"][-1][1]) == ["0", "2"]
 
 
 def test_the_last_epoch_is_left_to_the_trial(tmp_path):
     asha = scheduler(tmp_path, epochs=3)
-    asha.decide("good", 0, 1, 90.0)
-    assert asha.decide("good", 1, 3, 1.0) == CONTINUE
+    asha.decide("good", "0", 1, 90.0)
+    assert asha.decide("good", "1", 3, 1.0) == CONTINUE
 
 
 def test_a_restored_scheduler_decides_as_the_uninterrupted_one(tmp_path):
     import pickle
     draw = random.Random(1)
-    results = [("good", number, epoch, 50 + number + epoch + draw.random()) for epoch in (1, 3)
+    results = [("good", str(number), epoch, 50 + number + epoch + draw.random()) for epoch in (1, 3)
                for number in range(10)]
     draw.shuffle(results)
     (tmp_path / "a").mkdir()
@@ -141,32 +150,32 @@ def test_a_restored_scheduler_decides_as_the_uninterrupted_one(tmp_path):
 def test_a_stopped_trial_that_runs_again_is_stopped_at_the_same_epoch(tmp_path):
     asha = scheduler(tmp_path, epochs=4)
     for number, score in enumerate([90, 91, 92]):
-        assert asha.decide("good", number, 1, score) == CONTINUE
-        asha.decide("good", number, 3, score)
-    assert asha.decide("good", 3, 1, 95) == CONTINUE
-    assert asha.decide("good", 3, 3, 10) == STOP
-    assert [asha.decide("good", 3, epoch, score) for epoch, score in ((1, 95), (2, 50), (3, 99), (4, 99))] == \
+        assert asha.decide("good", str(number), 1, score) == CONTINUE
+        asha.decide("good", str(number), 3, score)
+    assert asha.decide("good", "3", 1, 95) == CONTINUE
+    assert asha.decide("good", "3", 3, 10) == STOP
+    assert [asha.decide("good", "3", epoch, score) for epoch, score in ((1, 95), (2, 50), (3, 99), (4, 99))] == \
         [CONTINUE, CONTINUE, STOP, STOP]  # at its last epoch too: it may not slip through to the end
 
 
 def test_telling_a_continued_trials_epochs_again_changes_nothing(tmp_path):
     asha = scheduler(tmp_path)
     for number, score in enumerate([90, 80, 95]):
-        asha.decide("good", number, 1, score)
+        asha.decide("good", str(number), 1, score)
     before = asha.file.read_text()
-    answers = [asha.decide("good", number, 1, score) for number, score in enumerate([90, 80, 95])]
+    answers = [asha.decide("good", str(number), 1, score) for number, score in enumerate([90, 80, 95])]
     assert answers == [CONTINUE, STOP, CONTINUE] and asha.file.read_text() == before
 
 
 def test_loss_is_ranked_downwards(tmp_path):
     asha = StratifiedAsha({"s": 9}, grace=1, reduction=3, metric="val_loss", mode="min", file=tmp_path / "rungs")
-    assert asha.decide("s", 0, 1, 0.5) == CONTINUE
-    assert asha.decide("s", 1, 1, 0.9) == STOP
-    assert asha.decide("s", 2, 1, 0.1) == CONTINUE
+    assert asha.decide("s", "0", 1, 0.5) == CONTINUE
+    assert asha.decide("s", "1", 1, 0.9) == STOP
+    assert asha.decide("s", "2", 1, 0.1) == CONTINUE
 
 
 def test_a_diverged_trial_has_the_worst_score_and_enters_no_rung(tmp_path):
     asha = scheduler(tmp_path)
-    trial = SimpleNamespace(config={"trial": {"study": "good", "number": 0}})
+    trial = SimpleNamespace(config={"trial": {"study": "good", "key": "good/000", "repeat": 0, "stratum": "good"}})
     assert asha.on_trial_result(None, trial, {"epoch": 1, "val_top1": 0.0, "diverged": True}) == STOP
-    assert json.loads(asha.file.read_text())["rungs"]["good"][-1][1] == {}
+    assert json.loads(asha.file.read_text())["rungs"] == {}

@@ -1,18 +1,26 @@
-"""Search hyperparameters over a grid of studies with ASHA, on this machine.
+"""Search hyperparameters over a grid of studies with ASHA, on this machine or on a Ray cluster.
 
     python -m tune.search configs/search/demo.yaml --dry-run
     python -m tune.search configs/search/demo.yaml trials=12 space.lr.high=0.2
+    python -m tune.search configs/search/demo.yaml --extend 6          # six more trials for each study
 
-The same command continues a search that was interrupted, and shows the results of one that is finished.
+The same command continues a search that was interrupted, and shows the results of one that is finished. Ctrl-C,
+SIGTERM and SIGUSR1 end it with everything kept; `touch DIR/trials/STUDY/NUMBER/save` saves a trial within its epoch.
+Another terminal sees where it stands with `python -m tune.status DIR`, and `python -m tune.report DIR` makes the
+report of what is there so far.
+
 Selection sees the holdout only; each study's winner is evaluated once on the test images at the end.
-Exit codes: 0 finished, 1 nothing could be trained, 2 input that cannot be used, 99 interrupted.
+Exit codes: 0 finished, or the time budget is used up; 1 nothing could be trained, 2 input that cannot be used, 99
+interrupted.
 """
 
+import contextlib
+import importlib.util
 import logging
 import os
-import secrets
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,14 +28,17 @@ import torch
 
 from nulsq.config import describe
 from nulsq.distill import build_teacher
-from nulsq.errors import InputError, Parser, exit_on_input_error, require
+from nulsq.errors import InputError, Parser, exit_on_input_error, missing, require
 from nulsq.progress import duration
 from nulsq.train import prepare
 from nulsq.world import World
+from tune import journal, results
+from tune.cluster import check_fits, check_placement, fits, open_cluster
 from tune.search_directory import SearchDirectory
-from tune.space import Search, base_recipe, load_search, rungs, studies, trials
+from tune.space import Search, base_recipe, expected_epochs, load_search, rungs, studies
+from tune.status import elapsed
+from tune.studies import Course, warm_rows
 
-ROOT = Path(__file__).resolve().parent.parent
 EXIT_INTERRUPTED = 99
 
 
@@ -37,24 +48,32 @@ def parser() -> Parser:
     made.add_argument("search", help="YAML file, see configs/search/")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="settings, they win over the file")
     made.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    made.add_argument("--extend", type=int, metavar="N", help="N more trials for each study of a search that has begun")
     return made
 
 
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_intermixed_args(argv)
-    search = load_search(arguments.search, arguments.overrides)
-    folder = SearchDirectory(search)
+    folder = SearchDirectory(load_search(arguments.search, arguments.overrides))
     folder.check()
-    if not folder.finished:
-        _check(search)
-        print(plan(search), flush=True)
+    if arguments.extend is not None:
+        if arguments.extend < 1:
+            raise InputError(f"--extend {arguments.extend}, allowed: at least 1")
+        if not (folder.path / "search.yaml").is_file():
+            raise InputError(f"--extend: no search has begun in {folder.path}; say trials=... instead")
         if not arguments.dry_run:
-            with folder:
-                return run(search, folder)
-    if not arguments.dry_run:
-        return show(search, folder)
-    return 0
+            folder.extend(arguments.extend)
+    search = folder.search
+    if folder.finished:
+        return 0 if arguments.dry_run else show(search, folder)
+    _check(search)
+    course = Course(search, results.collect(search, journal.read(folder.path)), warm_rows(search))
+    print(plan(search), flush=True)
+    if arguments.dry_run:
+        return 0
+    with folder:
+        return run(search, folder, course)
 
 
 def plan(search: Search) -> str:
@@ -64,141 +83,158 @@ def plan(search: Search) -> str:
     most = least = 0
     for study in studies(search):
         epochs = base_recipe(search, study.overrides).optim.epochs
-        steps = [*rungs(epochs, search.grace, search.reduction), epochs]
-        # What synchronous halving would spend; the asynchronous form promotes somewhat more.
-        before, alive = 0, float(search.trials)
-        for step in steps:
-            least += max(1, alive) * (step - before)
-            before, alive = step, alive / search.reduction
-        most += search.trials * epochs
+        again = search.finalists * search.repeats * epochs
+        least += expected_epochs(search, epochs) + again
+        most += search.trials * epochs + again
         settings = ", ".join(f"{key}={value}" for key, value in study.overrides.items())
         lines.append(f"  {study.name}: {settings or 'the recipe as it is'}; rungs at epochs "
-                     f"{', '.join(map(str, steps[:-1])) or 'none'} of {epochs}")
+                     f"{', '.join(map(str, rungs(epochs, search.grace, search.reduction))) or 'none'} of {epochs}")
     for name, sampler in search.space.items():
         ends = ", ".join(map(str, sampler.ends())) if sampler.sample == "choice" else \
             f"{sampler.low:g} to {sampler.high:g}"
         lines.append(f"  {name}: {sampler.key}, {sampler.sample} {ends}")
-    lines.append(f"budget: at most {most} epochs, about {round(least)} or more with early stopping")
+    first = [*search.points, *([f"the best {search.warm_best} of {search.warm_start}"] if search.warm_start else [])]
+    lines.append(f"draws: {search.searcher}{', after ' + ', '.join(first) if first else ''}")
+    if search.repeats:
+        lines.append(f"then the best {search.finalists} of each study with {search.repeats} more seeds")
+    lines.append(f"budget: at most {most} epochs, about {round(least)} or more with early stopping"
+                 + (f"; {search.hours:g} hours" if search.hours else ""))
     if torch.cuda.is_available() and not search.gpus:
         lines.append("trials run on the CPU although there is a GPU: set gpus=1, or a fraction")
     return "\n".join(lines)
 
 
-def run(search: Search, folder: SearchDirectory) -> int:
+def run(search: Search, folder: SearchDirectory, course: Course) -> int:
     """Start or continue the search, then show and write its results. Returns the exit code."""
-    if "RAY_AUTH_MODE" not in os.environ:
-        # Ray's servers listen on every interface, so a token guards them; this one lives as long as the search.
-        # Ray reads it when it is imported.
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    require("matplotlib", "search")  # looked for before hours are spent
-    require("ray.tune", "search")
-    if not _fit(search, folder):
+    for module in ("matplotlib", "pandas", "optuna", "ray"):
+        if importlib.util.find_spec(module) is None:  # looked for, not imported: Ray reads its token at import
+            raise missing(module, "search")
+    left = None
+    if search.hours is not None:
+        left = search.hours * 3600 - elapsed(journal.events(folder.path))
+        if left <= 0:
+            print(f"the time budget of {search.hours:g} hours is used up; more hours go on")
+            return show(search, folder)
+    ended = _fit(search, folder, course, left)
+    used = left is not None and search.hours * 3600 <= elapsed(journal.events(folder.path), running=True)
+    if not ended and not used:
         print(f"interrupted; the same command continues the search in {search.directory}")
         return EXIT_INTERRUPTED
-    return show(search, folder)
+    if not ended:
+        print(f"the time budget of {search.hours:g} hours is used up, {course.unfinished()} trials have not ended; "
+              "the same command with more hours goes on")
+    return show(search, folder, finished=ended)
 
 
-def show(search: Search, folder: SearchDirectory) -> int:
-    """Results of a search whose trials have ended: winners on test, leaderboard, files."""
-    from tune import results
+def show(search: Search, folder: SearchDirectory, finished: bool = True) -> int:
+    """Results of a search: winners on test (once all trials have ended), leaderboard, files."""
+    from tune import report
 
-    rows = results.collect(search, trials(search))
+    rows = results.collect(search, journal.read(folder.path))
     best = results.winners(search, rows)
     if not best:
-        print(f"error: no trial finished an epoch; the reasons are in {search.directory}/ray/*/error.txt and "
+        print(f"error: no trial finished an epoch; the reasons are in {search.directory}/{journal.EVENTS} and "
               f"{search.directory}/trials/*/*/outcome.json; the same command tries again", file=sys.stderr)
         return 1
-    folder.mark_finished()
-    print("each study's winner on the test images ...", flush=True)
-    tests = results.evaluate_winners(best)
-    made = results.write(search, rows, tests)
+    if finished:
+        folder.mark_finished()
+        print("each study's winner on the test images ...", flush=True)
+        tests = results.evaluate_winners(best)
+    else:
+        tests = results.read_evaluations(best)
+    print("the report ...", flush=True)
+    made = report.write(search, folder.path, rows, tests)
     print()
-    print(results.leaderboard(search, rows, tests))
+    print(report.leaderboard(search, rows, tests))
     print("\n".join(str(path) for path in made))
     return 0
 
 
 def _check(search: Search) -> None:
     """Build each study's network and open its data; ask whether a trial fits on this machine."""
-    here = World(0, 1, torch.device("cpu"))
+    if search.address == "local":  # of a cluster only its nodes know
+        fits([(len(os.sched_getaffinity(0)), torch.cuda.device_count())], search.cpus, search.gpus, search.workers)
+    here = World(0, search.workers, torch.device("cpu"))
     for study in studies(search):
         recipe = base_recipe(search, study.overrides)
         data, _, _ = prepare(recipe, here)
         build_teacher(recipe, len(data.classes), here)
-    there = {"cpus": len(os.sched_getaffinity(0)), "gpus": torch.cuda.device_count()}
-    for name, count in there.items():
-        if getattr(search, name) > count:
-            raise InputError(f"{name} = {getattr(search, name):g} per trial, this machine has {count}")
 
 
-def _fit(search: Search, folder: SearchDirectory) -> bool:
-    """Run the trials on Ray. Returns whether all of them ended."""
+def _fit(search: Search, folder: SearchDirectory, course: Course, seconds: float | None) -> bool:
+    """Run the trials on Ray, for so many seconds at most. Returns whether all of them ended."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial's run directory has its own logs
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Watch says what happens
-    import ray
-    import ray.tune
-
-    from tune.trial import run as trainable
-
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Watch tells what went wrong, in one line
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     began = time.monotonic()
-    # "local": never join another user's Ray that happens to run here. No dashboard: nothing needs it.
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-                   "RAY_CHDIR_TO_TRIAL_DIR": "0"}
-    ray.init(address="local", runtime_env={"env_vars": environment}, include_dashboard=False, log_to_driver=False,
-             logging_level="ERROR", object_store_memory=256 * 2**20)
-    # Tune saves and returns on SIGINT and SIGUSR1; a batch system sends SIGTERM.
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
-    try:
-        resources = ray.cluster_resources()
-        print(f"Ray is up after {duration(time.monotonic() - began)}: {resources.get('CPU', 0):g} CPU, "
-              f"{resources.get('GPU', 0):g} GPU", flush=True)
-        wanted = {"cpu": search.cpus} | ({"gpu": search.gpus} if search.gpus else {})
-        prepared = ray.tune.with_resources(trainable, wanted)
-        experiment = str(folder.path.resolve() / "ray")
-        if ray.tune.Tuner.can_restore(experiment):
-            print("continuing where the search was interrupted", flush=True)
-            tuner = ray.tune.Tuner.restore(experiment, trainable=prepared, resume_unfinished=True, resume_errored=True)
-        else:
-            tuner = _tuner(search, prepared, folder.path.resolve())
-        grid = tuner.fit()
-        ended = [result.error is not None or (result.metrics or {}).get("done", False) for result in grid]
-        return len(ended) == len(trials(search)) and all(ended)
-    finally:
-        ray.shutdown()
+    with open_cluster(search.address, search.workers), contextlib.ExitStack() as cleanup:
+        most = check_fits(search.cpus, search.gpus, search.workers)
+        print(f"Ray is up after {duration(time.monotonic() - began)}; {most} trials fit at once", flush=True)
+        if search.workers > 1:
+            check_placement(search.cpus, search.gpus, search.workers)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Watch tells what went wrong, in one line
+        tuner = _tuner(search, folder.path.resolve(), course, min(most, search.concurrent or most))
+        journal.event(folder.path, "session")
+        # Tune saves and returns on SIGINT and SIGUSR1; a batch system sends SIGTERM, the time budget nothing.
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+        if seconds is not None:
+            timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1))
+            timer.daemon = True
+            timer.start()
+            cleanup.callback(timer.cancel)
+        tuner.fit()
+        journal.event(folder.path, "pause")
+        return course.finished
 
 
-def _tuner(search, trainable, storage):
+def _tuner(search, folder, course, most):
     import ray.tune
 
+    from tune import trial, workers
+    from tune.cost import network_cost
     from tune.scheduler import StratifiedAsha
+    from tune.searcher import StudySearcher
     from tune.watch import Watch
 
-    every = trials(search)
-    common = {"directory": str(storage), "folder": os.getcwd(), "metric": search.metric, "cpus": search.cpus,
-              "gpus": search.gpus, "recipe": str(Path(search.recipe).resolve())}
-    listed = [{"study": each.study, "number": each.number, "overrides": search.overrides | each.overrides}
-              for each in every]
+    common = {"directory": str(folder), "folder": os.getcwd(), "metric": search.metric, "cpus": search.cpus,
+              "gpus": search.gpus, "workers": search.workers, "recipe": str(Path(search.recipe).resolve())}
     epochs = {study.name: base_recipe(search, study.overrides).optim.epochs for study in studies(search)}
+    one = {"cpu": search.cpus} | ({"gpu": search.gpus} if search.gpus else {})
+    trainable = ray.tune.with_resources(trial.run, one) if search.workers == 1 else \
+        ray.tune.with_resources(workers.run, workers.DRIVER)
+    session = sum(event["event"] == "session" for event in journal.events(folder))
     return ray.tune.Tuner(
         trainable,
-        param_space=common | {"trial": ray.tune.grid_search(listed)},  # a grid keeps the list's order
         tune_config=ray.tune.TuneConfig(
+            search_alg=StudySearcher(course, folder, common,
+                                     lambda each: network_cost(base_recipe(search, each.overrides))),
             scheduler=StratifiedAsha(epochs, grace=search.grace, reduction=search.reduction, metric=search.metric,
-                                     mode=search.mode, file=storage / "rungs"),
-            max_concurrent_trials=search.concurrent,
+                                     mode=search.mode, file=folder / "rungs"),
+            num_samples=course.budget(), max_concurrent_trials=most,
             trial_name_creator=_trial_name, trial_dirname_creator=_trial_name,
         ),
         run_config=ray.tune.RunConfig(
-            name="ray", storage_path=str(storage), verbose=0, callbacks=[Watch(search.metric, len(every))],
+            name=f"session-{session}", storage_path=str(folder / "ray"), verbose=0,
+            callbacks=[Watch(course, folder), *_loggers(search)],
             failure_config=ray.tune.FailureConfig(max_failures=search.retries),
         ),
     )
 
 
+def _loggers(search):
+    """Ray's own callbacks for the services that people keep their experiments in."""
+    if search.wandb:
+        require("wandb", "wandb")
+        from ray.air.integrations.wandb import WandbLoggerCallback
+        yield WandbLoggerCallback(project=search.wandb, group=search.name, excludes=["config"])
+    if search.mlflow:
+        require("mlflow", "mlflow")
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+        yield MLflowLoggerCallback(tracking_uri=search.mlflow, experiment_name=search.name)
+
+
 def _trial_name(trial):
-    which = trial.config["trial"]
-    return f"{which['study']}-{which['number']:03d}"
+    return trial.config["trial"]["key"].replace("/", "-")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,35 @@
 """The folder of a search: one process at a time, one search per folder, the same search continues.
 
     search.yaml, recipe.yaml   what is searched, resolved          trials/STUDY/NUMBER/  each trial's run directory
-    rungs                      ASHA's rungs, with every result     ray/                  Tune's own state
-    finished                   there when all trials have ended    trials.csv, leaderboard.txt, search.png, studies/
+    trials.jsonl               every trial, once decided on        events.jsonl          what happened to them, when
+    rungs                      ASHA's rungs, with every result     extended              trials that --extend added
+    finished                   there when all trials have ended    ray/                  what Tune writes: not read
+    trials.csv, trials.parquet, leaderboard.txt, studies/, report/   the results
 """
+
+import dataclasses
 
 from nulsq.config import Recipe, differences, load, load_recipe, to_yaml
 from nulsq.errors import InputError
 from nulsq.run_directory import lock, write_atomically
+from tune import journal
 from tune.space import Search
+
+# Settings that may change between the parts of a search: they do not enter what it finds.
+FREE = {"dir", "concurrent", "retries", "hours", "cpus", "address", "wandb", "mlflow"}
 
 
 class SearchDirectory:
     """As a context manager, makes the folder and holds its lock."""
 
     def __init__(self, search: Search):
-        self.search, self.path = search, search.directory
+        self.given, self.path = search, search.directory
         self.recipe = load_recipe(search.recipe, search.overrides)
+
+    @property
+    def search(self) -> Search:
+        """The search with all trials that --extend added."""
+        return dataclasses.replace(self.given, trials=self.given.trials + journal.extended(self.path))
 
     @property
     def finished(self) -> bool:
@@ -25,14 +38,22 @@ class SearchDirectory:
     def mark_finished(self) -> None:
         (self.path / "finished").touch()
 
+    def extend(self, trials: int) -> None:
+        """Add trials to each study of a search that has begun."""
+        write_atomically(self.path / "extended", f"{journal.extended(self.path) + trials}\n")
+        (self.path / "finished").unlink(missing_ok=True)
+
     def check(self) -> None:
         """Raises InputError where the folder holds another search, or something else."""
         if (self.path / "search.yaml").is_file():
-            for file, cls, now in (("search.yaml", Search, self.search), ("recipe.yaml", Recipe, self.recipe)):
-                changed = differences(load(cls, self.path / file), now, {"dir"})
-                if changed:
-                    raise InputError(f"{self.path} holds another search ({'; '.join(changed[:3])}); "
-                                     "choose another dir")
+            before = load(Search, self.path / "search.yaml")
+            changed = [*differences(before, self.given, FREE),
+                       *differences(load(Recipe, self.path / "recipe.yaml"), self.recipe, set())]
+            if changed:
+                hint = "choose another dir"
+                if self.given.trials > before.trials and len(changed) == 1:
+                    hint = f"say --extend {self.given.trials - before.trials}, with trials={before.trials}"
+                raise InputError(f"{self.path} holds another search ({'; '.join(changed[:3])}); {hint}")
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"{self.path} exists and holds something else; choose another dir")
 
@@ -44,7 +65,8 @@ class SearchDirectory:
             raise InputError(f"search directory {self.path} cannot be written: {error}") from None
         if not (self.path / "search.yaml").is_file():
             write_atomically(self.path / "recipe.yaml", to_yaml(self.recipe))
-            write_atomically(self.path / "search.yaml", to_yaml(self.search))
+            write_atomically(self.path / "search.yaml", to_yaml(self.given))
+        journal.mend(self.path)
         return self
 
     def __exit__(self, *_) -> None:

@@ -5,21 +5,20 @@
       bits: {key: quant.bits, values: [2, 4]}
     space:                                          # drawn anew for every trial
       lr: {key: optim.lr, sample: loguniform, low: 0.005, high: 0.1}
+    points:                                         # tried first in every study
+      published: {lr: 0.04}
     trials: 8                                       # per study
 
-Axes and samplers have names, so that a command line can say `space.lr.high=0.2` (recipe keys have dots in them).
+Axes, samplers and points have names, so that a command line can say `space.lr.high=0.2` (recipe keys have dots).
 """
 
 import dataclasses
-import hashlib
 import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from nulsq.config import Recipe, load, load_recipe, setting
 from nulsq.errors import InputError
@@ -31,6 +30,17 @@ class Axis:
 
     key: str = setting("", "dotted recipe key")
     values: list[Any] = setting(list, "a study for each")
+    cases: dict[str, dict[str, Any]] = setting(dict, "in place of key and values: NAME: {dotted recipe key: value}, "
+                                               "for what takes several keys")
+
+    @property
+    def options(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and settings of each study along this axis."""
+        return list(self.cases.items()) or [(str(value), {self.key: value}) for value in self.values]
+
+    @property
+    def keys(self) -> list[str]:
+        return list(dict.fromkeys(key for _, settings in self.options for key in settings))
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,12 @@ class Sampler:
             return self.low + u * (self.high - self.low)
         return math.exp(math.log(self.low) + u * (math.log(self.high) - math.log(self.low)))
 
+    def holds(self, value: Any) -> bool:
+        """Whether it could be drawn."""
+        if self.sample == "choice":
+            return value in self.values
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
     def ends(self) -> list[Any]:
         return self.values if self.sample == "choice" else [self.low, self.high]
 
@@ -64,15 +80,32 @@ class Search:
     overrides: dict[str, Any] = setting(dict, "dotted recipe keys that every trial has")
     studies: dict[str, Axis] = setting(dict, "the grid: NAME: {key, values}")
     space: dict[str, Sampler] = setting(dict, "the sampled space: NAME: {key, sample, low, high | values}")
+    searcher: Literal["random", "quasirandom", "tpe"] = setting(
+        "random", "where draws come from; quasirandom: a scrambled Sobol sequence; tpe: Optuna's, which learns")
+    points: dict[str, dict[str, Any]] = setting(dict, "tried first in every study: NAME: {sampler's name: value}")
+    warm_start: str | None = setting(None, "folder of another search: the best draws of its study of the same name "
+                                     "are tried first; tpe learns from all of them")
+    warm_best: int = setting(3, "how many of them", low=1)
     trials: int = setting(8, "trials per study", low=1)
     grace: int = setting(1, "epochs that every trial gets: ASHA's first rung", low=1)
     reduction: int = setting(3, "1 of so many trials goes on at a rung", low=2)
     metric: Literal["val_top1", "val_loss"] = setting("val_top1", "what trials are ranked by, on the holdout")
+    against: Literal["none", "average_bits", "bytes"] = setting(
+        "none", "second objective, of a space that changes it: tpe looks for the front, and only trials of about the "
+        "same cost are compared at rungs")
+    finalists: int = setting(1, "of each study, that are trained again with other seeds", low=1)
+    repeats: int = setting(0, "times that each finalist is trained again", low=0)
     seed: int = setting(0, "of the drawn hyperparameters", low=0)
-    cpus: float = setting(1, "CPU cores of a trial", above=0)
-    gpus: float = setting(0, "GPUs of a trial, fractions allowed", low=0)
+    workers: int = setting(1, "processes of a trial (DDP)", low=1)
+    cpus: float = setting(1, "CPU cores of a process", above=0)
+    gpus: float = setting(0, "GPUs of a process; fractions allowed with one process", low=0)
     concurrent: int | None = setting(None, "trials at once; default: as many as the cores and GPUs allow", low=1)
     retries: int = setting(1, "times that a crashed trial is started again", low=0)
+    hours: float | None = setting(None, "time budget; when it is used up the search stops and shows what it has, with "
+                                  "more hours it goes on", above=0)
+    address: str = setting("local", "local: a Ray of this search's own; auto or HOST:PORT: a running cluster")
+    wandb: str | None = setting(None, "Weights & Biases project that trials are logged to")
+    mlflow: str | None = setting(None, "MLflow tracking URI that trials are logged to")
     dir: str | None = setting(None, "search directory; default: runs/search-NAME")
 
     @property
@@ -100,15 +133,27 @@ class Trial:
     number: int
     overrides: dict[str, Any] = field(default_factory=dict)
     drawn: dict[str, Any] = field(default_factory=dict)  # sampler name -> value
+    source: str = "random"  # where the draw comes from: point, warm, random, quasirandom, tpe or repeat
+    repeat: int = 0  # of a finalist that is trained again with another seed: which time
+    cost: dict[str, float] = field(default_factory=dict)  # average_bits, bytes of its network
 
     @property
     def key(self) -> str:
-        return trial_key(self.study, self.number)
+        """STUDY/NUMBER or STUDY/NUMBER-rREPEAT: its name in the rungs, and its folder below the search's trials/."""
+        return f"{self.study}/{self.number:03d}" + (f"-r{self.repeat}" if self.repeat else "")
 
 
-def trial_key(study: str, number: int) -> str:
-    """STUDY/NUMBER: what a trial is called in the rungs, and its folder below the search's trials/."""
-    return f"{study}/{number:03d}"
+STRATUM = "~"  # between a study's name and what sets a stratum apart
+
+
+def stratum(search: Search, trial: Trial) -> str:
+    """Whom a trial is compared with at rungs: its study, and with two objectives the trials of about its cost, half a
+    bit of average bits or half an octave of bytes."""
+    if search.against == "none":
+        return trial.study
+    cost = trial.cost[search.against]
+    step = cost if search.against == "average_bits" else math.log2(cost)
+    return f"{trial.study}{STRATUM}{round(2 * step) / 2:g}"
 
 
 def load_search(path: str | Path, overrides: Iterable[str] = ()) -> Search:
@@ -116,14 +161,19 @@ def load_search(path: str | Path, overrides: Iterable[str] = ()) -> Search:
     search = load(Search, path, overrides)
     if not search.name:
         search = dataclasses.replace(search, name=Path(path).stem)
+    if STRATUM in search.name or "/" in search.name:
+        raise InputError(f"name = {search.name}: it names folders and studies, without {STRATUM} and /")
     if not search.recipe:
         raise InputError(f"{path}: recipe is missing")
     for name, sampler in search.space.items():
         _check_sampler(f"space.{name}", sampler)
     for name, axis in search.studies.items():
-        if not axis.key or not axis.values:
-            raise InputError(f"studies.{name} needs a key and values, as in {{key: quant.bits, values: [2, 4]}}")
+        if bool(axis.key and axis.values) == bool(axis.cases):
+            raise InputError(f"studies.{name} needs a key and values, as in {{key: quant.bits, values: [2, 4]}}, or "
+                             "cases, as in {cases: {both: {quant.weight.quantizer: lsq, quant.bits: 4}}}")
     _check_keys(path, search)
+    for name, point in search.points.items():
+        _check_point(f"points.{name}", point, search)
     names = [study.name for study in studies(search)]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -138,6 +188,11 @@ def load_search(path: str | Path, overrides: Iterable[str] = ()) -> Search:
                     base_recipe(search, study.overrides | {sampler.key: end})
                 except InputError as error:
                     raise InputError(f"space.{name}: {error}") from None
+        for name, point in search.points.items():
+            try:
+                base_recipe(search, study.overrides | {search.space[each].key: v for each, v in point.items()})
+            except InputError as error:
+                raise InputError(f"points.{name}: {error}") from None
         if base_recipe(search, study.overrides).data.holdout == "none":
             raise InputError("data.holdout = none: a search ranks trials on the holdout, it needs one")
     return search
@@ -149,27 +204,12 @@ def base_recipe(search: Search, overrides: dict[str, Any]) -> Recipe:
 
 def studies(search: Search) -> list[Study]:
     """The cells of the grid, in order."""
-    axes = list(search.studies.values())
-    if not axes:
+    if not search.studies:
         return [Study(search.name or "study", {})]
     found = []
-    for values in itertools.product(*(axis.values for axis in axes)):
-        name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in str(value)) for value in values)
-        found.append(Study(name, {axis.key: value for axis, value in zip(axes, values, strict=True)}))
-    return found
-
-
-def trials(search: Search) -> list[Trial]:
-    """All trials in the order in which they start: studies take turns, so each gets its share from the first minute.
-
-    Trial n of every study has the same draw: studies are compared on the same hyperparameters. A draw depends on
-    (seed, n, sampler's name) alone, so more trials or another sampler leave the others as they were.
-    """
-    found = []
-    for number in range(search.trials):
-        drawn = {name: sampler.draw(_uniform(search.seed, number, name)) for name, sampler in search.space.items()}
-        sampled = {search.space[name].key: value for name, value in drawn.items()}
-        found += [Trial(study.name, number, study.overrides | sampled, drawn) for study in studies(search)]
+    for options in itertools.product(*(axis.options for axis in search.studies.values())):
+        name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in name) for name, _ in options)
+        found.append(Study(name, {key: value for _, settings in options for key, value in settings.items()}))
     return found
 
 
@@ -182,8 +222,18 @@ def rungs(epochs: int, grace: int, reduction: int) -> list[int]:
     return found
 
 
+def expected_epochs(search: Search, epochs: int) -> float:
+    """What a study's trials spend with synchronous halving; the asynchronous form promotes somewhat more."""
+    spent, before, alive = 0.0, 0, float(search.trials)
+    for step in [*rungs(epochs, search.grace, search.reduction), epochs]:
+        spent += max(1, alive) * (step - before)
+        before, alive = step, alive / search.reduction
+    return spent
+
+
 def _check_keys(path, search):
-    keys = [*(part.key for part in (*search.studies.values(), *search.space.values())), *search.overrides]
+    keys = [*(key for axis in search.studies.values() for key in axis.keys),
+            *(sampler.key for sampler in search.space.values()), *search.overrides]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise InputError(f"{path}: {twice[0]} is set by two entries of studies, space and overrides")
@@ -194,11 +244,6 @@ def _check_keys(path, search):
         if sampler.key in ("optim.epochs", "data.holdout", "data.holdout_seed"):
             raise InputError(f"space.{name}: {sampler.key} cannot be sampled, trials of a study are compared by it; "
                              "make it an axis of studies")
-
-
-def _uniform(seed, number, name):
-    label = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-    return float(np.random.default_rng([seed, number, label]).random())
 
 
 def _check_sampler(where, sampler):
@@ -212,3 +257,16 @@ def _check_sampler(where, sampler):
         raise InputError(f"{where}: low = {sampler.low}, high = {sampler.high}; {sampler.sample} needs low < high")
     if sampler.sample == "loguniform" and not sampler.low > 0:
         raise InputError(f"{where}.low = {sampler.low}, allowed for loguniform: above 0")
+
+
+def _check_point(where, point, search):
+    unknown = sorted(set(point) - set(search.space))
+    missing = sorted(set(search.space) - set(point))
+    if unknown or missing:
+        wrong = f"{unknown[0]} is no sampler" if unknown else f"{missing[0]} is missing"
+        raise InputError(f"{where}: {wrong}; a point has a value for each of {', '.join(search.space) or 'none'}")
+    for name, value in point.items():
+        if not search.space[name].holds(value):
+            ends = search.space[name].ends()
+            allowed = f"one of {ends}" if search.space[name].sample == "choice" else f"{ends[0]:g} to {ends[1]:g}"
+            raise InputError(f"{where}.{name} = {value}, allowed: {allowed}, what space.{name} holds")

@@ -1,44 +1,78 @@
-"""What a person sees while a search runs: a line per result, and where the search stands."""
+"""What a person sees while a search runs: a line for whatever happens, and one table of where it stands.
 
+On a terminal the table stays below the lines; elsewhere it is printed once a minute and at the end.
+"""
+
+import sys
 import time
 from pathlib import Path
 
 from ray.tune import Callback
 
 from nulsq.progress import duration
+from tune import journal
+from tune.results import collect
+from tune.status import table
+from tune.studies import Course
+
+TERMINAL, PLAIN = 5.0, 60.0  # seconds between two tables
 
 
 class Watch(Callback):
     """Prints results as they come in."""
 
-    def __init__(self, metric: str, total: int):
-        self.metric, self.total = metric, total
+    def __init__(self, course: Course, folder: Path):
+        self.course, self.folder = course, folder
+        self.terminal = sys.stdout.isatty()
+        self.began = self.shown = time.monotonic()
+        self.lines = 0  # of the table that stands below
 
-    def setup(self, stop=None, num_samples=None, total_num_samples=None, **info):
-        self.began = time.monotonic()  # here, not in the constructor: a restored search unpickles an old one
+    def on_step_end(self, iteration, trials, **info):
+        self._table()
 
     def on_trial_start(self, iteration, trials, trial, **info):
-        self._say(trials, trial, "started")
+        self._say(trial, "started")
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         if "epoch" in result:
-            self._say(trials, trial, f"epoch {result['epoch']}  {self.metric} {result[self.metric]:.2f}")
+            metric = self.course.search.metric
+            self._say(trial, "diverged" if result["diverged"] else
+                      f"epoch {result['epoch']}  {metric} {result[metric]:.2f}")
 
     def on_trial_complete(self, iteration, trials, trial, **info):
-        self._say(trials, trial, "done")
+        self._say(trial, self.course.status[trial.config["trial"]["key"]])
 
     def on_trial_recover(self, iteration, trials, trial, **info):
-        self._say(trials, trial, f"crashed and is tried again: {self._reason(trial)}")
+        self._trouble("retry", trial, "crashed and is tried again")
 
     def on_trial_error(self, iteration, trials, trial, **info):
-        self._say(trials, trial, f"failed: {self._reason(trial)}")
+        self._trouble("error", trial, "failed")
 
-    def _reason(self, trial):
+    def on_experiment_end(self, trials, **info):
+        self._table(now=True)
+
+    def _trouble(self, what, trial, text):
         file = Path(trial.error_file) if trial.error_file else None
         lines = file.read_text().splitlines() if file is not None and file.is_file() else []
-        return next((line for line in reversed(lines) if line.strip()), "no reason is known")[:300]
+        reason = next((line for line in reversed(lines) if line.strip()), "no reason is known")[:300]
+        journal.event(self.folder, what, trial.config["trial"]["key"], reason=reason)
+        self._say(trial, f"{text}: {reason}")
 
-    def _say(self, trials, trial, text):
-        ended = sum(each.status in ("TERMINATED", "ERROR") for each in trials)
-        print(f"[{duration(time.monotonic() - self.began):>6}, {ended}/{self.total} trials ended] {trial}  {text}",
-              flush=True)
+    def _say(self, trial, text):
+        ended = sum(status not in ("running", "waiting") for status in self.course.status.values())
+        self._print(f"[{duration(time.monotonic() - self.began):>6}, {ended}/{self.course.budget()} trials ended] "
+                    f"{trial}  {text}")
+
+    def _table(self, now=False):
+        if now or time.monotonic() - self.shown > (TERMINAL if self.terminal else PLAIN):
+            rows = collect(self.course.search, list(self.course.trials.values()))
+            text = table(self.course.search, rows, journal.events(self.folder), running=True)
+            self._print(text)
+            self.lines = text.count("\n") + 1 if self.terminal else 0
+            self.shown = time.monotonic()
+
+    def _print(self, text):
+        if self.lines:
+            sys.stdout.write(f"\x1b[{self.lines}F\x1b[J")
+            self.lines = 0
+        print(text, flush=True)

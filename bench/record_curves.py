@@ -1,0 +1,85 @@
+"""Learning curves of every trial of a search, none stopped early: what bench.asha_replay replays.
+
+    python -m bench.record_curves                                      # about 1.5 hours on two cores
+    python -m bench.record_curves --search configs/search/curves.yaml --processes 2 --json bench/data/curves.json
+
+Trains the float network that the trials start from, then every trial to its end with `nulsq.train`, in runs/curves.
+Interrupted at any point, the same command goes on. Needs data/cifar10 (python -m data_prep cifar10 --out data/cifar10).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from nulsq.config import load_recipe
+from nulsq.run_directory import path_of, read_metrics, read_outcome, write_atomically
+from nulsq.train import train
+from tune.space import Search, Trial, load_search
+from tune.studies import listed
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m bench.record_curves", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--search", type=Path, default=Path("configs/search/curves.yaml"), help="(%(default)s)")
+    made.add_argument("--start", type=Path, default=Path("configs/recipes/cifar10/tiny_float.yaml"),
+                      help="recipe of the network that trials start from (%(default)s)")
+    made.add_argument("--processes", type=int, default=2, help="trials at a time, one thread each (%(default)s)")
+    made.add_argument("--runs", type=Path, default=Path("runs/curves"), help="where trials are trained (%(default)s)")
+    made.add_argument("--json", type=Path, default=Path("bench/data/curves.json"), help="(%(default)s)")
+    made.add_argument("--share", metavar="I/N", help=argparse.SUPPRESS)  # what one of the processes does
+    return made
+
+
+def train_share(search: Search, runs: Path, every: list[Trial]) -> None:
+    """Train each trial from where its run directory stands; what is finished costs nothing."""
+    for trial in every:
+        own = {"run.dir": str(runs / trial.key), "run.threads": 1, "run.device": "cpu"}
+        recipe = load_recipe(search.recipe, search.overrides | trial.overrides | own)
+        if read_outcome(path_of(recipe))["outcome"] not in ("finished", "diverged"):
+            state = train(recipe, quiet=True)
+            print(f"{trial.key} {state.outcome} {(state.best or {}).get(search.metric)}", flush=True)
+            for file in (runs / trial.key / "checkpoints").glob("*.pt"):
+                file.unlink()
+
+
+def curves(search: Search, runs: Path) -> dict:
+    """The content of the JSON file: the search's settings, and of every trial its draw and its score by epoch."""
+    found = []
+    for trial in listed(search):
+        lines = read_metrics(runs / trial.key)
+        found.append({"study": trial.study, "number": trial.number, "drawn": trial.drawn,
+                      "curve": [line[search.metric] for line in lines],
+                      "seconds": round(sum(line["seconds"] for line in lines), 1)})
+    recipe = load_recipe(search.recipe, search.overrides)
+    return {"metric": search.metric, "epochs": recipe.optim.epochs, "recipe": search.recipe,
+            "model": recipe.model.name, "holdout": recipe.data.holdout, "subset": recipe.data.subset, "trials": found}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    search = load_search(arguments.search)
+    every = listed(search)
+    if arguments.share:
+        mine, of = map(int, arguments.share.split("/"))
+        train_share(search, arguments.runs, every[mine::of])
+        return 0
+    start = load_recipe(arguments.start)
+    if read_outcome(path_of(start))["outcome"] != "finished":
+        train(start)
+    own = [sys.executable, "-m", "bench.record_curves", *(argv if argv is not None else sys.argv[1:])]
+    started = [subprocess.Popen([*own, "--share", f"{each}/{arguments.processes}"])
+               for each in range(arguments.processes)]
+    codes = [process.wait() for process in started]
+    if any(codes):
+        return 1
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(arguments.json, json.dumps(curves(search, arguments.runs), indent=1) + "\n")
+    print(arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

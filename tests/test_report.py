@@ -1,0 +1,216 @@
+"""What a search's report says, against numbers worked out by hand and slow oracles. The page: test_report_page.py."""
+
+import json
+import math
+import random
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from searches import EPOCHS, SPACE, evaluation, marked_search, two_studies
+
+from nulsq.config import Recipe, load
+from nulsq.run_directory import METRICS
+from tune import journal
+from tune.report.findings import Comparison
+from tune.report.front import front
+from tune.report.history import of_events, saving
+from tune.report.importance import importance
+from tune.report.tables import frame, leaderboard, write_tables
+from tune.results import Row, collect
+from tune.space import Sampler, Search, Trial
+
+for module in ("matplotlib", "optuna", "pandas", "pyarrow", "sklearn"):
+    pytest.importorskip(module)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Findings, and the paths of the tables."""
+    findings = two_studies(tmp_path_factory.mktemp("report") / "search")
+    return findings, write_tables(findings)
+
+
+def scores(folder: Path, key: str) -> list[float]:
+    return [json.loads(line)["val_top1"] for line in (folder / "trials" / key / METRICS).open()]
+
+
+# ---- tables
+
+
+def test_the_leaderboard_is_what_counting_by_hand_gives(made):
+    findings, _ = made
+    folder, text = findings.folder, leaderboard(findings.search, findings.rows, findings.tests)
+    assert (folder / "leaderboard.txt").read_text() == text + "\n"
+    epochs = repeated = 0
+    for path in sorted((folder / "trials").glob("*/*")):
+        count = len(scores(folder, f"{path.parent.name}/{path.name}"))
+        epochs, repeated = epochs + count * ("-r" not in path.name), repeated + count * ("-r" in path.name)
+    outcomes = [json.loads(path.read_text())["outcome"] for path in folder.glob("trials/*/*/outcome.json")]
+    diverged = outcomes.count("diverged")
+    assert diverged > 0
+    assert text.splitlines()[-1] == (
+        f"{epochs} epochs trained; all trials to their end would have been {48 * EPOCHS - diverged * (EPOCHS - 3)}; "
+        f"{repeated} more for the finalists' other seeds")
+    for study, tested, part in zip(("2", "4"), ("78.00", "86.00"), text.split("\n\n"), strict=False):
+        lines = part.splitlines()
+        assert lines[0] == f"study {study}: winner's test top-1 {tested} +- 1.00 (3 seeds, 359 images)"
+        assert re.fullmatch(r"  trial  val_top1  epochs    status +lr  coeff_qparm_lr  +qparm_wd", lines[1])
+        own = {path.name: scores(folder, f"{study}/{path.name}") for path in (folder / "trials" / study).iterdir()}
+        ended = {int(name): curve[-1] for name, curve in own.items() if len(curve) == EPOCHS and "-r" not in name}
+        best = sorted(ended, key=lambda number: -ended[number])
+        assert [line.split()[:4] for line in lines[2:5]] == [
+            [str(number), f"{ended[number]:.2f}", str(EPOCHS), "finished"] for number in best[:3]]
+        seeds = {number: [own[f"{number:03d}{end}"][-1] for end in ("", "-r1", "-r2")] for number in best[:2]}
+        assert lines[-2:] == [
+            f"  finalist {number}: val_top1 {statistics.fmean(seeds[number]):.2f} +- "
+            f"{statistics.stdev(seeds[number]):.2f} (3 seeds)"
+            for number in sorted(seeds, key=lambda number: -statistics.fmean(seeds[number]))]
+
+
+def test_the_leaderboard_of_single_seeds(tmp_path):
+    search = marked_search(tmp_path / "search")
+    rows = collect(search, journal.read(search.directory))
+    text = leaderboard(search, rows, {"plain": [evaluation(96.1)]})
+    assert "study plain: winner's test top-1 96.10 (359 images)\n  trial  val_top1  epochs    status  " in text
+    assert "study -b-bold--b-: winner not evaluated on test" in text and "finalist" not in text
+
+
+def test_parquet_equals_csv_and_both_equal_the_runs(made):
+    import pandas
+    findings, _ = made
+    csv = pandas.read_csv(findings.folder / "trials.csv", dtype={"study": str})
+    parquet = pandas.read_parquet(findings.folder / "trials.parquet")
+    pandas.testing.assert_frame_equal(csv, parquet, check_dtype=False)
+    assert list(csv) == ["study", "number", "repeat", "source", "status", "epochs", "val_top1", "best_val_top1",
+                         "quant.bits", "optim.lr", "optim.coeff_qparm_lr", "optim.qparm_wd", "average_bits", "bytes",
+                         "seconds", "run"]
+    assert len(csv) == len(findings.rows)
+    for line in parquet.to_dict("records"):
+        curve = [value for value in scores(findings.folder, str(Path(line["run"]).relative_to(
+            findings.folder / "trials"))) if math.isfinite(value)]
+        assert line["best_val_top1"] == max(curve)
+        assert math.isnan(line["val_top1"]) if line["status"] == "diverged" else line["val_top1"] == curve[-1]
+
+
+def test_a_column_of_mixed_or_nested_values_is_text(tmp_path):
+    search = Search(name="x", space={"a": Sampler("a.b", "choice", values=[[1], [2, 3]]),
+                                     "c": Sampler("c.d", "choice", values=[1, "auto", None])})
+    rows = [Row(Trial("x", i, {"a.b": [1], "c.d": value}), "finished", 1, 5.0, [5.0], 1.0, Path("r"))
+            for i, value in enumerate([1, "auto", None])]
+    table = frame(search, rows)
+    table.to_parquet(tmp_path / "x.parquet")
+    assert list(table["a.b"]) == ["[1]"] * 3 and list(table["c.d"]) == ["1", "auto", "null"]
+    assert table["bytes"].isna().all()
+
+
+def test_best_yaml_is_the_winners_own_recipe(made):
+    findings, paths = made
+    for study, own in findings.finalists.items():
+        winner, path = own[0].rows[0], findings.folder / "studies" / study / "best.yaml"
+        assert path in paths
+        wanted, found = load(Recipe, winner.path / "recipe.yaml"), load(Recipe, path)
+        assert found.optim == wanted.optim and found.quant == wanted.quant and found.data == wanted.data
+        assert found.run.seed == wanted.run.seed and found.run.dir is None
+        header = path.read_text().split("name:")[0]
+        assert f"trial {winner.trial.number}, val_top1 {winner.score:.2f} on the holdout after {EPOCHS}" in header
+        assert f"{own[0].mean:.2f} +- {own[0].spread:.2f} (3 seeds)" in header
+        assert {"2": "78.00 +- 1.00", "4": "86.00 +- 1.00"}[study] in header
+        assert f"# run:      python -m nulsq.train {path}\n" in header
+
+
+# ---- the front
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=12), st.sampled_from(["max", "min"]))
+@settings(deadline=None)
+def test_the_front_is_what_comparing_all_pairs_gives(points, mode):
+    sign = 1 if mode == "max" else -1
+
+    def dominated(i):
+        return any(points[j][0] <= points[i][0] and sign * points[j][1] >= sign * points[i][1]
+                   and points[j] != points[i] for j in range(len(points)))
+
+    found = front([cost for cost, _ in points], [score for _, score in points], mode)
+    assert sorted(found) == [i for i in range(len(points)) if not dominated(i)]
+    assert [points[i][0] for i in found] == sorted(points[i][0] for i in found)
+
+
+# ---- importance
+
+
+def compared(count: int, response, seed: int = 0) -> Comparison:
+    draw = random.Random(seed)
+    drawn = [{name: sampler.draw(draw.random()) for name, sampler in SPACE.items()} for _ in range(count)]
+    rows = [Row(Trial("s", i, {}, each), "finished", 1, 0.0, [0.0], 1.0, Path("r")) for i, each in enumerate(drawn)]
+    return Comparison(1, rows, [response(each, draw) for each in drawn], [False] * count)
+
+
+def of_lr(drawn, draw):
+    return math.log10(drawn["lr"]) + draw.gauss(0, 0.1)
+
+
+def test_importance_finds_what_scores_depend_on_and_is_surer_of_it_with_more_trials():
+    few, many = (importance(SPACE, compared(count, of_lr), bootstraps=8, shuffles=3) for count in (10, 50))
+    for found in (few, many):
+        assert max(found.mean, key=found.mean.get) == "lr"
+    assert many.mean["lr"] > 0.8 and many.mean["lr"] > 2 * many.chance["lr"]
+    assert many.spread["lr"] < few.spread["lr"] / 2
+    assert many == importance(SPACE, compared(50, of_lr), bootstraps=8, shuffles=3)
+
+
+def test_a_log_uniform_hyperparameter_counts_by_its_logarithm():
+    """The lower half of lr's range, by its logarithm, is 5 % of it linearly: weighed so, its effect would vanish."""
+    def both(drawn, draw):
+        return (drawn["lr"] < 0.0173) + 0.5 * (drawn["coeff_qparm_lr"] > 0.0173)
+
+    found = importance(SPACE, compared(60, both), bootstraps=4, shuffles=1)
+    # variances 1/4 and 1/16; about what a forest of 60 trials makes of them
+    assert found.mean["lr"] == pytest.approx(0.8, abs=0.1)
+    assert found.mean["coeff_qparm_lr"] == pytest.approx(0.2, abs=0.1)
+
+
+@pytest.mark.parametrize(("count", "response", "why"), [
+    (5, of_lr, "5 trials have a score at epoch 1; fewer than 8 say nothing"),
+    (20, lambda *_: 3.0, "all 20 trials have the same score at epoch 1"),
+])
+def test_where_nothing_can_be_said_there_is_no_number(count, response, why):
+    found = importance(SPACE, compared(count, response))
+    assert found.why == why and not found.mean
+
+
+def test_trials_are_compared_where_nearly_all_have_a_score(made):
+    findings, _ = made
+    found = findings.comparison("2")
+    own = [row for row in findings.rows if row.trial.study == "2" and not row.trial.repeat]
+    assert found.epoch == 1 and len(found) == len(own) == 24
+    assert found.scores == [row.curve[0] for row in sorted(own, key=lambda row: row.trial.number)]
+
+
+# ---- time
+
+
+def test_sessions_side_by_side_and_the_night_between_them_left_out():
+    def event(time, what, key=None):
+        return {"time": time, "event": what, "key": key}
+
+    past = of_events([
+        event(0, "session"), event(1, "start", "a"), event(2, "start", "b"), event(5, "end", "a"),
+        event(6, "start", "c"), event(8, "result", "c"),  # killed
+        event(1000, "session"), event(1001, "start", "b"), event(1002, "start", "c"), event(1004, "end", "c"),
+        event(1005, "error", "b")])
+    assert past.seconds == 8 + 5 and past.breaks == [8] and past.lanes == 2
+    assert {(span.key, span.begin, span.end, span.lane) for span in past.spans} == {
+        ("a", 1, 5, 0), ("b", 2, 8, 1), ("c", 6, 8, 0), ("b", 9, 13, 0), ("c", 10, 12, 1)}
+    assert of_events([]).lanes == 0
+
+
+def test_what_early_stopping_saved(made):
+    findings, _ = made
+    saved = saving(findings)
+    first = [row for row in findings.rows if not row.trial.repeat]
+    whole = sum(row.seconds * (1 if row.status == "diverged" else EPOCHS / row.epochs) for row in first)
+    assert saved.spent == pytest.approx(sum(row.seconds for row in first)) and saved.whole == pytest.approx(whole)

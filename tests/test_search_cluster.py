@@ -1,0 +1,208 @@
+"""Trials on a cluster of several nodes: what fits, trials of several workers, a node that is lost.
+
+The cluster is real, its nodes are on this machine: one head without cores, as many clusters have, and two nodes of one
+core each, guarded by a token. Two workers land on two nodes.
+"""
+
+import os
+import secrets
+from pathlib import Path
+
+import pytest
+
+from nulsq.config import to_yaml
+from nulsq.errors import InputError
+from nulsq.run_directory import path_of, read_metrics, read_outcome
+from nulsq.train import train
+from tune.cluster import check_fits, check_placement, environment, fits, open_cluster
+
+pytest.importorskip("ray")
+from ray.tune import Callback  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# ---- what fits, as arithmetic
+
+
+@pytest.mark.parametrize(("nodes", "asked", "at_once"), [
+    ([(2, 0)], (1, 0, 1), 2),
+    ([(2, 0)], (0.5, 0, 1), 4),
+    ([(64, 8)] * 2, (8, 1, 4), 4),
+    ([(64, 8)] * 2, (8, 1, 16), 1),  # the workers of a trial may be on several nodes
+    ([(64, 8)], (16, 1, 1), 4),  # cores run out first
+    ([(12, 2)], (1, 0.3, 1), 6),  # three trials on each GPU: none has parts of two
+    ([(12, 4)], (1, 2, 1), 2),
+    ([(0, 0), (1, 0), (1, 0)], (1, 0, 2), 1),  # a head without cores holds drivers, not workers
+])
+def test_how_many_trials_fit_at_once(nodes, asked, at_once):
+    assert fits(nodes, *asked) == at_once
+
+
+@pytest.mark.parametrize(("nodes", "asked", "message"), [
+    ([(4, 1)] * 2, (8, 0, 1), "cpus = 8, gpus = 0: no node can hold one such trial "
+                              "(nodes: 2 with 4 CPU, 1 GPU); at most cpus = 4, gpus = 1 would fit"),
+    ([(4, 1), (16, 0)], (8, 1, 2), "no node can hold one such worker (nodes: 1 with 4 CPU, 1 GPU; 1 with 16 CPU, 0 GPU)"
+                                   "; at most cpus = 4, gpus = 1 would fit"),
+    ([(4, 0)], (1, 1, 1), "at most cpus = 4, gpus = 0 would fit"),
+    ([(4, 4)] * 2, (1, 1, 16), "cpus = 1, gpus = 1 for each of workers = 16: only 8 such workers fit at once"),
+    ([(4, 4)], (1, 0.5, 2), "a fraction of a GPU is for trials of one process"),
+    ([(4, 4)], (1, 2, 2), "a worker drives one GPU"),
+    ([(4, 4)], (1, 1.5, 1), "whole GPUs"),
+])
+def test_what_does_not_fit_says_what_would(nodes, asked, message):
+    with pytest.raises(InputError) as raised:
+        fits(nodes, *asked)
+    assert message in str(raised.value)
+
+
+def test_trials_get_caches_but_no_secrets_and_are_no_ranks(monkeypatch):
+    for name in ("NULSQ_CACHE", "TORCHINDUCTOR_CACHE_DIR", "WANDB_MODE", "WANDB_API_KEY", "RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "7")
+    passed = environment()
+    assert passed["NULSQ_CACHE"] == passed["TORCHINDUCTOR_CACHE_DIR"] == passed["WANDB_MODE"] == "7"
+    assert "WANDB_API_KEY" not in passed and (passed["RANK"], passed["WORLD_SIZE"]) == ("0", "1")
+
+
+@pytest.mark.parametrize("address", ["remote", "ray://host:10001", "host:", "127.0.0.1:9"])
+def test_an_address_that_is_none_is_an_error(address):
+    with pytest.raises(InputError, match=f"address = {address}"), open_cluster(address):
+        pass
+
+
+# ---- a real cluster
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one core each and a head without; this process has joined it."""
+    import ray._private.authentication_test_utils as authentication
+    from ray.cluster_utils import Cluster
+
+    with authentication.authentication_env_guard():
+        authentication.set_auth_mode("token")
+        authentication.set_env_auth_token(secrets.token_hex(32))
+        os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+        authentication.reset_auth_token_state()  # tests before this one may have imported Ray, which reads them then
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True,
+                                                             "dashboard_host": "127.0.0.1"})
+        try:
+            for _ in range(2):
+                made.add_node(num_cpus=1)
+            with open_cluster(made.address, workers=2):
+                yield made
+        finally:
+            made.shutdown()
+    authentication.reset_auth_token_state()
+
+
+class Told(Callback):
+    """Keeps what Tune was told, in order: number of the trial, epoch, score."""
+
+    def __init__(self, at_result=None):
+        self.results, self.at_result = [], at_result
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        self.results.append((trial.config["trial"]["number"], result["epoch"], result["val_top1"]))
+        if self.at_result is not None:
+            self.at_result(*self.results[-1][:2])
+
+    def __getstate__(self):
+        return {}  # Tune saves its callbacks; nobody restores these
+
+
+@pytest.fixture
+def tune_trials(cluster, tmp_path):
+    """Run a trial for each of the overrides, one at a time; returns Tune's results, and what it was told."""
+    import ray.tune
+
+    def run(function, resources, recipe, overrides, *, scheduler=None, at_result=None, workers=1):
+        (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+        listed = [{"study": "s", "number": number, "key": f"s/{number:03d}", "overrides": each}
+                  for number, each in enumerate(overrides)]
+        told = Told(at_result)
+        grid = ray.tune.Tuner(
+            ray.tune.with_resources(function, resources),
+            param_space={"directory": str(tmp_path), "folder": str(ROOT), "metric": "val_top1", "cpus": 1, "gpus": 0,
+                         "workers": workers, "recipe": str(tmp_path / "recipe.yaml"),
+                         "trial": ray.tune.grid_search(listed)},
+            tune_config=ray.tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=1),
+            run_config=ray.tune.RunConfig(name="ray", storage_path=str(tmp_path), verbose=0, callbacks=[told],
+                                          failure_config=ray.tune.FailureConfig(max_failures=1))).fit()
+        return grid, told.results
+
+    return run
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cluster_is_asked_what_it_can_hold(cluster):
+    assert check_fits(1, 0, 2) == 1 and check_fits(1, 0) == 2
+    with pytest.raises(InputError, match="1 with 0 CPU, 0 GPU"):
+        check_fits(2, 0)
+    check_placement(1, 0, 2)
+    with pytest.raises(InputError, match="found no place within 2 s; free in the cluster: 2 CPU, 0 GPU"):
+        check_placement(1, 0, 3, seconds=2)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_stopped_trial_of_two_workers_makes_room_for_the_next(tune_trials, short, float_run, tmp_path, steps_done):
+    """The cluster holds one such trial. The first was begun by one process and interrupted: two workers continue it
+    until it is stopped. The second is, from its start, what one process makes of it."""
+    from ray.tune.schedulers import FIFOScheduler
+
+    from tune import workers
+
+    class StopTheFirst(FIFOScheduler):
+        def on_trial_result(self, tune_controller, trial, result):
+            return self.STOP if (trial.config["trial"]["number"], result["epoch"]) == (0, 2) else self.CONTINUE
+
+    settings = {"model__init_from": str(float_run), "optim__freeze_bn": True, "optim__lr": 0.01, "optim__epochs": 2}
+    first, second = (tmp_path / "trials/s" / name for name in ("000", "001"))
+    begun = short("begun", **settings | {"optim__epochs": 40, "run__dir": str(first)})
+    assert train(begun, quiet=True, stop=lambda: steps_done[-1] >= 5).outcome == "saved"  # in the second epoch
+    before = read_metrics(first)
+    one, recipe = short("one-process", **settings), short("two-workers", **settings)
+    assert train(one, quiet=True).outcome == "finished"
+
+    grid, told = tune_trials(workers.run, workers.DRIVER, recipe, [{"optim.epochs": 40}, {}], scheduler=StopTheFirst(),
+                             workers=2)
+    assert not grid.errors
+    assert [entry[:2] for entry in told] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert len(before) == 1 and read_metrics(first)[:1] == before and 2 <= len(read_metrics(first)) < 40
+    alone, together = read_metrics(path_of(one)), read_metrics(second)
+    assert read_outcome(second)["outcome"] == "finished"
+    assert [entry[2] for entry in told] == [line["val_top1"] for line in read_metrics(first)[:2] + together]
+    for x, y in zip(alone, together, strict=True):
+        assert (x["val_images"], x["train_images"], x["step"]) == (y["val_images"], y["train_images"], y["step"])
+        # Summation order moves a value across a threshold now and then, so losses drift apart slowly.
+        assert x["train_loss"] == pytest.approx(y["train_loss"], rel=2e-3)
+    # One of the few validation images may be on the edge between two classes.
+    assert abs(alone[0]["val_top1"] - together[0]["val_top1"]) <= 100.1 / alone[0]["val_images"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_trial_whose_node_is_lost_continues_on_another(cluster, tune_trials, short, float_run, tmp_path):
+    from ray.util.state import list_actors
+
+    from tune import trial
+
+    recipe = short("lost", model__init_from=str(float_run), optim__epochs=4)
+    before = []
+
+    def lose_the_node(number, epoch):
+        if epoch == 2 and not before:
+            (actor,) = (actor for actor in list_actors(filters=[("state", "=", "ALIVE")])
+                        if actor.class_name.endswith("ImplicitFunc"))  # Tune's name for a trial of a function
+            (node,) = (node for node in cluster.worker_nodes if node.node_id == actor.node_id)
+            before.extend(read_metrics(tmp_path / "trials/s/000"))
+            cluster.remove_node(node, allow_graceful=False)
+
+    grid, told = tune_trials(trial.run, {"cpu": 1}, recipe, [{}], at_result=lose_the_node)
+    assert not grid.errors and len(before) == 2
+    # After the loss the epochs that were done are told again, and training goes on behind them.
+    assert [entry[1] for entry in told] == [1, 2, 1, 2, 3, 4]
+    after = read_metrics(tmp_path / "trials/s/000")
+    assert after[:2] == before  # even the times: no epoch was trained twice
+    assert [entry[2] for entry in told[2:]] == [line["val_top1"] for line in after]

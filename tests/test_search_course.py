@@ -1,0 +1,243 @@
+"""Which trial is next and where its hyperparameters come from: laws without a cluster, on drawn scores."""
+
+import dataclasses
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from nulsq.errors import InputError
+from tests.searches import made_search
+from tune import journal
+from tune.draws import STARTUP, Told, quasirandom, tpe
+from tune.draws import random as at_random
+from tune.results import Row
+from tune.space import load_search, stratum
+from tune.studies import Course, listed, warm_rows
+
+pytest.importorskip("optuna")
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "configs/search/demo.yaml"
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def score(trial, epoch):
+    """Better near lr = 0.03; the same for the same draw, whoever asks."""
+    noise = random.Random(f"{trial.key} {epoch}").random()
+    return 80 - 8 * abs(math.log10(trial.drawn["lr"]) + 1.5) + epoch + noise
+
+
+def end(course, trial):
+    """Train to the end, or to epoch 1 where the draw is poor."""
+    stopped = score(trial, 1) < 78
+    for epoch in (1,) if stopped else (1, 2, 3, 4):
+        course.result(trial.key, epoch, score(trial, epoch))
+    course.end(trial.key, "stopped" if stopped else "finished")
+
+
+def rows_of(course):
+    """What the search's folder would say after an interruption: what ran is unfinished."""
+    return [Row(trial, "running" if course.status[key] == "running" else course.status[key], len(course.curves[key]),
+                course.curves[key][-1] if course.curves[key] else math.nan, list(course.curves[key]), 0.0, Path(key))
+            for key, trial in course.trials.items()]
+
+
+def test_studies_take_turns_whatever_the_searcher():
+    for searcher in ("random", "quasirandom", "tpe"):
+        course = Course(load_search(DEMO, [f"searcher={searcher}", "trials=12"]), [])
+        order = []
+        while (trial := course.next()) is not None:
+            order.append(trial)
+            end(course, trial)
+        assert [trial.study for trial in order] == ["lsq_nulsq_2", "lsq_lsq_2"] * 12
+        assert [trial.number for trial in order] == [number for number in range(12) for _ in range(2)]
+        assert course.finished
+
+
+@pytest.mark.parametrize("searcher", ["random", "quasirandom", "tpe"])
+def test_a_search_that_goes_on_draws_what_the_uninterrupted_one_draws(searcher):
+    search = load_search(DEMO, [f"searcher={searcher}", "trials=14", "finalists=2", "repeats=1"])
+    straight, broken = Course(search, []), Course(search, [])
+    expected, found = [], []
+    while (trial := straight.next()) is not None:
+        expected.append(trial)
+        end(straight, trial)
+    for i in range(10_000):
+        if i % 5 == 4:
+            broken = Course(search, rows_of(broken))  # nothing but what the files say
+        if (trial := broken.next()) is None:
+            break
+        found.append(trial)
+        end(broken, trial)
+    assert found == expected and len(found) == straight.budget() == 32
+
+
+def test_what_was_interrupted_goes_on_first_and_once():
+    search = load_search(DEMO, ["trials=4"])
+    course = Course(search, [])
+    first = [course.next() for _ in range(3)]
+    end(course, first[1])
+    again = Course(search, rows_of(course))
+    assert again.unfinished() == 2
+    assert [again.next() for _ in range(2)] == [first[0], first[2]]
+    assert again.next().key not in {trial.key for trial in first}
+
+
+def test_finalists_are_repeated_once_all_trials_of_their_study_have_ended():
+    search = load_search(DEMO, ["trials=5", "finalists=2", "repeats=2", "studies.activation.values=[lsq]"])
+    course = Course(search, [])
+    running = [course.next() for _ in range(5)]
+    for trial in running[:4]:
+        end(course, trial)
+    assert course.next() is None and not course.idle and not course.finished
+    end(course, running[4])
+    again = []
+    while (trial := course.next()) is not None:
+        again.append(trial)
+        end(course, trial)
+    best = sorted(running, key=lambda trial: (-len(course.curves[trial.key]), -course.curves[trial.key][-1]))[:2]
+    assert [(trial.number, trial.repeat) for trial in again] == [(each.number, repeat) for repeat in (1, 2)
+                                                                for each in best]
+    assert [trial.overrides["run.seed"] for trial in again] == [1, 1, 2, 2]
+    assert len({trial.key for trial in again}) == 4 and course.finished
+
+
+def test_quasirandom_draws_cover_the_space_more_evenly_than_random_ones():
+    from scipy.stats import qmc
+
+    def unit(drawn):
+        return [(math.log(drawn[name]) - math.log(sampler.low)) / (math.log(sampler.high) - math.log(sampler.low))
+                for name, sampler in search.space.items()]
+
+    worse = 0
+    for seed in range(10):
+        search = load_search(DEMO, [f"seed={seed}"])
+        even, uneven = ([unit(draw(search, number)) for number in range(32)] for draw in (quasirandom, at_random))
+        assert all(0 <= u <= 1 for point in even for u in point)
+        worse += qmc.discrepancy(even) > qmc.discrepancy(uneven)
+    assert worse == 0
+
+
+def test_tpe_is_told_that_a_stopped_trial_was_stopped():
+    """Trials of small lr look better after one epoch, where they are stopped; those of large lr are better in the end.
+    Told the truth TPE draws large ones; told that early scores are final, it would draw small ones."""
+    search = load_search(DEMO, ["searcher=tpe", "space.lr.low=1e-4", "space.lr.high=1"])
+    draw = random.Random(0)
+    told = []
+    for i in range(24):
+        drawn = at_random(search, i) | {"lr": 10 ** draw.uniform(-4, -2.5) if i % 2 else 10 ** draw.uniform(-1.5, 0)}
+        told.append(Told(drawn, [90.0 + draw.random()], "stopped", {}) if i % 2 else
+                    Told(drawn, [50.0, 60.0, 70.0, 80.0 + draw.random()], "finished", {}))
+    truth = [tpe(search, "s", number, told)["lr"] for number in range(30)]
+    lie = [tpe(search, "s", number, [dataclasses.replace(each, status="finished", curve=each.curve[-1:])
+                                     for each in told])["lr"] for number in range(30)]
+    assert sum(lr > 0.01 for lr in truth) > 25 > 10 > sum(lr > 0.01 for lr in lie)
+
+
+def test_tpe_finds_a_better_place_than_random_draws():
+    search = load_search(DEMO, ["searcher=tpe", "trials=40", "studies.activation.values=[lsq]", "space.lr.low=1e-4",
+                                "space.lr.high=1"])
+    course = Course(search, [])
+    while (trial := course.next()) is not None:
+        end(course, trial)
+    miss = [abs(math.log10(trial.drawn["lr"]) + 1.5) for trial in course.trials.values()]
+    assert sum(miss[20:]) / 20 < sum(miss[:STARTUP]) / STARTUP / 2
+    assert [trial.source for trial in course.trials.values()] == ["random"] * STARTUP + ["tpe"] * 30
+
+
+def test_points_come_first_in_every_study():
+    search = load_search(DEMO, ["points={mine: {lr: 0.01, coeff_qparm_lr: 0.02, qparm_wd: 1e-4}}", "trials=2"])
+    every = listed(search)
+    assert [trial.source for trial in every] == ["point"] * 2 + ["random"] * 2
+    assert every[1].overrides["optim.lr"] == 0.01 and every[1].drawn["coeff_qparm_lr"] == 0.02
+    assert every[2].drawn == listed(load_search(DEMO, ["trials=2"]))[2].drawn  # the others stay as they were
+
+
+def test_cases_set_several_keys():
+    search = load_search(ROOT / "configs/search/cifar10.yaml")
+    course = Course(search, [])
+    first = [course.next() for _ in range(18)]
+    assert len({trial.study for trial in first}) == 18
+    mine = next(trial for trial in first if trial.study == "nulsq-a_3")
+    assert mine.overrides["quant.weight.quantizer"] == "lsq" and mine.overrides["quant.bits"] == 3
+    assert mine.overrides["quant.activation.quantizer"] == "nulsq" and mine.source == "point"
+
+
+# ---- warm start
+
+
+def test_a_search_starts_from_what_another_one_found(tmp_path):
+    other = made_search(tmp_path / "other", {"bits": ("quant.bits", [2, 4])}, trials=16)
+    file = tmp_path / "next.yaml"
+    file.write_text(f"recipe: {ROOT}/configs/recipes/digits/w2a2.yaml\nwarm_start: {other.directory}\nwarm_best: 2\n"
+                    "searcher: tpe\nstudies: {bits: {key: quant.bits, values: [2, 4]}}\nspace:\n"
+                    + "".join(f"  {name}: {{key: {each.key}, low: {each.low}, high: {each.high}}}\n"
+                              for name, each in other.space.items()))
+    search = load_search(file)
+    warm = warm_rows(search)
+    course = Course(search, [], warm)
+    first = [course.next() for _ in range(6)]
+    assert [trial.source for trial in first] == ["warm"] * 4 + ["tpe"] * 2  # it has learned enough to draw at once
+    best = {study: sorted((row for row in warm[study] if row.good), key=lambda row: (-row.epochs, -row.score))
+            for study in ("2", "4")}
+    assert [trial.drawn for trial in first[:4]] == [best[study][i].trial.drawn for i in range(2)
+                                                    for study in ("2", "4")]
+
+    (tmp_path / "empty").mkdir()
+    for wrong, message in ((tmp_path / "empty", "is not the folder of a search .*there are .*other"),
+                           (None, "ranked by val_top1, this search by val_loss")):
+        changed = dataclasses.replace(search, **({"warm_start": str(wrong)} if wrong else {"metric": "val_loss"}))
+        with pytest.raises(InputError, match=message):
+            warm_rows(changed)
+
+
+# ---- two objectives
+
+
+def test_only_trials_of_about_the_same_cost_are_compared():
+    search = load_search(DEMO, ["against=average_bits"])
+    trial = listed(search)[0]
+    strata = [stratum(search, dataclasses.replace(trial, cost={"average_bits": bits, "bytes": 1}))
+              for bits in (2.1, 2.2, 2.4, 4.0)]
+    assert strata == ["lsq_nulsq_2~2", "lsq_nulsq_2~2", "lsq_nulsq_2~2.5", "lsq_nulsq_2~4"]
+    assert stratum(load_search(DEMO), trial) == "lsq_nulsq_2"
+
+
+def test_tpe_with_two_objectives_looks_for_the_front():
+    """Score rises with the bits; for each of them there is a best lr. TPE goes on with several bits, near that lr."""
+    search = load_search(DEMO, ["searcher=tpe", "against=average_bits", "trials=60", "studies.bits.key=run.seed",
+                                "studies.activation.values=[lsq]", "space.lr.low=1e-4", "space.lr.high=1",
+                                "space.bits={key: quant.bits, sample: choice, values: [2, 3, 4]}"])
+    course = Course(search, [])
+    while (trial := course.next()) is not None:
+        trial = dataclasses.replace(trial, cost={"average_bits": float(trial.drawn["bits"]), "bytes": 1})
+        course.trials[trial.key] = trial
+        for epoch in range(1, 5):
+            course.result(trial.key, epoch, score(trial, epoch) + 3 * trial.drawn["bits"])
+        course.end(trial.key, "finished")
+    later = list(course.trials.values())[30:]
+    assert {trial.drawn["bits"] for trial in later} == {2, 3, 4}
+    early = [abs(math.log10(trial.drawn["lr"]) + 1.5) for trial in list(course.trials.values())[:STARTUP]]
+    late = [abs(math.log10(trial.drawn["lr"]) + 1.5) for trial in later]
+    assert sum(late) / len(late) < sum(early) / len(early)
+
+
+# ---- the journal
+
+
+def test_the_journal_gives_back_every_trial_and_survives_a_cut(tmp_path):
+    every = listed(load_search(DEMO, ["trials=3"]))
+    for trial in every:
+        journal.append(tmp_path, trial)
+    assert journal.read(tmp_path) == every
+    file = tmp_path / journal.TRIALS
+    file.write_text(file.read_text()[:-40])  # a full disk
+    journal.mend(tmp_path)
+    assert journal.read(tmp_path) == every[:-1]
+    journal.append(tmp_path, every[-1])
+    assert journal.read(tmp_path) == every

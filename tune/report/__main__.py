@@ -1,0 +1,64 @@
+"""The report of a search, from its folder: a page, pictures, and tables for people's own analysis.
+
+    python -m tune.report runs/search-demo                   # finished, interrupted or still running: the page says so
+    python -m tune.report runs/search-demo --out /tmp/page   # the page and its pictures elsewhere
+
+Into the search's folder: trials.csv, trials.parquet, leaderboard.txt, studies/STUDY/best.yaml. Into --out: index.html,
+which needs neither a network nor the pictures beside it. Nothing is trained or evaluated: the winners' accuracies on
+test are read from their runs, where `tune.search` leaves them at its end.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nulsq.errors import InputError, Parser, exit_on_input_error, require
+from nulsq.evaluate import read_evaluation
+from tune import journal
+from tune.report import write
+from tune.report.findings import Findings, is_running
+from tune.report.tables import leaderboard
+from tune.results import Row, collect
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m tune.report", description=__doc__)
+    made.add_argument("folder", type=Path, metavar="DIR", help="folder of a search")
+    made.add_argument("--out", type=Path, metavar="DIR", help="folder of the page and the pictures (DIR/report)")
+    made.add_argument("--no-test", action="store_true", help="leave out accuracies on the test images")
+    return made
+
+
+def evaluation(row: Row) -> dict[str, Any] | None:
+    """What a winner's run reached on test; None where nobody looked. Of a folder that was copied without its
+    checkpoints the file is believed as it is: whether it belongs to the run's last checkpoint cannot be told."""
+    try:
+        return read_evaluation(row.path)
+    except InputError:
+        return json.loads((row.path / "test.json").read_text())
+
+
+@exit_on_input_error
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    search = journal.load_folder(arguments.folder)
+    # looked for before anything is written
+    require("pandas", "search"), require("pyarrow", "search"), require("matplotlib", "search")
+    require("optuna", "search"), require("sklearn", "search")
+    rows = collect(search, journal.read(arguments.folder))
+    if not rows:
+        raise InputError(f"{arguments.folder}: no trial was begun yet")
+    finalists = {} if arguments.no_test else Findings(search, rows, {}).finalists
+    tests = {study: [found for row in own[0].rows if row.good and (found := evaluation(row))]
+             for study, own in finalists.items()}
+    try:
+        made = write(search, arguments.folder, rows, tests, arguments.out, is_running(arguments.folder))
+    except OSError as error:
+        raise InputError(f"cannot be written: {error}") from None
+    print(leaderboard(search, rows, tests))
+    print("\n".join(map(str, made)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

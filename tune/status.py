@@ -1,0 +1,112 @@
+"""Where a search stands, from another terminal, from its files: running, interrupted or finished.
+
+    python -m tune.status runs/search-demo
+    python -m tune.status runs/search-demo --every 10        # again and again, until Ctrl-C
+
+A line per study: trials by state, the best so far, how many trials reached each rung, epochs spent of the budget that
+all trials to their end would cost.
+"""
+
+import contextlib
+import fcntl
+import sys
+import time
+from pathlib import Path
+
+from nulsq.errors import InputError, Parser, exit_on_input_error
+from nulsq.progress import duration
+from tune import journal
+from tune.results import Row, collect, ranked
+from tune.space import Search, base_recipe, expected_epochs, rungs, studies
+
+STATES = ("finished", "stopped", "running", "waiting", "diverged", "failed")
+COLUMNS = ("study", *STATES, "best", "reached rungs", "epochs")
+
+
+def table(search: Search, rows: list[Row], events: list[dict], *, running: bool) -> str:
+    """The table, and a line that sums it up."""
+    lines, spent, most, left = [list(COLUMNS)], 0, 0, 0.0
+    for study in studies(search):
+        epochs = base_recipe(search, study.overrides).optim.epochs
+        own = [row for row in rows if row.trial.study == study.name]
+        first = [row for row in own if not row.trial.repeat]
+        repeats = search.finalists * search.repeats
+        states = {state: sum(row.status == state for row in own) for state in STATES}
+        states["waiting"] += search.trials + repeats - len(own)
+        best = next((row for row in ranked(own, study.name, search.mode) if row.good), None)
+        reached = [f"{rung}: {sum(row.epochs >= rung for row in first)}"
+                   for rung in [*rungs(epochs, search.grace, search.reduction), epochs]]
+        used, whole = sum(row.epochs for row in own), (search.trials + repeats) * epochs
+        if states["waiting"] or states["running"]:
+            left += max(0.0, expected_epochs(search, epochs) + repeats * epochs - used)
+        spent, most = spent + used, most + whole
+        lines.append([study.name, *map(str, states.values()),
+                      f"{best.score:.2f} (trial {best.trial.number}, epoch {best.epochs})" if best else "-",
+                      "  ".join(reached), f"{used}/{whole}"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    text = ["  ".join(cell.ljust(width) if i in (0, 7, 8) else cell.rjust(width)
+                      for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
+    seconds = elapsed(events, running=running)
+    told = f"{spent} of at most {most} epochs in {duration(seconds)}"
+    if spent and left:
+        told += f", about {duration(seconds / spent * left)} left" if running else f", about {round(left)} epochs left"
+    return "\n".join([*text, told])
+
+
+def elapsed(events: list[dict], *, running: bool = False) -> float:
+    """Seconds that the search has run, over all its sessions."""
+    seconds, began = 0.0, None
+    for i, event in enumerate(events):
+        if event["event"] == "session":
+            began = event["time"]
+        last = i + 1 == len(events)
+        if began is not None and (event["event"] == "pause" or last or events[i + 1]["event"] == "session"):
+            seconds += (time.time() if last and running and event["event"] != "pause" else event["time"]) - began
+            began = None
+    return seconds
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the search's lock."""
+    with contextlib.suppress(OSError), (folder / "lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def describe(folder: Path) -> str:
+    """The state of a search in words, and its table. Raises InputError for a folder that holds no search."""
+    search = journal.load_folder(folder)
+    running = is_running(folder)
+    state = "running" if running else "finished" if (folder / "finished").is_file() else \
+        "interrupted: the same command continues it"
+    rows = collect(search, journal.read(folder))
+    return f"{folder}: {state}\n{table(search, rows, journal.events(folder), running=running)}"
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m tune.status", description=__doc__)
+    made.add_argument("folder", type=Path, metavar="DIR", help="folder of a search, as runs/search-demo")
+    made.add_argument("--every", type=float, metavar="SECONDS", help="show it again after so many seconds")
+    return made
+
+
+@exit_on_input_error
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    if arguments.every is not None and arguments.every <= 0:
+        raise InputError(f"--every {arguments.every:g}, allowed: above 0")
+    clear = "\x1b[H\x1b[2J" if arguments.every and sys.stdout.isatty() else ""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            print(clear + describe(arguments.folder), flush=True)
+            if not arguments.every:
+                break
+            time.sleep(arguments.every)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
