@@ -43,7 +43,7 @@ from nulsq.quant.fold_relu import fold_relu_
 from nulsq.quant.oscillation import shares
 from nulsq.quant.step import quantizers_of
 from nulsq.quant.swap import summary
-from nulsq.run_directory import METRICS, OSCILLATIONS, RunDirectory, path_of, write_outcome
+from nulsq.run_directory import METRICS, OSCILLATIONS, RunDirectory, path_of, read_outcome, write_outcome
 from nulsq.signals import NOTHING, SAVE, SAVE_FILE, STOP, Asked, Stopped, stop_on_signal
 from nulsq.state import TrainState, track_oscillations
 from nulsq.tensorboard import TensorBoardLog
@@ -93,7 +93,7 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
         try:
             return _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup)
         except SystemExit:  # out of `report`: whoever listens ends the run; its last epoch is saved
-            if here.first:
+            if here.first and read_outcome(run.path)["outcome"] == "running":
                 run.write_outcome("saved")
             raise
         except (Exception, KeyboardInterrupt) as error:

@@ -117,8 +117,8 @@ def tune_trials(cluster, tmp_path):
 
     def run(function, resources, recipe, overrides, *, scheduler=None, at_result=None, workers=1):
         (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
-        listed = [{"study": "s", "number": number, "key": f"s/{number:03d}", "overrides": each}
-                  for number, each in enumerate(overrides)]
+        listed = [{"study": "s", "number": number, "key": f"s/{number:03d}", "repeat": 0, "stratum": "s",
+                   "overrides": each} for number, each in enumerate(overrides)]
         told = Told(at_result)
         grid = ray.tune.Tuner(
             ray.tune.with_resources(function, resources),

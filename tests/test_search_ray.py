@@ -108,9 +108,7 @@ def test_the_journal_has_every_trial_and_every_result_once(done):
     assert len({trial.key for trial in trials}) == len(trials) == 16
     # studies take turns: among the first trials each has its first, then each its second
     assert [trial.number for trial in trials[:12]] == [0] * 4 + [1] * 4 + [2] * 4
-    results = [(event["key"], event["epoch"]) for event in journal.events(out) if event["event"] == "result"]
-    trained = [(trial.key, line["epoch"]) for trial in trials for line in read_metrics(out / "trials" / trial.key)]
-    assert sorted(results) == sorted(trained)
+    _every_result_once(out)
 
 
 def test_status_from_another_terminal_shows_where_the_search_stands(done):
@@ -181,6 +179,7 @@ def test_another_search_in_the_same_directory_is_an_error(search_file, done):
 
 @pytest.mark.parametrize("number", [
     pytest.param(signal.SIGUSR1, id="SIGUSR1"),
+    pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.long),
     pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),
     pytest.param(signal.SIGKILL, id="SIGKILL", marks=pytest.mark.slow)])
 def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
@@ -213,6 +212,7 @@ def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
                 if milestone < 4:
                     trained = read_metrics(tmp_path / "out" / "trials" / key)
                     assert score == trained[milestone - 1]["val_top1"], (study, key, milestone)
+    _every_result_once(tmp_path / "out")
     outcomes = [read_outcome(path.parent)["outcome"] for path in tmp_path.glob("out/trials/*/*/recipe.yaml")]
     assert len(outcomes) == 4 and "finished" in outcomes
     if number != signal.SIGUSR1:
@@ -234,19 +234,40 @@ def test_a_trial_that_dies_does_not_end_the_search(search_file, tmp_path):
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     rows = {row["study"]: row for row in csv.DictReader((tmp_path / "out" / "trials.csv").open())}
     assert rows["lsq_2"]["status"] == "finished" and rows["tests.dying_2"]["epochs"] == "0"
+    assert rows["tests.dying_2"]["status"] == "failed"
     happened = [event["event"] for event in journal.events(tmp_path / "out") if event["key"] == "tests.dying_2/000"]
     assert happened == ["start", "retry", "error", "end"] or happened == ["start", "retry", "end", "error"]
     assert "crashed and is tried again" in ended.stdout and "study tests.dying_2: no trial" in ended.stdout
+    # One that diverges costs the search nothing but its epochs, and has no place in the ranking.
+    ended = search(search_file, f"dir={tmp_path}/diverges", "trials=2", "repeats=0", "studies.bits.values=[2]",
+                   "studies.activation.values=[lsq]", "overrides={optim.epochs: 2, guard.rollbacks: 0}",
+                   "space.lr.high=1e9", "points={sane: {lr: 0.01}, mad: {lr: 1e8}}")
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    rows = list(csv.DictReader((tmp_path / "diverges" / "trials.csv").open()))
+    assert [row["status"] for row in rows] == ["finished", "diverged"]
+    assert not list((tmp_path / "diverges").glob("trials/*/001/checkpoints/*.pt"))
+    assert read_outcome(Path(rows[1]["run"]))["outcome"] == "diverged"
 
 
 def test_a_search_whose_time_is_used_up_shows_what_it_has_and_goes_on_with_more(search_file, tmp_path):
     arguments = [search_file, f"dir={tmp_path}/out", "trials=1", "repeats=0", "studies.bits.values=[2]",
                  "studies.activation.values=[lsq]"]
-    ended = search(*arguments, "hours=0.0001")
-    assert "the time budget of 0.0001 hours is used up" in ended.stdout
-    assert ended.returncode in (0, 1)  # 1: within so short a time no epoch was finished
+    for _ in range(2):  # the second time nothing is left of it
+        ended = search(*arguments, "hours=0.0001")
+        assert "the time budget of 0.0001 hours is used up" in ended.stdout
+        assert ended.returncode == 1 and "no trial has reached its end yet" in ended.stdout
+        assert not (tmp_path / "out" / "finished").exists()  # nor has anything seen the test images
+    ended = search(*arguments, "--extend", "1")
+    assert ended.returncode == 2 and "has not finished" in ended.stderr
     ended = search(*arguments, "hours=1")
     assert ended.returncode == 0 and "study lsq_2: winner's test top-1" in ended.stdout, ended.stdout + ended.stderr
+
+
+def _every_result_once(out: Path) -> None:
+    results = [(event["key"], event["epoch"]) for event in journal.events(out) if event["event"] == "result"]
+    trained = [(trial.key, line["epoch"]) for trial in journal.read(out)
+               for line in read_metrics(out / "trials" / trial.key)]
+    assert sorted(results) == sorted(trained)
 
 
 def _wait_for_orphans(out: Path) -> None:

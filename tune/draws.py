@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tune.reporting import WORST
 from tune.space import Search, Trial
 
 STARTUP = 10  # trials of a study that TPE draws at random, as Optuna does
@@ -89,12 +90,14 @@ def tpe(search: Search, study: str, number: int, told: list[Told]) -> dict[str, 
         finite = [score for score in each.curve if math.isfinite(score)]
         if each.status == "running":
             known.add_trial(create_trial(state=TrialState.RUNNING, **params))
-        elif not finite:
-            continue  # it diverged within its first epoch: the scheduler said so, there is no number to tell
         elif two:
             lacks = 0.0 if each.status == "finished" else max(1 - len(finite) / max(longest, 1), 1e-3)
+            if each.status == "diverged" or not finite:
+                lacks, finite = 1.0, [WORST[search.metric]]
             known.add_trial(create_trial(values=[finite[-1], each.cost[search.against]],
                                          system_attrs={_CONSTRAINTS_KEY: (lacks,)}, **params))
+        elif each.status == "diverged" or not finite:  # pruned without a score: ranked behind all others
+            known.add_trial(create_trial(state=TrialState.PRUNED, **params))
         elif each.status == "finished":
             known.add_trial(create_trial(value=finite[-1], **params))
         else:

@@ -4,6 +4,7 @@ whatever happens to one. Appended, never rewritten: whatever is killed, what sta
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ TRIALS, EVENTS = "trials.jsonl", "events.jsonl"
 
 
 def append(folder: Path, trial: Trial) -> None:
-    _line(folder / TRIALS, dataclasses.asdict(trial) | {"time": round(time.time(), 3)})
+    """Synced: a trial that has begun must not be drawn anew after a loss of power."""
+    _line(folder / TRIALS, dataclasses.asdict(trial) | {"time": round(time.time(), 3)}, synced=True)
 
 
 def event(folder: Path, what: str, key: str | None = None, **more: Any) -> None:
@@ -36,7 +38,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 
 def load_folder(folder: Path) -> Search:
-    """The search of a folder, with the trials that --extend added, and `dir` where the folder is now.
+    """The search of a folder, with the trials that --extend added, and `dir` and `recipe` where the folder is now.
 
     Raises InputError for a folder that holds no search.
     """
@@ -45,7 +47,8 @@ def load_folder(folder: Path) -> Search:
         raise InputError(f"{folder} is not the folder of a search (no search.yaml)"
                          + (f"; there are {', '.join(near[:5])}" if near else ""))
     search = load(Search, folder / "search.yaml")
-    return dataclasses.replace(search, dir=str(folder), trials=search.trials + extended(folder))
+    return dataclasses.replace(search, dir=str(folder), recipe=str(folder / "recipe.yaml"),
+                               trials=search.trials + extended(folder))
 
 
 def extended(folder: Path) -> int:
@@ -61,6 +64,9 @@ def mend(folder: Path) -> None:
             write_atomically(file, "".join(json.dumps(line) + "\n" for line in read_lines(file)))
 
 
-def _line(path: Path, content: dict[str, Any]) -> None:
+def _line(path: Path, content: dict[str, Any], synced: bool = False) -> None:
     with path.open("a") as file:
         file.write(json.dumps(content) + "\n")
+        if synced:
+            file.flush()
+            os.fsync(file.fileno())

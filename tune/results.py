@@ -10,6 +10,7 @@ again with other seeds; the winner is the finalist with the best mean, and the o
 
 import json
 import math
+import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from nulsq.evaluate import evaluate_run, read_evaluation
 from nulsq.run_directory import read_metrics, read_outcome
 from nulsq.world import World
+from tune import journal
 from tune.reporting import WORST
 from tune.space import Search, Trial, studies
 
@@ -42,6 +44,10 @@ class Row:
     def good(self) -> bool:
         return self.status in ("finished", "stopped") and bool(self.curve)
 
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
 
 @dataclass
 class Finalist:
@@ -51,7 +57,12 @@ class Finalist:
 
     @property
     def scores(self) -> list[float]:
-        return [row.score for row in self.rows if row.good]
+        return [row.score for row in self.rows if row.finished]
+
+    @property
+    def lost(self) -> int:
+        """Seeds with which it diverged or failed: that counts against it, whatever the others reached."""
+        return sum(row.status in ("diverged", "failed") for row in self.rows)
 
     @property
     def mean(self) -> float:
@@ -63,13 +74,18 @@ class Finalist:
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
 
-def read_row(search: Search, trial: Trial, stopped: dict[str, int]) -> Row:
-    """One trial's row; `stopped`: trial keys that ASHA ended, as the rungs file has them."""
+def read_row(search: Search, trial: Trial, stopped: dict[str, int], failed: set[str]) -> Row:
+    """One trial's row; `stopped`: trial keys that ASHA ended, as the rungs file has them, `failed`: those of processes
+    that were killed and could not say so themselves."""
     path = directory(search.directory, trial.key)
     metrics = read_metrics(path)
     status = read_outcome(path)["outcome"] if path.is_dir() else "waiting"
-    if status in ("running", "saved"):
-        status = "stopped" if trial.key in stopped else "running"
+    if status == "saved":
+        status = "running"
+    if status in ("running", "waiting") and trial.key in failed:
+        status = "failed"
+    if trial.key in stopped and status != "diverged":  # whatever one of its ranks wrote while it was being killed
+        status = "stopped"
     if status == "stopped":  # a trial of several workers may have ended another epoch before it was killed
         metrics = [line for line in metrics if line["epoch"] <= stopped[trial.key]]
     curve = [line[search.metric] for line in metrics]
@@ -80,8 +96,12 @@ def read_row(search: Search, trial: Trial, stopped: dict[str, int]) -> Row:
 
 def collect(search: Search, trials: list[Trial]) -> list[Row]:
     """Read every trial's run directory."""
-    stopped = read_stopped(search.directory)
-    return [read_row(search, trial, stopped) for trial in trials]
+    stopped, last = read_stopped(search.directory), {}
+    for event in journal.events(search.directory):
+        if event["event"] in ("start", "end"):
+            last[event["key"]] = event
+    failed = {key for key, event in last.items() if event.get("status") == "failed"}
+    return [read_row(search, trial, stopped, failed) for trial in trials]
 
 
 def read_stopped(folder: Path) -> dict[str, int]:
@@ -95,6 +115,14 @@ def directory(search: Path, key: str) -> Path:
     return search / "trials" / key
 
 
+def remove_checkpoints(run: Path) -> None:
+    """Free the disk of a trial that was stopped: nobody will go on with it. Its metrics stay."""
+    folder = run / "checkpoints"
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        if name.endswith(".pt"):
+            (folder / name).unlink(missing_ok=True)
+
+
 def ranked(rows: list[Row], study: str, mode: str) -> list[Row]:
     """A study's trials without repeats, best first: longest trained, then better score. What diverged or failed comes
     last."""
@@ -104,32 +132,31 @@ def ranked(rows: list[Row], study: str, mode: str) -> list[Row]:
 
 
 def finalists(search: Search, rows: list[Row]) -> dict[str, list[Finalist]]:
-    """Study -> its finalists, best mean first; studies in which nothing was trained are left out."""
+    """Study -> its finalists, best mean first; studies in which no trial has reached its end are left out."""
     found = {}
     sign = 1 if search.mode == "max" else -1
     for study in studies(search):
-        best = [row for row in ranked(rows, study.name, search.mode)[:search.finalists] if row.good]
-        best = [row for row in best if row.epochs == best[0].epochs]  # a shorter run is not beside a full one
+        best = [row for row in ranked(rows, study.name, search.mode)[:search.finalists] if row.finished]
         own = [Finalist([row, *(each for each in rows if each.trial.repeat and each.trial.study == study.name
                                 and each.trial.number == row.trial.number)]) for row in best]
         if own:
-            found[study.name] = sorted(own, key=lambda finalist: -sign * finalist.mean)
+            found[study.name] = sorted(own, key=lambda finalist: (finalist.lost, -sign * finalist.mean))
     return found
 
 
 def winners(search: Search, rows: list[Row]) -> dict[str, Finalist]:
-    """Study -> its winner; studies in which nothing was trained are left out."""
+    """Study -> its winner; studies in which no trial has reached its end are left out."""
     return {study: own[0] for study, own in finalists(search, rows).items()}
 
 
 def evaluate_winners(winners: dict[str, Finalist]) -> dict[str, list[dict[str, Any]]]:
     """Study -> each of the winner's seeds once on the test images; an earlier call's results are not measured again."""
     here = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return {study: [read_evaluation(row.path) or evaluate_run(row.path, here=here) for row in winner.rows if row.good]
-            for study, winner in winners.items()}
+    return {study: [read_evaluation(row.path) or evaluate_run(row.path, here=here)
+                    for row in winner.rows if row.finished] for study, winner in winners.items()}
 
 
 def read_evaluations(winners: dict[str, Finalist]) -> dict[str, list[dict[str, Any]]]:
     """The same from what was measured already; an empty list for a study whose winner was not evaluated yet."""
-    return {study: [found for row in winner.rows if row.good and (found := read_evaluation(row.path))]
+    return {study: [found for row in winner.rows if row.finished and (found := read_evaluation(row.path))]
             for study, winner in winners.items()}

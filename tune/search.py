@@ -15,6 +15,7 @@ interrupted.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -28,12 +29,13 @@ import torch
 
 from nulsq.config import describe
 from nulsq.distill import build_teacher
-from nulsq.errors import InputError, Parser, exit_on_input_error, missing, require
+from nulsq.errors import InputError, Parser, exit_on_input_error, missing
 from nulsq.progress import duration
 from nulsq.train import prepare
 from nulsq.world import World
 from tune import journal, results
 from tune.cluster import check_fits, check_placement, fits, open_cluster
+from tune.results import remove_checkpoints
 from tune.search_directory import SearchDirectory
 from tune.space import Search, base_recipe, expected_epochs, load_search, rungs, studies
 from tune.status import elapsed
@@ -55,25 +57,46 @@ def parser() -> Parser:
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_intermixed_args(argv)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on")
+        return EXIT_INTERRUPTED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _main(arguments) -> int:
     folder = SearchDirectory(load_search(arguments.search, arguments.overrides))
     folder.check()
+    more = arguments.extend or 0
     if arguments.extend is not None:
-        if arguments.extend < 1:
-            raise InputError(f"--extend {arguments.extend}, allowed: at least 1")
-        if not (folder.path / "search.yaml").is_file():
-            raise InputError(f"--extend: no search has begun in {folder.path}; say trials=... instead")
-        if not arguments.dry_run:
-            folder.extend(arguments.extend)
-    search = folder.search
-    if folder.finished:
-        return 0 if arguments.dry_run else show(search, folder)
-    _check(search)
-    course = Course(search, results.collect(search, journal.read(folder.path)), warm_rows(search))
-    print(plan(search), flush=True)
+        if more < 1:
+            raise InputError(f"--extend {more}, allowed: at least 1")
+        if not folder.finished:
+            raise InputError(f"--extend: the search in {folder.path} has not finished; the same command without it "
+                             "starts it or goes on")
+    search = dataclasses.replace(folder.search, trials=folder.search.trials + more)
+    if not folder.finished or more:
+        _check(search)
+        warm = warm_rows(search)
+        print(plan(search), flush=True)
     if arguments.dry_run:
         return 0
     with folder:
-        return run(search, folder, course)
+        # The recipe as it was when the search began: the file may have been edited since.
+        search = dataclasses.replace(search, recipe=str(folder.path.resolve() / "recipe.yaml"))
+        if folder.finished and not more:
+            return show(search, folder)
+        if more:
+            folder.extend(more)
+        return run(search, folder, Course(search, results.collect(search, journal.read(folder.path)), warm))
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def plan(search: Search) -> str:
@@ -106,15 +129,19 @@ def plan(search: Search) -> str:
 
 def run(search: Search, folder: SearchDirectory, course: Course) -> int:
     """Start or continue the search, then show and write its results. Returns the exit code."""
-    for module in ("matplotlib", "pandas", "optuna", "ray"):
+    wanted = dict.fromkeys(("matplotlib", "pandas", "pyarrow", "sklearn", "optuna", "ray"), "search")
+    for module, extra in (wanted | {name: name for name in ("wandb", "mlflow") if getattr(search, name)}).items():
         if importlib.util.find_spec(module) is None:  # looked for, not imported: Ray reads its token at import
-            raise missing(module, "search")
+            raise missing(module, extra)
     left = None
     if search.hours is not None:
         left = search.hours * 3600 - elapsed(journal.events(folder.path))
         if left <= 0:
             print(f"the time budget of {search.hours:g} hours is used up; more hours go on")
-            return show(search, folder)
+            return show(search, folder, finished=course.finished)
+    for key, status in course.status.items():  # what was killed between a decision and its consequences
+        if status in ("stopped", "diverged"):
+            remove_checkpoints(results.directory(folder.path, key))
     ended = _fit(search, folder, course, left)
     used = left is not None and search.hours * 3600 <= elapsed(journal.events(folder.path), running=True)
     if not ended and not used:
@@ -132,8 +159,11 @@ def show(search: Search, folder: SearchDirectory, finished: bool = True) -> int:
 
     rows = results.collect(search, journal.read(folder.path))
     best = results.winners(search, rows)
+    if not best and not finished:
+        print("no trial has reached its end yet")
+        return 1
     if not best:
-        print(f"error: no trial finished an epoch; the reasons are in {search.directory}/{journal.EVENTS} and "
+        print(f"error: no trial has reached its end; the reasons are in {search.directory}/{journal.EVENTS} and "
               f"{search.directory}/trials/*/*/outcome.json; the same command tries again", file=sys.stderr)
         return 1
     if finished:
@@ -175,14 +205,17 @@ def _fit(search: Search, folder: SearchDirectory, course: Course, seconds: float
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Watch tells what went wrong, in one line
         tuner = _tuner(search, folder.path.resolve(), course, min(most, search.concurrent or most))
         journal.event(folder.path, "session")
-        # Tune saves and returns on SIGINT and SIGUSR1; a batch system sends SIGTERM, the time budget nothing.
+        # Tune returns on SIGINT and SIGUSR1, with handlers that it leaves in place; a batch system sends SIGTERM.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            cleanup.callback(signal.signal, number, signal.getsignal(number))
         signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
         if seconds is not None:
             timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1))
             timer.daemon = True
             timer.start()
             cleanup.callback(timer.cancel)
-        tuner.fit()
+        with contextlib.suppress(KeyboardInterrupt):  # before Tune has its handlers
+            tuner.fit()
         journal.event(folder.path, "pause")
         return course.finished
 
@@ -210,7 +243,7 @@ def _tuner(search, folder, course, most):
                                      lambda each: network_cost(base_recipe(search, each.overrides))),
             scheduler=StratifiedAsha(epochs, grace=search.grace, reduction=search.reduction, metric=search.metric,
                                      mode=search.mode, file=folder / "rungs"),
-            num_samples=course.budget(), max_concurrent_trials=most,
+            num_samples=2 * course.budget(),  # the searcher says when it is at the end max_concurrent_trials=most,
             trial_name_creator=_trial_name, trial_dirname_creator=_trial_name,
         ),
         run_config=ray.tune.RunConfig(
@@ -224,11 +257,9 @@ def _tuner(search, folder, course, most):
 def _loggers(search):
     """Ray's own callbacks for the services that people keep their experiments in."""
     if search.wandb:
-        require("wandb", "wandb")
         from ray.air.integrations.wandb import WandbLoggerCallback
         yield WandbLoggerCallback(project=search.wandb, group=search.name, excludes=["config"])
     if search.mlflow:
-        require("mlflow", "mlflow")
         from ray.air.integrations.mlflow import MLflowLoggerCallback
         yield MLflowLoggerCallback(tracking_uri=search.mlflow, experiment_name=search.name)
 

@@ -7,7 +7,6 @@ without them comes back under new names.)
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ray.tune.search import Searcher
 
 from nulsq.run_directory import read_outcome
 from tune import journal
-from tune.results import ENDED, directory, read_stopped
+from tune.results import ENDED, directory, read_stopped, remove_checkpoints
 from tune.space import Search, Trial, stratum
 from tune.studies import Course
 
@@ -51,8 +50,8 @@ class StudySearcher(Searcher):
         return configuration(self.common, self.course.search, trial)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if "epoch" not in result:
-            return  # Tune's own, of a trial that ended without a report
+        if "epoch" not in result or result["diverged"]:
+            return  # Tune's own, of a trial that ended without a report; or no score to hear of
         key, score = self.keys[trial_id], result[self.course.search.metric]
         again = len(self.course.curves[key]) >= result["epoch"]
         self.course.result(key, result["epoch"], score)
@@ -65,9 +64,11 @@ class StudySearcher(Searcher):
         key = self.keys[trial_id]
         path = directory(self.folder, key)
         status = "failed" if error else read_outcome(path)["outcome"]
-        if status not in ENDED:  # it did not end by itself: ASHA stopped it, or the search is being interrupted
-            status = "stopped" if key in read_stopped(self.folder) else "waiting"
-        if status == "stopped":
+        if status != "diverged" and key in read_stopped(self.folder):
+            status = "stopped"
+        elif status not in ENDED:
+            status = "waiting"  # it did not end by itself: the search is being interrupted
+        if status in ("stopped", "diverged"):
             remove_checkpoints(path)
         journal.event(self.folder, "end", key, status=status)
         self.course.end(key, status)
@@ -90,11 +91,3 @@ def configuration(common: dict[str, Any], search: Search, trial: Trial) -> dict[
     return common | {"trial": {"study": trial.study, "number": trial.number, "key": trial.key,
                                "repeat": trial.repeat, "stratum": stratum(search, trial),
                                "overrides": overrides}}
-
-
-def remove_checkpoints(run: Path) -> None:
-    """Free the disk of a trial that was stopped: nobody will go on with it. Its metrics stay."""
-    folder = run / "checkpoints"
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-        if name.endswith(".pt"):
-            (folder / name).unlink(missing_ok=True)

@@ -13,7 +13,9 @@ Axes, samplers and points have names, so that a command line can say `space.lr.h
 """
 
 import dataclasses
+import functools
 import itertools
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -181,25 +183,27 @@ def load_search(path: str | Path, overrides: Iterable[str] = ()) -> Search:
     epochs = {study.name: base_recipe(search, study.overrides).optim.epochs for study in studies(search)}
     if max(epochs.values()) < search.grace:
         raise InputError(f"grace = {search.grace}, but a trial has only {max(epochs.values())} epochs (optim.epochs)")
-    for study in studies(search):
-        for name, sampler in search.space.items():
-            for end in sampler.ends():
-                try:
-                    base_recipe(search, study.overrides | {sampler.key: end})
-                except InputError as error:
-                    raise InputError(f"space.{name}: {error}") from None
-        for name, point in search.points.items():
+    first = studies(search)[0].overrides  # what a setting may be does not depend on the study
+    for name, sampler in search.space.items():
+        for end in sampler.ends():
             try:
-                base_recipe(search, study.overrides | {search.space[each].key: v for each, v in point.items()})
+                base_recipe(search, first | {sampler.key: end})
             except InputError as error:
-                raise InputError(f"points.{name}: {error}") from None
+                raise InputError(f"space.{name}: {error}") from None
+    for study in studies(search):
         if base_recipe(search, study.overrides).data.holdout == "none":
             raise InputError("data.holdout = none: a search ranks trials on the holdout, it needs one")
     return search
 
 
 def base_recipe(search: Search, overrides: dict[str, Any]) -> Recipe:
-    return load_recipe(search.recipe, search.overrides | overrides)
+    """The search's recipe with further settings; the file is read once for each."""
+    return _recipe(search.recipe, json.dumps(search.overrides | overrides))
+
+
+@functools.lru_cache(maxsize=4096)
+def _recipe(path, overrides):
+    return load_recipe(path, json.loads(overrides))
 
 
 def studies(search: Search) -> list[Study]:

@@ -23,8 +23,8 @@ STATES = ("finished", "stopped", "running", "waiting", "diverged", "failed")
 COLUMNS = ("study", *STATES, "best", "reached rungs", "epochs")
 
 
-def table(search: Search, rows: list[Row], events: list[dict], *, running: bool) -> str:
-    """The table, and a line that sums it up."""
+def table(search: Search, rows: list[Row], seconds: float, *, running: bool) -> str:
+    """The table, and a line that sums it up; `seconds` that the search has run so far."""
     lines, spent, most, left = [list(COLUMNS)], 0, 0, 0.0
     for study in studies(search):
         epochs = base_recipe(search, study.overrides).optim.epochs
@@ -32,7 +32,7 @@ def table(search: Search, rows: list[Row], events: list[dict], *, running: bool)
         first = [row for row in own if not row.trial.repeat]
         repeats = search.finalists * search.repeats
         states = {state: sum(row.status == state for row in own) for state in STATES}
-        states["waiting"] += search.trials + repeats - len(own)
+        states["waiting"] += max(0, search.trials - len(first)) + max(0, repeats - (len(own) - len(first)))
         best = next((row for row in ranked(own, study.name, search.mode) if row.good), None)
         reached = [f"{rung}: {sum(row.epochs >= rung for row in first)}"
                    for rung in [*rungs(epochs, search.grace, search.reduction), epochs]]
@@ -46,7 +46,6 @@ def table(search: Search, rows: list[Row], events: list[dict], *, running: bool)
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     text = ["  ".join(cell.ljust(width) if i in (0, 7, 8) else cell.rjust(width)
                       for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
-    seconds = elapsed(events, running=running)
     told = f"{spent} of at most {most} epochs in {duration(seconds)}"
     if spent and left:
         told += f", about {duration(seconds / spent * left)} left" if running else f", about {round(left)} epochs left"
@@ -83,7 +82,8 @@ def describe(folder: Path) -> str:
     state = "running" if running else "finished" if (folder / "finished").is_file() else \
         "interrupted: the same command continues it"
     rows = collect(search, journal.read(folder))
-    return f"{folder}: {state}\n{table(search, rows, journal.events(folder), running=running)}"
+    seconds = elapsed(journal.events(folder), running=running)
+    return f"{folder}: {state}\n{table(search, rows, seconds, running=running)}"
 
 
 def parser() -> Parser:

@@ -57,7 +57,7 @@ class Course:
 
     def result(self, key: str, epoch: int, score: float) -> None:
         """A trial's score after an epoch; one that is told again, after an interruption, is the same one."""
-        self.curves[key][epoch - 1:] = [score]
+        self.curves[key][epoch - 1:epoch] = [score]
 
     def end(self, key: str, status: str) -> None:
         self.status[key] = status
@@ -103,7 +103,7 @@ class Course:
         if not self.search.repeats:
             return {}
         counts = self._counts()
-        rows = [self._row(key) for key, trial in self.trials.items() if not trial.repeat]
+        rows = [self.row(key) for key, trial in self.trials.items() if not trial.repeat]
         open_ = {row.trial.study for row in rows if row.status not in ENDED}
         return {name: own for name, own in finalists(self.search, rows).items()
                 if name not in open_ and counts[name] >= self.search.trials}
@@ -114,7 +114,8 @@ class Course:
             counts[trial.study] += not trial.repeat
         return counts
 
-    def _row(self, key):
+    def row(self, key: str) -> Row:
+        """A trial as the course knows it, without a look at its files."""
         curve = self.curves[key]
         return Row(self.trials[key], self.status[key], len(curve), curve[-1] if curve else float("nan"), curve, 0.0,
                    Path(key))
@@ -145,7 +146,7 @@ def warm_rows(search: Search) -> dict[str, list[Row]]:
         if name is None:
             raise InputError(f"warm_start: {folder} has no study {study.name}; it has {', '.join(theirs)}")
         found[study.name] = [_moved(row, study.name) for row in rows
-                             if row.trial.study == name and inside(search, row.trial.drawn)]
+                             if row.trial.study == name and row.status != "failed" and inside(search, row.trial.drawn)]
         if not any(row.good for row in found[study.name]):
             raise InputError(f"warm_start: no trained trial of {folder}'s study {name} lies inside of this space")
     return found

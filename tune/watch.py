@@ -11,8 +11,7 @@ from ray.tune import Callback
 
 from nulsq.progress import duration
 from tune import journal
-from tune.results import collect
-from tune.status import table
+from tune.status import elapsed, table
 from tune.studies import Course
 
 TERMINAL, PLAIN = 5.0, 60.0  # seconds between two tables
@@ -24,6 +23,7 @@ class Watch(Callback):
     def __init__(self, course: Course, folder: Path):
         self.course, self.folder = course, folder
         self.terminal = sys.stdout.isatty()
+        self.before = elapsed(journal.events(folder))  # of earlier sessions
         self.began = self.shown = time.monotonic()
         self.lines = 0  # of the table that stands below
 
@@ -65,8 +65,8 @@ class Watch(Callback):
 
     def _table(self, now=False):
         if now or time.monotonic() - self.shown > (TERMINAL if self.terminal else PLAIN):
-            rows = collect(self.course.search, list(self.course.trials.values()))
-            text = table(self.course.search, rows, journal.events(self.folder), running=True)
+            rows = [self.course.row(key) for key in self.course.trials]
+            text = table(self.course.search, rows, self.before + time.monotonic() - self.began, running=True)
             self._print(text)
             self.lines = text.count("\n") + 1 if self.terminal else 0
             self.shown = time.monotonic()

@@ -16,9 +16,10 @@ from nulsq.errors import InputError, Parser, exit_on_input_error, require
 from nulsq.evaluate import read_evaluation
 from tune import journal
 from tune.report import write
-from tune.report.findings import Findings, is_running
+from tune.report.findings import Findings
 from tune.report.tables import leaderboard
 from tune.results import Row, collect
+from tune.status import is_running
 
 
 def parser() -> Parser:
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     if not rows:
         raise InputError(f"{arguments.folder}: no trial was begun yet")
     finalists = {} if arguments.no_test else Findings(search, rows, {}).finalists
-    tests = {study: [found for row in own[0].rows if row.good and (found := evaluation(row))]
+    tests = {study: [found for row in own[0].rows if row.finished and (found := evaluation(row))]
              for study, own in finalists.items()}
     try:
         made = write(search, arguments.folder, rows, tests, arguments.out, is_running(arguments.folder))

@@ -5,7 +5,6 @@ were selected. So whatever relates scores to hyperparameters looks at one *commo
 nearly all of its trials reached, and says which it is.
 """
 
-import fcntl
 import math
 import statistics
 from dataclasses import dataclass
@@ -120,19 +119,6 @@ class Findings:
 def _known(curve: list[float]) -> int:
     """Epochs before the first that is no number."""
     return next((i for i, value in enumerate(curve) if not math.isfinite(value)), len(curve))
-
-
-def is_running(folder: Path) -> bool:
-    """Whether a search of this machine, or of one that shares its locks, holds the folder."""
-    file = folder / "lock"
-    if not file.is_file():
-        return False
-    with file.open() as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def full_epochs(search: Search) -> dict[str, int]:

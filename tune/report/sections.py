@@ -9,7 +9,7 @@ from tune.report.findings import Findings
 from tune.report.history import History, places, saving
 from tune.report.importance import Importance
 from tune.report.markup import Cell, Html, facts, join, number, picture, table, tag
-from tune.report.tables import epochs_spent, short, verdict
+from tune.report.tables import epochs_spent, retraining_command, short, verdict
 from tune.results import Row
 from tune.space import Sampler, Study
 
@@ -76,7 +76,7 @@ def study_section(findings: Findings, study: Study, name: str, pictures: dict[st
     if finalists:
         best = findings.folder / "studies" / study.name / "best.yaml"
         parts += [tag("p", f"Train the winner, trial {finalists[0].rows[0].trial.number}, again to the same number:"),
-                  tag("pre", tag("code", f"python -m nulsq.train {best}"), tabindex=0)]
+                  tag("pre", tag("code", retraining_command(findings.search, best)), tabindex=0)]
     return tag("section", *parts, aria_labelledby=name)
 
 

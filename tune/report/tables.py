@@ -102,7 +102,7 @@ def _leaderboard(findings: Findings, top: int = 5) -> str:
 def verdict(findings: Findings, study: str) -> str:
     """What the study's winner reached on the test images, in words."""
     if findings.winner(study) is None:
-        return "no trial finished an epoch"
+        return "no trial has reached its end"
     tested = findings.tested(study)
     if tested is None:
         return "winner not evaluated on test"
@@ -155,11 +155,17 @@ def _write_best(findings: Findings, study: str, winner: Finalist) -> Path:
         first = findings.tests[study][0]
         header.append(f"test     {verdict(findings, study).removeprefix('winner' + chr(39) + 's test ')}, "
                       f"{first['checkpoint']} checkpoint, the first seed's of epoch {first['epoch']}")
-    header.append(f"run:      python -m nulsq.train {path}")
+    header.append(f"run:      {retraining_command(search, path)}")
     # newlines in a name would end the comment
     text = "".join(f"# {' '.join(line.splitlines())}\n" for line in header)
     write_atomically(path, text + to_yaml(retraining_recipe(read_recipe(row.path), search, study)))
     return path
+
+
+def retraining_command(search: Search, best: Path) -> str:
+    """With as many ranks as the trial had."""
+    ranks = f"torchrun --nproc-per-node {search.workers}" if search.workers > 1 else "python"
+    return f"{ranks} -m nulsq.train {best}"
 
 
 def retraining_recipe(recipe: Recipe, search: Search, study: str) -> Recipe:
