@@ -32,6 +32,7 @@ class StudySearcher(Searcher):
         super().__init__()
         self.course, self.folder, self.common, self.cost = course, folder, common, cost
         self.keys = {}  # Tune's id -> key
+        self.heard = {(event["key"], event["epoch"]) for event in journal.events(folder) if event["event"] == "result"}
 
     def set_search_properties(self, metric, mode, config, **spec) -> bool:
         return True  # Tune knows no metric here: the scheduler does
@@ -53,9 +54,9 @@ class StudySearcher(Searcher):
         if "epoch" not in result or result["diverged"]:
             return  # Tune's own, of a trial that ended without a report; or no score to hear of
         key, score = self.keys[trial_id], result[self.course.search.metric]
-        again = len(self.course.curves[key]) >= result["epoch"]
         self.course.result(key, result["epoch"], score)
-        if not again:
+        if (key, result["epoch"]) not in self.heard:  # a trial that goes on tells its epochs again
+            self.heard.add((key, result["epoch"]))
             journal.event(self.folder, "result", key, epoch=result["epoch"], score=score, seconds=result["seconds"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
