@@ -249,6 +249,7 @@ def test_a_trial_that_dies_does_not_end_the_search(search_file, tmp_path):
     assert read_outcome(Path(rows[1]["run"]))["outcome"] == "diverged"
 
 
+@pytest.mark.long
 def test_a_search_whose_time_is_used_up_shows_what_it_has_and_goes_on_with_more(search_file, tmp_path):
     arguments = [search_file, f"dir={tmp_path}/out", "trials=1", "repeats=0", "studies.bits.values=[2]",
                  "studies.activation.values=[lsq]"]
