@@ -241,12 +241,16 @@ def test_a_trial_that_dies_does_not_end_the_search(search_file, tmp_path):
     # One that diverges costs the search nothing but its epochs, and has no place in the ranking.
     ended = search(search_file, f"dir={tmp_path}/diverges", "trials=2", "repeats=0", "studies.bits.values=[2]",
                    "studies.activation.values=[lsq]", "overrides={optim.epochs: 2, guard.rollbacks: 0}",
-                   "space.lr.high=1e13", "points={sane: {lr: 0.01}, mad: {lr: 1e12}}")
+                   "concurrent=1", "space.lr.high=1e13", "points={sane: {lr: 0.01}, mad: {lr: 1e12}}")
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     rows = list(csv.DictReader((tmp_path / "diverges" / "trials.csv").open()))
     assert [row["status"] for row in rows] == ["finished", "diverged"]
     assert not list((tmp_path / "diverges").glob("trials/*/001/checkpoints/*.pt"))
     assert read_outcome(Path(rows[1]["run"]))["outcome"] == "diverged"
+    # One at a time, as it was told: the second was not begun before the first had ended.
+    order = [(event["event"], event["key"]) for event in journal.events(tmp_path / "diverges")
+             if event["event"] in ("start", "end")]
+    assert order == [(what, f"lsq_2/{number:03d}") for number in (0, 1) for what in ("start", "end")]
 
 
 @pytest.mark.long

@@ -243,7 +243,8 @@ def _tuner(search, folder, course, most):
                                      lambda each: network_cost(base_recipe(search, each.overrides))),
             scheduler=StratifiedAsha(epochs, grace=search.grace, reduction=search.reduction, metric=search.metric,
                                      mode=search.mode, file=folder / "rungs"),
-            num_samples=2 * course.budget(),  # the searcher says when it is at the end max_concurrent_trials=most,
+            num_samples=2 * course.budget(),  # the searcher says when it is at the end
+            max_concurrent_trials=most,
             trial_name_creator=_trial_name, trial_dirname_creator=_trial_name,
         ),
         run_config=ray.tune.RunConfig(
