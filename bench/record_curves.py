@@ -1,35 +1,34 @@
 """Learning curves of every trial of a search, none stopped early: what bench.asha_replay replays.
 
-    python -m bench.record_curves                                      # about 1.5 hours on two cores
+    python -m bench.record_curves                                      # 2.4 hours of training, in two processes
     python -m bench.record_curves --search configs/search/curves.yaml --processes 2 --json bench/data/curves.json
 
 Trains the float network that the trials start from, then every trial to its end with `nulsq.train`, in runs/curves.
 Interrupted at any point, the same command goes on. Needs data/cifar10 (python -m data_prep cifar10 --out data/cifar10).
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 from nulsq.config import load_recipe
+from nulsq.errors import Parser, exit_on_input_error
 from nulsq.run_directory import path_of, read_metrics, read_outcome, write_atomically
 from nulsq.train import train
 from tune.space import Search, Trial, load_search
 from tune.studies import listed
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m bench.record_curves", description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    made = Parser(prog="python -m bench.record_curves", description=__doc__)
     made.add_argument("--search", type=Path, default=Path("configs/search/curves.yaml"), help="(%(default)s)")
     made.add_argument("--start", type=Path, default=Path("configs/recipes/cifar10/tiny_float.yaml"),
                       help="recipe of the network that trials start from (%(default)s)")
     made.add_argument("--processes", type=int, default=2, help="trials at a time, one thread each (%(default)s)")
     made.add_argument("--runs", type=Path, default=Path("runs/curves"), help="where trials are trained (%(default)s)")
     made.add_argument("--json", type=Path, default=Path("bench/data/curves.json"), help="(%(default)s)")
-    made.add_argument("--share", metavar="I/N", help=argparse.SUPPRESS)  # what one of the processes does
+    made.add_argument("--share", metavar="I/N", help="train every N-th trial, from the I-th: what each process is told")
     return made
 
 
@@ -58,7 +57,8 @@ def curves(search: Search, runs: Path) -> dict:
             "model": recipe.model.name, "holdout": recipe.data.holdout, "subset": recipe.data.subset, "trials": found}
 
 
-def main(argv: list[str] | None = None) -> int:
+@exit_on_input_error
+def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     search = load_search(arguments.search)
     every = listed(search)
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     start = load_recipe(arguments.start)
     if read_outcome(path_of(start))["outcome"] != "finished":
         train(start)
-    own = [sys.executable, "-m", "bench.record_curves", *(argv if argv is not None else sys.argv[1:])]
+    own = [sys.executable, "-m", "bench.record_curves", *argv]
     started = [subprocess.Popen([*own, "--share", f"{each}/{arguments.processes}"])
                for each in range(arguments.processes)]
     codes = [process.wait() for process in started]
