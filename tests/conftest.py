@@ -86,3 +86,9 @@ def straight(short, float_run) -> Path:
     recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
     assert train(recipe, quiet=True).outcome == "finished"
     return path_of(recipe)
+
+
+@pytest.fixture
+def in_the_checkout(monkeypatch) -> None:
+    """Paths in the project's own configurations start from its root."""
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)

@@ -25,7 +25,8 @@ def made_search(folder: Path, axes: dict[str, list], trials: int, finalists: int
     Scores rise with lr up to 0.03 and a little with coeff_qparm_lr; above lr = 0.12 trials diverge.
     """
     recipe = load(Recipe, None, {"name": "made", "data.path": "data/none", "optim.epochs": EPOCHS})
-    search = Search(name=name, recipe="recipe.yaml", space=SPACE, trials=trials, grace=GRACE, reduction=REDUCTION,
+    search = Search(name=name, recipe=str(folder / "recipe.yaml"), space=SPACE, trials=trials, grace=GRACE,
+                    reduction=REDUCTION,
                     finalists=finalists, repeats=repeats, dir=str(folder),
                     studies={each: Axis(key, values) for each, (key, values) in axes.items()})
     folder.mkdir(parents=True)

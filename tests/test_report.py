@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searches import EPOCHS, SPACE, evaluation, marked_search, two_studies
 
 from nulsq.config import Recipe, load
 from nulsq.run_directory import METRICS
+from tests.searches import EPOCHS, SPACE, evaluation, marked_search, two_studies
 from tune import journal
 from tune.report.findings import Comparison
 from tune.report.front import front

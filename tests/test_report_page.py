@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from searches import MARKUP, evaluation, marked_search, two_studies
 
 from nulsq.run_directory import lock
+from tests.searches import MARKUP, evaluation, marked_search, two_studies
 from tune import journal
 from tune.report import write
 from tune.report.__main__ import main

@@ -18,12 +18,8 @@ from tune.studies import Course, listed, warm_rows
 
 pytest.importorskip("optuna")
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("in_the_checkout")
 DEMO = ROOT / "configs/search/demo.yaml"
-
-
-@pytest.fixture(autouse=True)
-def in_the_checkout(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 def score(trial, epoch):

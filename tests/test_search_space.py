@@ -15,12 +15,8 @@ pytest.importorskip("ray")
 from tune.scheduler import CONTINUE, STOP, StratifiedAsha  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("in_the_checkout")
 DEMO = ROOT / "configs/search/demo.yaml"
-
-
-@pytest.fixture(autouse=True)
-def in_the_checkout(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 def test_studies_take_turns_and_share_their_draws():

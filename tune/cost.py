@@ -4,9 +4,6 @@
     bytes          packed weights, other parameters and what the quantizers keep
 """
 
-import dataclasses
-import functools
-
 import torch
 
 from nulsq.config import Recipe
@@ -22,26 +19,17 @@ def network_cost(recipe: Recipe) -> dict[str, float]:
     share it."""
     data = DataSet(recipe.data.path)
     size = data.manifest.size or recipe.data.eval_size or recipe.data.size
-    model = dataclasses.replace(recipe.model, init_from=None, pretrained=False)
-    return dict(_cost(_Key(dataclasses.replace(recipe, model=model)), len(data.classes), size))
+    same = repr((recipe.model, recipe.quant, len(data.classes), size))
+    if same not in _KNOWN:
+        _KNOWN[same] = _cost(recipe, len(data.classes), size)
+    return dict(_KNOWN[same])
 
 
-class _Key:
-    """A recipe that stands for all with the same network and quantizers."""
-
-    def __init__(self, recipe):
-        self.recipe = recipe
-
-    def __hash__(self):
-        return hash(repr((self.recipe.model, self.recipe.quant)))
-
-    def __eq__(self, other):
-        return repr((self.recipe.model, self.recipe.quant)) == repr((other.recipe.model, other.recipe.quant))
+_KNOWN: dict[str, dict[str, float]] = {}
 
 
-@functools.lru_cache(maxsize=256)
-def _cost(key, classes, size):
-    model = network(key.recipe, classes, start=False)
+def _cost(recipe, classes, size):
+    model = network(recipe, classes, start=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images = torch.randn(2, 3, size, size)

@@ -120,11 +120,11 @@ def inside(search: Search, drawn: dict[str, Any]) -> bool:
     return set(drawn) == set(search.space) and all(search.space[name].holds(value) for name, value in drawn.items())
 
 
-def trial_of(search: Search, study: str, grid: dict[str, Any], number: int, drawn: dict[str, Any], source: str,
-             cost: dict[str, float] | None = None) -> Trial:
+def trial_of(search: Search, study: str, grid: dict[str, Any], number: int, drawn: dict[str, Any],
+             source: str) -> Trial:
     """A trial with its recipe keys: the study's cell of the grid, then what was drawn."""
     sampled = {search.space[name].key: value for name, value in drawn.items()}
-    return Trial(study, number, grid | sampled, drawn, source, cost=cost or {})
+    return Trial(study, number, grid | sampled, drawn, source)
 
 
 def _hash(text: str) -> int:

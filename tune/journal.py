@@ -37,6 +37,16 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return read_lines(folder / EVENTS)
 
 
+def sessions(events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The events of each time that the command ran, from its start to the last thing that it could write."""
+    parts: list[list[dict[str, Any]]] = []
+    for each in events:
+        if each["event"] == "session" or not parts:
+            parts.append([])
+        parts[-1].append(each)
+    return parts
+
+
 def load_folder(folder: Path) -> Search:
     """The search of a folder, with the trials that --extend added, and `dir` and `recipe` where the folder is now.
 

@@ -19,9 +19,14 @@ from typing import Any
 WORST = {"val_top1": 0.0, "val_loss": 1e9}  # the score of a trial that diverged
 
 
+def directory(search: Path, key: str) -> Path:
+    """The run directory of a trial, in the search's folder."""
+    return search / "trials" / key
+
+
 def run_directory(config: dict[str, Any]) -> Path:
-    """Where the trial's run lives."""
-    return Path(config["directory"]) / "trials" / config["trial"]["key"]
+    """The same, of the trial that this process has."""
+    return directory(Path(config["directory"]), config["trial"]["key"])
 
 
 def recipe_of(config: dict[str, Any]):

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
+from nulsq.errors import InputError
 from nulsq.evaluate import evaluate_run, read_evaluation
 from nulsq.run_directory import read_metrics, read_outcome
 from nulsq.world import World
 from tune import journal
-from tune.reporting import WORST
+from tune.reporting import WORST, directory
 from tune.space import Search, Trial, studies
 
 ENDED = ("finished", "stopped", "diverged", "failed")
@@ -110,11 +111,6 @@ def read_stopped(folder: Path) -> dict[str, int]:
     return json.loads(file.read_text())["stopped"] if file.is_file() else {}
 
 
-def directory(search: Path, key: str) -> Path:
-    """The run directory of a trial."""
-    return search / "trials" / key
-
-
 def remove_checkpoints(run: Path) -> None:
     """Free the disk of a trial that was stopped: nobody will go on with it. Its metrics stay."""
     folder = run / "checkpoints"
@@ -158,5 +154,14 @@ def evaluate_winners(winners: dict[str, Finalist]) -> dict[str, list[dict[str, A
 
 def read_evaluations(winners: dict[str, Finalist]) -> dict[str, list[dict[str, Any]]]:
     """The same from what was measured already; an empty list for a study whose winner was not evaluated yet."""
-    return {study: [found for row in winner.rows if row.finished and (found := read_evaluation(row.path))]
+    return {study: [found for row in winner.rows if row.finished and (found := _measured(row))]
             for study, winner in winners.items()}
+
+
+def _measured(row: Row) -> dict[str, Any] | None:
+    """Of a folder that was copied without its checkpoints the file is believed as it is: whether it belongs to the
+    run's last checkpoint cannot be told."""
+    try:
+        return read_evaluation(row.path)
+    except InputError:
+        return json.loads((row.path / "test.json").read_text())

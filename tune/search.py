@@ -35,9 +35,10 @@ from nulsq.train import prepare
 from nulsq.world import World
 from tune import journal, results
 from tune.cluster import check_fits, check_placement, fits, open_cluster
+from tune.reporting import directory
 from tune.results import remove_checkpoints
 from tune.search_directory import SearchDirectory
-from tune.space import Search, base_recipe, expected_epochs, load_search, rungs, studies
+from tune.space import Search, base_recipe, expected_epochs, full_epochs, load_search, rungs, studies
 from tune.status import elapsed
 from tune.studies import Course, warm_rows
 
@@ -103,9 +104,9 @@ def plan(search: Search) -> str:
     """Studies, rungs, trials and the budget in epochs."""
     lines = [f"search {search.name} in {search.directory}: {len(studies(search))} studies of {search.trials} trials, "
              f"ranked by {search.metric} on the holdout"]
-    most = least = 0
+    most, least, full = 0, 0.0, full_epochs(search)
     for study in studies(search):
-        epochs = base_recipe(search, study.overrides).optim.epochs
+        epochs = full[study.name]
         again = search.finalists * search.repeats * epochs
         least += expected_epochs(search, epochs) + again
         most += search.trials * epochs + again
@@ -141,7 +142,7 @@ def run(search: Search, folder: SearchDirectory, course: Course) -> int:
             return show(search, folder, finished=course.finished)
     for key, status in course.status.items():  # what was killed between a decision and its consequences
         if status in ("stopped", "diverged"):
-            remove_checkpoints(results.directory(folder.path, key))
+            remove_checkpoints(directory(folder.path, key))
     ended = _fit(search, folder, course, left)
     used = left is not None and search.hours * 3600 <= elapsed(journal.events(folder.path), running=True)
     if not ended and not used:
@@ -231,7 +232,6 @@ def _tuner(search, folder, course, most):
 
     common = {"directory": str(folder), "folder": os.getcwd(), "metric": search.metric, "cpus": search.cpus,
               "gpus": search.gpus, "workers": search.workers, "recipe": str(Path(search.recipe).resolve())}
-    epochs = {study.name: base_recipe(search, study.overrides).optim.epochs for study in studies(search)}
     one = {"cpu": search.cpus} | ({"gpu": search.gpus} if search.gpus else {})
     trainable = ray.tune.with_resources(trial.run, one) if search.workers == 1 else \
         ray.tune.with_resources(workers.run, workers.DRIVER)
@@ -241,8 +241,8 @@ def _tuner(search, folder, course, most):
         tune_config=ray.tune.TuneConfig(
             search_alg=StudySearcher(course, folder, common,
                                      lambda each: network_cost(base_recipe(search, each.overrides))),
-            scheduler=StratifiedAsha(epochs, grace=search.grace, reduction=search.reduction, metric=search.metric,
-                                     mode=search.mode, file=folder / "rungs"),
+            scheduler=StratifiedAsha(full_epochs(search), grace=search.grace, reduction=search.reduction,
+                                     metric=search.metric, mode=search.mode, file=folder / "rungs"),
             num_samples=2 * course.budget(),  # the searcher says when it is at the end
             max_concurrent_trials=most,
             trial_name_creator=_trial_name, trial_dirname_creator=_trial_name,

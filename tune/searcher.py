@@ -15,7 +15,8 @@ from ray.tune.search import Searcher
 
 from nulsq.run_directory import read_outcome
 from tune import journal
-from tune.results import ENDED, directory, read_stopped, remove_checkpoints
+from tune.reporting import directory
+from tune.results import ENDED, read_stopped, remove_checkpoints
 from tune.space import Search, Trial, stratum
 from tune.studies import Course
 

@@ -180,7 +180,7 @@ def load_search(path: str | Path, overrides: Iterable[str] = ()) -> Search:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"studies: two studies would be called {twice}; give each axis distinct values")
-    epochs = {study.name: base_recipe(search, study.overrides).optim.epochs for study in studies(search)}
+    epochs = full_epochs(search)
     if max(epochs.values()) < search.grace:
         raise InputError(f"grace = {search.grace}, but a trial has only {max(epochs.values())} epochs (optim.epochs)")
     first = studies(search)[0].overrides  # what a setting may be does not depend on the study
@@ -215,6 +215,11 @@ def studies(search: Search) -> list[Study]:
         name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in name) for name, _ in options)
         found.append(Study(name, {key: value for _, settings in options for key, value in settings.items()}))
     return found
+
+
+def full_epochs(search: Search) -> dict[str, int]:
+    """Study -> epochs of a trial that nothing stops."""
+    return {study.name: base_recipe(search, study.overrides).optim.epochs for study in studies(search)}
 
 
 def rungs(epochs: int, grace: int, reduction: int) -> list[int]:

@@ -17,7 +17,7 @@ from nulsq.errors import InputError, Parser, exit_on_input_error
 from nulsq.progress import duration
 from tune import journal
 from tune.results import Row, collect, ranked
-from tune.space import Search, base_recipe, expected_epochs, rungs, studies
+from tune.space import Search, expected_epochs, full_epochs, rungs, studies
 
 STATES = ("finished", "stopped", "running", "waiting", "diverged", "failed")
 COLUMNS = ("study", *STATES, "best", "reached rungs", "epochs")
@@ -25,9 +25,9 @@ COLUMNS = ("study", *STATES, "best", "reached rungs", "epochs")
 
 def table(search: Search, rows: list[Row], seconds: float, *, running: bool) -> str:
     """The table, and a line that sums it up; `seconds` that the search has run so far."""
-    lines, spent, most, left = [list(COLUMNS)], 0, 0, 0.0
+    lines, spent, most, left, full = [list(COLUMNS)], 0, 0, 0.0, full_epochs(search)
     for study in studies(search):
-        epochs = base_recipe(search, study.overrides).optim.epochs
+        epochs = full[study.name]
         own = [row for row in rows if row.trial.study == study.name]
         first = [row for row in own if not row.trial.repeat]
         repeats = search.finalists * search.repeats
@@ -54,14 +54,10 @@ def table(search: Search, rows: list[Row], seconds: float, *, running: bool) -> 
 
 def elapsed(events: list[dict], *, running: bool = False) -> float:
     """Seconds that the search has run, over all its sessions."""
-    seconds, began = 0.0, None
-    for i, event in enumerate(events):
-        if event["event"] == "session":
-            began = event["time"]
-        last = i + 1 == len(events)
-        if began is not None and (event["event"] == "pause" or last or events[i + 1]["event"] == "session"):
-            seconds += (time.time() if last and running and event["event"] != "pause" else event["time"]) - began
-            began = None
+    parts = journal.sessions(events)
+    seconds = sum(part[-1]["time"] - part[0]["time"] for part in parts)
+    if running and parts and parts[-1][-1]["event"] != "pause":
+        seconds += time.time() - parts[-1][-1]["time"]
     return seconds
 
 
@@ -75,15 +71,20 @@ def is_running(folder: Path) -> bool:
     return False
 
 
+def state(folder: Path, running: bool) -> str:
+    """running, finished or interrupted."""
+    return "running" if running else "finished" if (folder / "finished").is_file() else "interrupted"
+
+
 def describe(folder: Path) -> str:
     """The state of a search in words, and its table. Raises InputError for a folder that holds no search."""
     search = journal.load_folder(folder)
     running = is_running(folder)
-    state = "running" if running else "finished" if (folder / "finished").is_file() else \
-        "interrupted: the same command continues it"
+    now = state(folder, running)
+    now += ": the same command continues it" if now == "interrupted" else ""
     rows = collect(search, journal.read(folder))
     seconds = elapsed(journal.events(folder), running=running)
-    return f"{folder}: {state}\n{table(search, rows, seconds, running=running)}"
+    return f"{folder}: {now}\n{table(search, rows, seconds, running=running)}"
 
 
 def parser() -> Parser:

@@ -6,6 +6,7 @@
     3. once all trials of a study have ended: its finalists again with other seeds, studies taking turns as well
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from nulsq.errors import InputError
@@ -124,8 +125,7 @@ class Course:
 def again(search: Search, first: Trial, repeat: int) -> Trial:
     """A finalist with another seed, run.seed + `repeat`; everything else as it was."""
     seed = base_recipe(search, first.overrides).run.seed + repeat
-    return Trial(first.study, first.number, first.overrides | {"run.seed": seed}, first.drawn, "repeat", repeat,
-                 first.cost)
+    return replace(first, overrides=first.overrides | {"run.seed": seed}, source="repeat", repeat=repeat)
 
 
 def warm_rows(search: Search) -> dict[str, list[Row]]:
@@ -145,22 +145,16 @@ def warm_rows(search: Search) -> dict[str, list[Row]]:
         name = study.name if study.name in theirs else theirs[0] if len(theirs) == 1 else None
         if name is None:
             raise InputError(f"warm_start: {folder} has no study {study.name}; it has {', '.join(theirs)}")
-        found[study.name] = [_moved(row, study.name) for row in rows
+        found[study.name] = [replace(row, trial=replace(row.trial, study=study.name)) for row in rows
                              if row.trial.study == name and row.status != "failed" and inside(search, row.trial.drawn)]
         if not any(row.good for row in found[study.name]):
             raise InputError(f"warm_start: no trained trial of {folder}'s study {name} lies inside of this space")
     return found
 
 
-def _moved(row: Row, study: str) -> Row:
-    trial = Trial(study, row.trial.number, row.trial.overrides, row.trial.drawn, row.trial.source, 0, row.trial.cost)
-    return Row(trial, row.status, row.epochs, row.score, row.curve, row.seconds, row.path)
-
-
 def listed(search: Search) -> list[Trial]:
     """All trials of a search that looks at no results, in the order in which they start."""
-    course, found = Course(search, []), []
-    while (trial := course._drawn()) is not None:
-        course.trials[trial.key], course.curves[trial.key], course.status[trial.key] = trial, [], "waiting"
-        found.append(trial)
-    return found
+    course = Course(search, [])
+    while (trial := course.next()) is not None:
+        course.end(trial.key, "failed")  # so that there is nothing to repeat
+    return list(course.trials.values())

@@ -8,17 +8,13 @@ which needs neither a network nor the pictures beside it. Nothing is trained or 
 test are read from their runs, where `tune.search` leaves them at its end.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 from nulsq.errors import InputError, Parser, exit_on_input_error, require
-from nulsq.evaluate import read_evaluation
 from tune import journal
 from tune.report import write
-from tune.report.findings import Findings
 from tune.report.tables import leaderboard
-from tune.results import Row, collect
+from tune.results import collect, read_evaluations, winners
 from tune.status import is_running
 
 
@@ -28,15 +24,6 @@ def parser() -> Parser:
     made.add_argument("--out", type=Path, metavar="DIR", help="folder of the page and the pictures (DIR/report)")
     made.add_argument("--no-test", action="store_true", help="leave out accuracies on the test images")
     return made
-
-
-def evaluation(row: Row) -> dict[str, Any] | None:
-    """What a winner's run reached on test; None where nobody looked. Of a folder that was copied without its
-    checkpoints the file is believed as it is: whether it belongs to the run's last checkpoint cannot be told."""
-    try:
-        return read_evaluation(row.path)
-    except InputError:
-        return json.loads((row.path / "test.json").read_text())
 
 
 @exit_on_input_error
@@ -49,9 +36,7 @@ def main(argv: list[str]) -> int:
     rows = collect(search, journal.read(arguments.folder))
     if not rows:
         raise InputError(f"{arguments.folder}: no trial was begun yet")
-    finalists = {} if arguments.no_test else Findings(search, rows, {}).finalists
-    tests = {study: [found for row in own[0].rows if row.finished and (found := evaluation(row))]
-             for study, own in finalists.items()}
+    tests = {} if arguments.no_test else read_evaluations(winners(search, rows))
     try:
         made = write(search, arguments.folder, rows, tests, arguments.out, is_running(arguments.folder))
     except OSError as error:

@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nulsq.config import Recipe, load
 from tune.results import ENDED, Finalist, Row, finalists, ranked
-from tune.space import Search, Study, base_recipe, rungs, studies
+from tune.space import Search, Study, full_epochs, rungs, studies
+from tune.status import state
 
 NEARLY_ALL = 0.9
 
@@ -73,7 +73,7 @@ class Findings:
     @property
     def state(self) -> str:
         """finished, running or interrupted."""
-        return "running" if self.running else "finished" if (self.folder / "finished").is_file() else "interrupted"
+        return state(self.folder, self.running)
 
     def status(self, row: Row) -> str:
         """As the row has it, but nothing runs in a search that does not."""
@@ -81,7 +81,7 @@ class Findings:
 
     @property
     def ended(self) -> int:
-        return sum(row.status in (*ENDED, "failed") for row in self.rows)
+        return sum(row.status in ENDED for row in self.rows)
 
     def comparison(self, study: str) -> Comparison | None:
         """The study's trials at its common epoch; None where nothing has a score."""
@@ -119,10 +119,3 @@ class Findings:
 def _known(curve: list[float]) -> int:
     """Epochs before the first that is no number."""
     return next((i for i, value in enumerate(curve) if not math.isfinite(value)), len(curve))
-
-
-def full_epochs(search: Search) -> dict[str, int]:
-    """Study -> epochs of its recipe, as the search's folder has it: the file that it once came from may have gone."""
-    kept = search.directory / "recipe.yaml"
-    recipe = load(Recipe, kept) if kept.is_file() else base_recipe(search, {})
-    return {study.name: study.overrides.get("optim.epochs", recipe.optim.epochs) for study in studies(search)}

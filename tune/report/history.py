@@ -59,14 +59,8 @@ def history(findings: Findings) -> History:
 
 
 def of_events(events: list[dict[str, Any]]) -> History:
-    events = sorted(events, key=lambda event: event["time"])
-    parts: list[list[dict[str, Any]]] = []
-    for event in events:
-        if event["event"] == "session" or not parts:
-            parts.append([])
-        parts[-1].append(event)
     made, passed = History(), 0.0
-    for part in parts:
+    for part in journal.sessions(sorted(events, key=lambda event: event["time"])):
         begin, end = part[0]["time"], part[-1]["time"]
         made.sessions.append((begin, end))
         made.spans += _spans(part, begin - passed)
