@@ -4,7 +4,9 @@
     a file RUN/save (touch RUN/save)     save and go on; the file is removed
 """
 
+import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 from nulsq.world import World
 
 INTERVAL = 8  # steps between two agreements of several ranks, each of which costs a collective
+SAME_WORD = 1.0  # seconds: Slurm signals every process of a job, torchrun passes the same signal on to its ranks
 NOTHING, SAVE, STOP = range(3)
 SAVE_FILE = "save"
 
@@ -22,15 +25,17 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Inside, the first SIGTERM, SIGINT or SIGUSR1 asks to save and stop; a second one acts as usual.
+    """Inside, the first SIGTERM, SIGINT or SIGUSR1 asks to save and stop; one that comes later acts as usual.
 
     Gives the `stop` that `train` polls. Works in the main thread only, as signals do.
     """
     asked = []
 
     def ask(number, frame):
-        asked.append(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if asked and time.monotonic() - asked[0] > SAME_WORD:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        asked.append(time.monotonic())
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:

@@ -100,14 +100,17 @@ PLAIN, TWO_RANKS = ["nulsq.train"], ["launch", "local", "train", "--nproc", "2"]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_the_first_signal_asks_and_the_second_acts_as_usual(name):
+def test_the_first_signal_asks_and_one_that_comes_later_acts_as_usual(name):
+    """The same word twice at once, as a batch system and torchrun say it, is one word."""
     code = f"""
-import os, signal
-from nulsq.signals import stop_on_signal
+import os, signal, time
+from nulsq.signals import SAME_WORD, stop_on_signal
 with stop_on_signal() as stop:
     print(stop(), flush=True)
     os.kill(os.getpid(), signal.{name})
+    os.kill(os.getpid(), signal.{name})
     print(stop(), flush=True)
+    time.sleep(1.1 * SAME_WORD)
     os.kill(os.getpid(), signal.{name})
     print("still here", flush=True)
 """
