@@ -88,6 +88,34 @@ def straight(short, float_run) -> Path:
     return path_of(recipe)
 
 
+@pytest.fixture(scope="session")
+def search_file(short, tmp_path_factory) -> Path:
+    """Trials that start from a network that has learned something, and a last draw that harms it (lr 3e-4, 6e-4,
+    0.087): from chance trials tie, and ASHA stops none that ties with those before it, or betters them."""
+    folder = tmp_path_factory.mktemp("search")
+    from nulsq.config import to_yaml
+    from nulsq.run_directory import path_of
+    from nulsq.train import train
+    learned = short("learned", **FLOAT, optim__epochs=6, data__subset=1024)
+    assert train(learned, quiet=True).outcome == "finished"
+    recipe = short("trial", model__init_from=str(path_of(learned)), optim__epochs=4)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    (folder / "tiny.yaml").write_text(f"""
+recipe: {folder}/recipe.yaml
+dir: {folder}/out
+studies:
+  activation: {{key: quant.activation.quantizer, values: [nulsq, lsq]}}
+  bits: {{key: quant.bits, values: [2, 4]}}
+space:
+  lr: {{key: optim.lr, sample: loguniform, low: 1e-4, high: 0.1}}
+trials: 3
+repeats: 1
+seed: 39
+reduction: 2
+""")
+    return folder / "tiny.yaml"
+
+
 @pytest.fixture
 def in_the_checkout(monkeypatch) -> None:
     """Paths in the project's own configurations start from its root."""

@@ -1,16 +1,21 @@
-"""Searches on disk for tests of what reads them: real files written by the project's own functions, drawn curves."""
+"""Searches on disk for tests of what reads them: real files written by the project's own functions, drawn curves; and
+what tests of real searches share."""
 
 import functools
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 from nulsq.config import Recipe, load, to_yaml
-from nulsq.run_directory import METRICS, RunDirectory, describe_code, write_atomically
+from nulsq.run_directory import METRICS, RunDirectory, describe_code, read_metrics, write_atomically
 from tune import journal
 from tune.space import Axis, Sampler, Search, Trial, rungs, studies
 
+ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, GRACE, REDUCTION = 9, 1, 3
 SPACE = {"lr": Sampler("optim.lr", "loguniform", 0.001, 0.3),
          "coeff_qparm_lr": Sampler("optim.coeff_qparm_lr", "loguniform", 0.001, 0.3),
@@ -140,3 +145,17 @@ def two_studies(folder: Path):
 def marked_search(folder: Path) -> Search:
     """Markup in names and values, few trials, nothing repeated."""
     return made_search(folder, {"name": ("name", [MARKUP, "plain"])}, 4, finalists=1, repeats=0, name=MARKUP)
+
+
+def search(*arguments, timeout=500) -> subprocess.CompletedProcess:
+    """A search by its command."""
+    return subprocess.run([sys.executable, "-m", "tune.search", *map(str, arguments)], cwd=ROOT, timeout=timeout,
+                          capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def every_result_once(out: Path) -> None:
+    """The journal of a search has each epoch of each trial once."""
+    results = [(event["key"], event["epoch"]) for event in journal.events(out) if event["event"] == "result"]
+    trained = [(trial.key, line["epoch"]) for trial in journal.read(out)
+               for line in read_metrics(out / "trials" / trial.key)]
+    assert sorted(results) == sorted(trained)

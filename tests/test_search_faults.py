@@ -1,0 +1,126 @@
+"""What happens to a search on a real local Ray when it is interrupted, when its trials die, when its time is over."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nulsq import checkpoint
+from nulsq.run_directory import read_metrics, read_outcome
+from tests.searches import every_result_once, search
+from tune import journal
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("number", [
+    pytest.param(signal.SIGUSR1, id="SIGUSR1"),
+    pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.long),
+    pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),
+    pytest.param(signal.SIGKILL, id="SIGKILL", marks=pytest.mark.slow)])
+def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
+    """The driver gets a signal while trials run; the same command ends all trials, none from zero again, and every
+    rung holds the score of its own epoch."""
+    command = [sys.executable, "-m", "tune.search", str(search_file), f"dir={tmp_path}/out", "trials=2",
+               "repeats=0", "studies.bits.values=[2]"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+        deadline = time.monotonic() + 240
+        while not list(tmp_path.glob("out/trials/*/*/metrics.jsonl")) and time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.2)
+        process.send_signal(number)
+        code = process.wait(timeout=120)
+        assert code == (-9 if number == signal.SIGKILL else 99), (tmp_path / "log").read_text()[-3000:]
+    _wait_for_orphans(tmp_path / "out")
+    kept = {path.parent: checkpoint.load(newest)["epoch"] for path in tmp_path.glob("out/trials/*/*/metrics.jsonl")
+            if (newest := checkpoint.newest(path.parent))}
+    lines = {path: read_metrics(path)[:epoch] for path, epoch in kept.items()}
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    for path, before in lines.items():
+        assert read_metrics(path)[:len(before)] == before  # continued, not trained anew: even the times are the same
+    rungs = json.loads((tmp_path / "out" / "rungs").read_text())["rungs"]
+    for study, recorded in rungs.items():
+        for milestone, values in recorded:
+            for key, score in values.items():
+                if milestone < 4:
+                    trained = read_metrics(tmp_path / "out" / "trials" / key)
+                    assert score == trained[milestone - 1]["val_top1"], (study, key, milestone)
+    every_result_once(tmp_path / "out")
+    outcomes = [read_outcome(path.parent)["outcome"] for path in tmp_path.glob("out/trials/*/*/recipe.yaml")]
+    assert len(outcomes) == 4 and "finished" in outcomes
+    if number != signal.SIGUSR1:
+        return
+    # ... and a finished search is extended: more trials, the ones before stay as they are
+    before = {path: path.read_text() for path in tmp_path.glob("out/trials/*/*/metrics.jsonl")}
+    ended = subprocess.run([*command, "--extend", "1"], cwd=ROOT, capture_output=True, text=True, timeout=400,
+                           env=environment)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    after = {path: path.read_text() for path in tmp_path.glob("out/trials/*/*/metrics.jsonl")}
+    assert len(after) == 6 and before.items() <= after.items()
+    assert "2 studies of 3 trials" in ended.stdout
+
+
+def test_a_trial_that_dies_does_not_end_the_search(search_file, tmp_path):
+    """Its process is killed, as by the system when memory runs out: it is tried again, then left, with its reason."""
+    ended = search(search_file, f"dir={tmp_path}/out", "trials=1", "repeats=0", "studies.bits.values=[2]",
+                   "studies.activation.values=[lsq, tests.dying]", "overrides={optim.epochs: 2}")
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    rows = {row["study"]: row for row in csv.DictReader((tmp_path / "out" / "trials.csv").open())}
+    assert rows["lsq_2"]["status"] == "finished" and rows["tests.dying_2"]["epochs"] == "0"
+    assert rows["tests.dying_2"]["status"] == "failed"
+    happened = [event["event"] for event in journal.events(tmp_path / "out") if event["key"] == "tests.dying_2/000"]
+    assert happened == ["start", "retry", "error", "end"] or happened == ["start", "retry", "end", "error"]
+    assert "crashed and is tried again" in ended.stdout and "study tests.dying_2: no trial" in ended.stdout
+    # One that diverges costs the search nothing but its epochs, and has no place in the ranking.
+    ended = search(search_file, f"dir={tmp_path}/diverges", "trials=2", "repeats=0", "studies.bits.values=[2]",
+                   "studies.activation.values=[lsq]", "overrides={optim.epochs: 2, guard.rollbacks: 0}",
+                   "concurrent=1", "space.lr.high=1e13", "points={sane: {lr: 0.01}, mad: {lr: 1e12}}")
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    rows = list(csv.DictReader((tmp_path / "diverges" / "trials.csv").open()))
+    assert [row["status"] for row in rows] == ["finished", "diverged"]
+    assert not list((tmp_path / "diverges").glob("trials/*/001/checkpoints/*.pt"))
+    assert read_outcome(Path(rows[1]["run"]))["outcome"] == "diverged"
+    # One at a time, as it was told: the second was not begun before the first had ended.
+    order = [(event["event"], event["key"]) for event in journal.events(tmp_path / "diverges")
+             if event["event"] in ("start", "end")]
+    assert order == [(what, f"lsq_2/{number:03d}") for number in (0, 1) for what in ("start", "end")]
+
+
+@pytest.mark.long
+def test_a_search_whose_time_is_used_up_shows_what_it_has_and_goes_on_with_more(search_file, tmp_path):
+    arguments = [search_file, f"dir={tmp_path}/out", "trials=1", "repeats=0", "studies.bits.values=[2]",
+                 "studies.activation.values=[lsq]"]
+    for _ in range(2):  # the second time nothing is left of it
+        ended = search(*arguments, "hours=0.0001")
+        assert "the time budget of 0.0001 hours is used up" in ended.stdout
+        assert ended.returncode == 1 and "no trial has reached its end yet" in ended.stdout
+        assert not (tmp_path / "out" / "finished").exists()  # nor has anything seen the test images
+    ended = search(*arguments, "--extend", "1")
+    assert ended.returncode == 2 and "has not finished" in ended.stderr
+    ended = search(*arguments, "hours=1")
+    assert ended.returncode == 0 and "study lsq_2: winner's test top-1" in ended.stdout, ended.stdout + ended.stderr
+
+
+def _wait_for_orphans(out: Path) -> None:
+    """After SIGKILL of the driver Ray's workers notice by themselves; they hold their run directories until then."""
+    import fcntl
+    deadline = time.monotonic() + 120
+    for lock in out.glob("trials/*/*/lock"):
+        with lock.open("a") as file:
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.2)
