@@ -34,6 +34,8 @@ FREE = {"name", "run.dir", "run.root", "run.train_id", "run.device", "run.thread
 TIMES = {"images_per_second", "wait_share", "seconds"}  # metrics that are the clock's, not the run's
 UNFINISHED = ".unfinished"
 METRICS, OSCILLATIONS = "metrics.jsonl", "oscillations.jsonl"
+SNAPSHOT = "SNAPSHOT"  # beside a copy of the code: a line that says what it was taken from
+LAUNCH = "launch"  # a batch job's script, logs and code: may be there before the run is
 PACKAGES = ("torch", "torchvision", "timm", "pytorchcv", "numpy", "omegaconf", "ffcv", "numba", "ray")
 
 
@@ -56,7 +58,7 @@ class RunDirectory:
         path = self.path
         if (path / "recipe.yaml").is_file():
             _same_recipe(path, recipe)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or {each.name for each in path.iterdir()} - {LAUNCH}):
             raise InputError(f"run directory {path} exists and holds something else; choose another run.dir")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -153,13 +155,6 @@ def write_synced(path: Path, data: bytes | memoryview) -> None:
 
 def describe_code() -> str:
     """Version of the code, of Python and of the packages, and the command."""
-    here = Path(__file__).resolve().parent
-    try:
-        git = [subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=20).stdout.strip()
-               for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]
-        commit = f"commit {git[0]}{' with local changes' if git[1] else ''}" if git[0] else "not a git checkout"
-    except (OSError, subprocess.TimeoutExpired):
-        commit = "git is not there"
     versions = []
     for package in PACKAGES:
         try:
@@ -167,9 +162,22 @@ def describe_code() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     devices = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return (f"{time.strftime('%Y-%m-%d %H:%M:%S')}  nulsq {__version__}, {commit}\n"
+    return (f"{time.strftime('%Y-%m-%d %H:%M:%S')}  nulsq {__version__}, {_commit()}\n"
             f"  python {platform.python_version()}, {', '.join(versions)}\n"
             f"  {platform.node()}, {devices}\n  {' '.join(sys.argv)}\n")
+
+
+def _commit():
+    here = Path(__file__).resolve().parent
+    note = here.parent / SNAPSHOT
+    if note.is_file():  # git would speak of a checkout that the copy happens to lie in
+        return note.read_text().partition("\n")[0]
+    try:
+        git = [subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=20).stdout.strip()
+               for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]
+    except (OSError, subprocess.TimeoutExpired):
+        return "git is not there"
+    return f"commit {git[0]}{' with local changes' if git[1] else ''}" if git[0] else "not a git checkout"
 
 
 def _same_recipe(path, recipe):

@@ -14,12 +14,10 @@ import contextlib
 import functools
 import math
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from nulsq import checkpoint, command_line, outcome
 from nulsq.compile import compiled
@@ -116,13 +114,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     if here.size > 1 and device.type == "cuda":
         model = sync_batch_norm(model)
     oscillations = track_oscillations(recipe, model)
-    stepped = model
-    if here.size > 1:
-        with warnings.catch_warnings():
-            # torch 2.15 announces another spelling of broadcast_buffers, which 2.11 does not have
-            warnings.simplefilter("ignore", FutureWarning)
-            stepped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                              broadcast_buffers=False)
+    stepped = here.data_parallel(model)
     if recipe.run.compile:
         stepped = compiled(stepped, device)
 
@@ -267,6 +259,8 @@ def main(argv: list[str]) -> int:
     parser = command_line.parser("python -m nulsq.train", "Train one recipe, then evaluate it once on the test images.")
     parser.add_argument("--dry-run", type=int, nargs="?", const=1, metavar="RANKS",
                         help="check everything (for so many ranks), print the plan, write nothing")
+    parser.add_argument("--no-test", action="store_true",
+                        help="leave the test images closed after the run: for trials of a search")
     arguments, recipe = command_line.parse(parser, argv)
     with world(recipe.run.device) as here:
         if arguments.dry_run is not None:
@@ -282,6 +276,8 @@ def main(argv: list[str]) -> int:
                 return outcome.EXIT_SAVED
             if state.outcome == "diverged":
                 return outcome.EXIT_DIVERGED
+            if arguments.no_test:
+                return 0
             path = path_of(recipe)
             try:
                 found = here.on_first(lambda: read_evaluation(path)) or evaluate_run(

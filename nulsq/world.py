@@ -6,6 +6,7 @@ before `train` is called: `world()` finds it and leaves it. Under torchrun or Sl
 
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nulsq.errors import InputError
 
@@ -68,6 +70,16 @@ class World:
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
+
+    def data_parallel(self, model: nn.Module) -> nn.Module:
+        """The model as ranks step it together, their gradients averaged; the model itself where there is one rank."""
+        if self.size == 1:
+            return model
+        with warnings.catch_warnings():
+            # torch 2.15 announces another spelling of broadcast_buffers, which 2.11 does not have
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False,
+                                           device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
 @contextmanager

@@ -153,10 +153,9 @@ def test_documented_commands_parse(line, monkeypatch):
     module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2:]
     if module == "nulsq.train":
         command_line.parse(command_line.parser("x", ""), arguments)
-    elif module == "tune.search":
-        from tune.search import parser
+    elif module in ("tune.search", "tune.array"):
         from tune.space import load_search
-        parsed = parser().parse_intermixed_args(arguments)
+        parsed = importlib.import_module(module).parser().parse_intermixed_args(arguments)
         load_search(parsed.search, parsed.overrides)
     elif module == "launch":
         from launch.__main__ import main

@@ -14,7 +14,7 @@ from nulsq.config import to_yaml
 from nulsq.errors import InputError
 from nulsq.run_directory import path_of, read_metrics, read_outcome
 from nulsq.train import train
-from tune.cluster import check_fits, check_placement, environment, fits, open_cluster
+from tune.cluster import check_fits, check_placement, environment, fits, open_cluster, wait_for_nodes
 
 pytest.importorskip("ray")
 from ray.tune import Callback  # noqa: E402
@@ -88,7 +88,7 @@ def cluster():
         try:
             for _ in range(2):
                 made.add_node(num_cpus=1)
-            with open_cluster(made.address, workers=2):
+            with open_cluster(made.address, workers=2, nodes=3):
                 yield made
         finally:
             made.shutdown()
@@ -139,6 +139,8 @@ def test_a_cluster_is_asked_what_it_can_hold(cluster):
     assert check_fits(1, 0, 2) == 1 and check_fits(1, 0) == 2
     with pytest.raises(InputError, match="1 with 0 CPU, 0 GPU"):
         check_fits(2, 0)
+    with pytest.raises(InputError, match="nodes = 4: the cluster has 3 after 0.5 s"):
+        wait_for_nodes(4, seconds=0.5)
     check_placement(1, 0, 2)
     with pytest.raises(InputError, match="found no place within 2 s; free in the cluster: 2 CPU, 0 GPU"):
         check_placement(1, 0, 3, seconds=2)

@@ -71,6 +71,7 @@ def test_rungs_are_below_the_last_epoch():
     ("points={mine: {lr: 7, coeff_qparm_lr: 0.01, qparm_wd: 1e-4}}", "points.mine.lr = 7, allowed: 0.005 to 0.1"),
     ("searcher=tpee", "searcher: .*expected one of"),
     ("name=a~b", "without ~ and /"),
+    ("nodes=2", "nodes = 2, allowed with address = local: 1, a local Ray is one node"),
 ])
 def test_a_search_that_cannot_work_is_an_error_at_once(override, message):
     with pytest.raises(InputError, match=message):

@@ -1,5 +1,6 @@
 """Laws of the training loop: resume equals uninterrupted, two ranks equal one, test stays closed."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -8,12 +9,13 @@ import pytest
 import torch
 from conftest import FLOAT
 
-from nulsq import checkpoint
+from nulsq import checkpoint, run_directory
+from nulsq.config import to_yaml
 from nulsq.errors import InputError
 from nulsq.evaluate import evaluate_run, read_evaluation
 from nulsq.optim import learning_rate
-from nulsq.run_directory import path_of, read_metrics, read_outcome
-from nulsq.train import train
+from nulsq.run_directory import LAUNCH, SNAPSHOT, path_of, read_metrics, read_outcome
+from nulsq.train import main, train
 from nulsq.world import World
 from runs import TIMES, assert_same_state, in_ranks, last, numbers, torchrun
 
@@ -58,6 +60,17 @@ def test_another_recipe_in_the_same_directory_is_an_error(short, float_run, stra
         train(recipe, quiet=True)
 
 
+def test_a_copy_of_the_code_says_what_it_was_taken_from(tmp_path):
+    (tmp_path / "nulsq").mkdir()
+    copy = shutil.copy(run_directory.__file__, tmp_path / "nulsq")
+    (tmp_path / SNAPSHOT).write_text("snapshot of commit 1234 with local changes, taken yesterday\nand more\n")
+    spec = importlib.util.spec_from_file_location("copied", copy)
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    said = copied.describe_code().splitlines()[0]
+    assert said.endswith(", snapshot of commit 1234 with local changes, taken yesterday")
+
+
 def test_a_directory_in_use_is_an_error(short, float_run, straight):
     import fcntl
     recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
@@ -73,9 +86,12 @@ def test_training_never_opens_the_test_images(short, float_run, digits, tmp_path
     for file in blind.glob("test*"):
         file.write_bytes(b"\0" * file.stat().st_size)  # the size is what opening checks
     recipe = short("blind", model__init_from=str(float_run), data__path=str(blind))
+    (path_of(recipe) / LAUNCH).mkdir(parents=True)  # a launcher's folder may be there before the run
     assert train(recipe, quiet=True).outcome == "finished"
     with pytest.raises(ValueError):
         evaluate_run(path_of(recipe), here=ALONE)
+    (tmp_path / "blind.yaml").write_text(to_yaml(recipe))
+    assert main([str(tmp_path / "blind.yaml"), "--no-test"]) == 0
 
 
 def test_evaluation_counts_every_test_image_once(straight, digits):

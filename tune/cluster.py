@@ -19,6 +19,7 @@ loopback where trials have several workers, and `check_placement` asks any clust
 of a trial may be spread over nodes.
 """
 
+import contextlib
 import math
 import os
 import secrets
@@ -26,7 +27,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from nulsq.errors import InputError
@@ -43,23 +43,30 @@ SECRET = ("KEY", "TOKEN", "PASSWORD", "SECRET")
 NO_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
-@contextmanager
-def open_cluster(address: str = "local", workers: int = 1) -> Iterator[None]:
-    """Start a Ray on this machine, or join a cluster; leave it at the end. Raises InputError where there is none."""
+@contextlib.contextmanager
+def open_cluster(address: str = "local", workers: int = 1, nodes: int = 1, patience: float = 300) -> Iterator[None]:
+    """Start a Ray on this machine, or join a cluster once it has so many nodes; leave it at the end.
+
+    Raises InputError where there is none, and where its nodes are not there after `patience` seconds.
+    """
     if address == "local" and "RAY_AUTH_MODE" not in os.environ:
         assert "ray" not in sys.modules, "Ray reads its token when it is imported: open_cluster comes before that"
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
     common = {"runtime_env": {"env_vars": environment()}, "log_to_driver": False, "logging_level": "ERROR"}
-    if address == "local":
-        # "local": never join another user's Ray that happens to run here. The ranks of a trial meet on loopback.
-        common["runtime_env"]["env_vars"] = {"GLOO_SOCKET_IFNAME": "lo"} | common["runtime_env"]["env_vars"]
-        ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), object_store_memory=256 * 2**20,
-                 include_dashboard=workers > 1, dashboard_host="127.0.0.1", **common)
-    else:
-        _join(address, common)
+    # Ray's workers look for code first in the folder that their search started Ray in: it is to be this very code, also
+    # where that is a snapshot and the folder is a checkout that has changed since.
+    with contextlib.chdir(ROOT):
+        if address == "local":
+            # "local": never join another user's Ray that happens to run here. The ranks of a trial meet on loopback.
+            common["runtime_env"]["env_vars"] = {"GLOO_SOCKET_IFNAME": "lo"} | common["runtime_env"]["env_vars"]
+            ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), object_store_memory=256 * 2**20,
+                     include_dashboard=workers > 1, dashboard_host="127.0.0.1", **common)
+        else:
+            _join(address, common)
     try:
+        wait_for_nodes(nodes, patience)
         yield
     finally:
         ray.shutdown()
@@ -71,6 +78,21 @@ def environment() -> dict[str, str]:
               if name.startswith(PASSED_ON) and not any(word in name for word in SECRET)}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return passed | NO_RANK | {"PYTHONPATH": path, "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+
+
+def wait_for_nodes(nodes: int, seconds: float) -> None:
+    """Wait until so many nodes of the cluster are alive, whatever they hold: a head may have no cores to give.
+
+    Raises InputError where they are fewer after so many seconds.
+    """
+    import ray
+
+    deadline = time.monotonic() + seconds
+    while (there := sum(node["Alive"] for node in ray.nodes())) < nodes:
+        if time.monotonic() > deadline:
+            raise InputError(f"nodes = {nodes}: the cluster has {there} after {seconds:g} s; a larger patience waits "
+                             f"longer, nodes = {there} does with what is there")
+        time.sleep(0.2)
 
 
 def check_fits(cpus: float, gpus: float, workers: int = 1) -> int:

@@ -17,6 +17,7 @@ interrupted.
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,6 +53,7 @@ def parser() -> Parser:
     made.add_argument("search", help="YAML file, see configs/search/")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="settings, they win over the file")
     made.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    made.add_argument("--json", action="store_true", help="with --dry-run: the plan as one line of JSON, for programs")
     made.add_argument("--extend", type=int, metavar="N", help="N more trials for each study of a search that has begun")
     return made
 
@@ -70,6 +73,8 @@ def main(argv: list[str]) -> int:
 
 
 def _main(arguments) -> int:
+    if arguments.json and not arguments.dry_run:
+        raise InputError("--json is the form of a plan: it needs --dry-run")
     folder = SearchDirectory(load_search(arguments.search, arguments.overrides))
     folder.check()
     more = arguments.extend or 0
@@ -81,10 +86,15 @@ def _main(arguments) -> int:
                              "starts it or goes on")
     search = dataclasses.replace(folder.search, trials=folder.search.trials + more)
     if not folder.finished or more:
-        _check(search)
-        warm = warm_rows(search)
-        print(plan(search), flush=True)
+        # Libraries may say on stdout what they download; there a program reads its line, and nothing else.
+        with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+            _check(search)
+            warm = warm_rows(search)
+        if not arguments.json:
+            print(plan(search), flush=True)
     if arguments.dry_run:
+        if arguments.json:
+            print(json.dumps(outline(search, folder)))
         return 0
     with folder:
         # The recipe as it was when the search began: the file may have been edited since.
@@ -128,6 +138,15 @@ def plan(search: Search) -> str:
     return "\n".join(lines)
 
 
+def outline(search: Search, folder: SearchDirectory) -> dict[str, Any]:
+    """The plan for programs: what is searched, what it asks for, and how far it is."""
+    return {"name": search.name, "directory": str(search.directory), "recipe": search.recipe,
+            "data": base_recipe(search, {}).data.path, "studies": [study.name for study in studies(search)],
+            "trials": search.trials, "total": Course(search, []).budget(), "workers": search.workers,
+            "cpus": search.cpus, "gpus": search.gpus, "address": search.address, "hours": search.hours,
+            "begun": folder.begun, "finished": folder.finished}
+
+
 def run(search: Search, folder: SearchDirectory, course: Course) -> int:
     """Start or continue the search, then show and write its results. Returns the exit code."""
     wanted = dict.fromkeys(("matplotlib", "pandas", "pyarrow", "sklearn", "optuna", "ray"), "search")
@@ -143,7 +162,7 @@ def run(search: Search, folder: SearchDirectory, course: Course) -> int:
     for key, status in course.status.items():  # what was killed between a decision and its consequences
         if status in ("stopped", "diverged"):
             remove_checkpoints(directory(folder.path, key))
-    ended = _fit(search, folder, course, left)
+    ended = course.finished or _fit(search, folder, course, left)
     used = left is not None and search.hours * 3600 <= elapsed(journal.events(folder.path), running=True)
     if not ended and not used:
         print(f"interrupted; the same command continues the search in {search.directory}")
@@ -181,10 +200,14 @@ def show(search: Search, folder: SearchDirectory, finished: bool = True) -> int:
     return 0
 
 
-def _check(search: Search) -> None:
-    """Build each study's network and open its data; ask whether a trial fits on this machine."""
+def _check(search):
     if search.address == "local":  # of a cluster only its nodes know
         fits([(len(os.sched_getaffinity(0)), torch.cuda.device_count())], search.cpus, search.gpus, search.workers)
+    check_recipes(search)
+
+
+def check_recipes(search: Search) -> None:
+    """Build each study's network and open its data. Raises InputError for what cannot be trained."""
     here = World(0, search.workers, torch.device("cpu"))
     for study in studies(search):
         recipe = base_recipe(search, study.overrides)
@@ -198,7 +221,7 @@ def _fit(search: Search, folder: SearchDirectory, course: Course, seconds: float
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Watch says what happens
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     began = time.monotonic()
-    with open_cluster(search.address, search.workers), contextlib.ExitStack() as cleanup:
+    with open_cluster(search.address, search.workers, search.nodes, search.patience), contextlib.ExitStack() as cleanup:
         most = check_fits(search.cpus, search.gpus, search.workers)
         print(f"Ray is up after {duration(time.monotonic() - began)}; {most} trials fit at once", flush=True)
         if search.workers > 1:

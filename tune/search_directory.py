@@ -4,6 +4,7 @@
     trials.jsonl               every trial, once decided on        events.jsonl          what happened to them, when
     rungs                      ASHA's rungs, with every result     extended              trials that --extend added
     finished                   there when all trials have ended    ray/                  what Tune writes: not read
+    array/                     a recipe per trial (tune.array)     launch/               a batch job's script and logs
     trials.csv, trials.parquet, leaderboard.txt, studies/, report/   the results
 """
 
@@ -11,12 +12,14 @@ import dataclasses
 
 from nulsq.config import Recipe, differences, load, load_recipe, to_yaml
 from nulsq.errors import InputError
-from nulsq.run_directory import lock, write_atomically
+from nulsq.run_directory import LAUNCH, lock, write_atomically
 from tune import journal
 from tune.space import Search
 
-# Settings that may change between the parts of a search: they do not enter what it finds.
-FREE = {"dir", "concurrent", "retries", "hours", "cpus", "address", "wandb", "mlflow"}
+ARRAY = "array"
+# Settings that may change between the parts of a search: they do not enter what it finds. What the recipe says is
+# compared, wherever it lies.
+FREE = {"dir", "recipe", "concurrent", "retries", "hours", "cpus", "address", "nodes", "patience", "wandb", "mlflow"}
 
 
 class SearchDirectory:
@@ -32,6 +35,10 @@ class SearchDirectory:
         return dataclasses.replace(self.given, trials=self.given.trials + journal.extended(self.path))
 
     @property
+    def begun(self) -> bool:
+        return (self.path / "search.yaml").is_file()
+
+    @property
     def finished(self) -> bool:
         return (self.path / "finished").is_file()
 
@@ -45,7 +52,7 @@ class SearchDirectory:
 
     def check(self) -> None:
         """Raises InputError where the folder holds another search, or something else."""
-        if (self.path / "search.yaml").is_file():
+        if self.begun:
             before = load(Search, self.path / "search.yaml")
             changed = [*differences(before, self.given, FREE),
                        *differences(load(Recipe, self.path / "recipe.yaml"), self.recipe, set())]
@@ -54,7 +61,7 @@ class SearchDirectory:
                 if self.given.trials > before.trials and len(changed) == 1:
                     hint = f"say --extend {self.given.trials - before.trials}, with trials={before.trials}"
                 raise InputError(f"{self.path} holds another search ({'; '.join(changed[:3])}); {hint}")
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or {each.name for each in self.path.iterdir()} - {LAUNCH}):
             raise InputError(f"{self.path} exists and holds something else; choose another dir")
 
     def __enter__(self) -> "SearchDirectory":
@@ -63,7 +70,7 @@ class SearchDirectory:
             self.lock = lock(self.path, "searching")
         except OSError as error:
             raise InputError(f"search directory {self.path} cannot be written: {error}") from None
-        if not (self.path / "search.yaml").is_file():
+        if not self.begun:
             write_atomically(self.path / "recipe.yaml", to_yaml(self.recipe))
             write_atomically(self.path / "search.yaml", to_yaml(self.given))
         journal.mend(self.path)

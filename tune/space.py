@@ -106,6 +106,8 @@ class Search:
     hours: float | None = setting(None, "time budget; when it is used up the search stops and shows what it has, with "
                                   "more hours it goes on", above=0)
     address: str = setting("local", "local: a Ray of this search's own; auto or HOST:PORT: a running cluster")
+    nodes: int = setting(1, "nodes that the cluster at `address` has to have before trials start", low=1)
+    patience: float = setting(300, "seconds that it may take until they are there", low=0)
     wandb: str | None = setting(None, "Weights & Biases project that trials are logged to")
     mlflow: str | None = setting(None, "MLflow tracking URI that trials are logged to")
     dir: str | None = setting(None, "search directory; default: runs/search-NAME")
@@ -167,6 +169,9 @@ def load_search(path: str | Path, overrides: Iterable[str] = ()) -> Search:
         raise InputError(f"name = {search.name}: it names folders and studies, without {STRATUM} and /")
     if not search.recipe:
         raise InputError(f"{path}: recipe is missing")
+    if search.nodes > 1 and search.address == "local":
+        raise InputError(f"nodes = {search.nodes}, allowed with address = local: 1, a local Ray is one node; auto or "
+                         "HOST:PORT joins a cluster")
     for name, sampler in search.space.items():
         _check_sampler(f"space.{name}", sampler)
     for name, axis in search.studies.items():

@@ -16,7 +16,9 @@ from pathlib import Path
 from nulsq.errors import InputError, Parser, exit_on_input_error
 from nulsq.progress import duration
 from tune import journal
+from tune.reporting import directory
 from tune.results import Row, collect, ranked
+from tune.search_directory import ARRAY
 from tune.space import Search, expected_epochs, full_epochs, rungs, studies
 
 STATES = ("finished", "stopped", "running", "waiting", "diverged", "failed")
@@ -26,6 +28,7 @@ COLUMNS = ("study", *STATES, "best", "reached rungs", "epochs")
 def table(search: Search, rows: list[Row], seconds: float, *, running: bool) -> str:
     """The table, and a line that sums it up; `seconds` that the search has run so far."""
     lines, spent, most, left, full = [list(COLUMNS)], 0, 0, 0.0, full_epochs(search)
+    array = (search.directory / ARRAY).is_dir()  # its trials are not stopped early
     for study in studies(search):
         epochs = full[study.name]
         own = [row for row in rows if row.trial.study == study.name]
@@ -38,7 +41,8 @@ def table(search: Search, rows: list[Row], seconds: float, *, running: bool) -> 
                    for rung in [*rungs(epochs, search.grace, search.reduction), epochs]]
         used, whole = sum(row.epochs for row in own), (search.trials + repeats) * epochs
         if states["waiting"] or states["running"]:
-            left += max(0.0, expected_epochs(search, epochs) + repeats * epochs - used)
+            planned = search.trials * epochs if array else expected_epochs(search, epochs)
+            left += max(0.0, planned + repeats * epochs - used)
         spent, most = spent + used, most + whole
         lines.append([study.name, *map(str, states.values()),
                       f"{best.score:.2f} (trial {best.trial.number}, epoch {best.epochs})" if best else "-",
@@ -46,9 +50,10 @@ def table(search: Search, rows: list[Row], seconds: float, *, running: bool) -> 
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     text = ["  ".join(cell.ljust(width) if i in (0, 7, 8) else cell.rjust(width)
                       for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
-    told = f"{spent} of at most {most} epochs in {duration(seconds)}"
+    told = f"{spent} of at most {most} epochs" + (f" in {duration(seconds)}" if seconds else "")
     if spent and left:
-        told += f", about {duration(seconds / spent * left)} left" if running else f", about {round(left)} epochs left"
+        timed = running and seconds  # nobody has taken the time of an array
+        told += f", about {duration(seconds / spent * left)} left" if timed else f", about {round(left)} epochs left"
     return "\n".join([*text, told])
 
 
@@ -62,8 +67,13 @@ def elapsed(events: list[dict], *, running: bool = False) -> float:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process holds the search's lock."""
-    with contextlib.suppress(OSError), (folder / "lock").open() as file:
+    """Whether a process holds the search's lock, or a task of its array that of a trial."""
+    trials = journal.read(folder) if (folder / ARRAY).is_dir() else []
+    return any(_is_held(path / "lock") for path in (folder, *(directory(folder, trial.key) for trial in trials)))
+
+
+def _is_held(lock):
+    with contextlib.suppress(OSError), lock.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -81,7 +91,9 @@ def describe(folder: Path) -> str:
     search = journal.load_folder(folder)
     running = is_running(folder)
     now = state(folder, running)
-    now += ": the same command continues it" if now == "interrupted" else ""
+    if now == "interrupted":
+        now = "not finished, no task of its array runs" if (folder / ARRAY).is_dir() else \
+            f"{now}: the same command continues it"
     rows = collect(search, journal.read(folder))
     seconds = elapsed(journal.events(folder), running=running)
     return f"{folder}: {now}\n{table(search, rows, seconds, running=running)}"
