@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nulsq import command_line
+from launch.work import recipe_of
 from nulsq.errors import InputError
 from nulsq.run_directory import path_of, read_outcome
 
@@ -23,7 +23,7 @@ def train(recipe: str, rest: list[str], nproc: int, *, show: bool = False) -> in
     """Train in `nproc` processes; the exit code of `python -m nulsq.train`, whoever started the ranks."""
     if nproc < 1:
         raise InputError(f"--nproc = {nproc}, allowed: at least 1")
-    _, parsed = command_line.parse(command_line.parser("python -m launch local train", ""), [recipe, *rest])
+    parsed = recipe_of([recipe, *rest])
     own = [sys.executable, "-m", "nulsq.train", recipe, *rest]
     command = own if nproc == 1 else torchrun(nproc) + own[2:]
     if show:
@@ -51,11 +51,11 @@ def search(file: str, rest: list[str], *, show: bool = False) -> int:
     return run(command)
 
 
-def torchrun(nproc: int) -> list[str]:
+def torchrun(nproc: int, *flags: str) -> list[str]:
     """The torchrun command of one node; its meeting point is on loopback, on a free port."""
     return [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(nproc),
             "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
-            "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m"]
+            "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", *flags, "-m"]
 
 
 def run(command: list[str], environment: dict[str, str] | None = None) -> int:

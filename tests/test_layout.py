@@ -158,8 +158,15 @@ def test_documented_commands_parse(line, monkeypatch):
         parsed = importlib.import_module(module).parser().parse_intermixed_args(arguments)
         load_search(parsed.search, parsed.overrides)
     elif module == "launch":
-        from launch.__main__ import main
-        assert main([*arguments[:3], "--print", *arguments[3:]]) == 0
+        from launch import __main__ as launch
+        from launch.site import load_site
+        if arguments[0] == "local":
+            assert launch.main([*arguments[:3], "--print", *arguments[3:]]) == 0
+            return
+        parsed, rest = launch.parser().parse_known_args(arguments)
+        assert not [word for word in rest if word.startswith("-")]
+        if "site" in parsed:
+            load_site(parsed.site, parsed.at, getattr(parsed, "sbatch", []))
     elif module == "data_prep":
         from data_prep.__main__ import parser
         parser().parse_args(arguments)
@@ -188,7 +195,7 @@ def test_the_readmes_tree_is_the_tree():
 
 
 def test_every_fault_in_the_docs_is_shown_by_a_test_that_is_there():
-    named = {name for page in ("reliability", "search")
+    named = {name for page in ("reliability", "search", "launch")
              for name in re.findall(r"`(test_\w+)`", (ROOT / f"docs/{page}.md").read_text())}
     there = {name for path in (ROOT / "tests").glob("test_*.py")
              for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}

@@ -141,10 +141,10 @@ def plan(search: Search) -> str:
 def outline(search: Search, folder: SearchDirectory) -> dict[str, Any]:
     """The plan for programs: what is searched, what it asks for, and how far it is."""
     return {"name": search.name, "directory": str(search.directory), "recipe": search.recipe,
-            "data": base_recipe(search, {}).data.path, "studies": [study.name for study in studies(search)],
-            "trials": search.trials, "total": Course(search, []).budget(), "workers": search.workers,
-            "cpus": search.cpus, "gpus": search.gpus, "address": search.address, "hours": search.hours,
-            "begun": folder.begun, "finished": folder.finished}
+            "data": base_recipe(search, {}).data.path, "searcher": search.searcher,
+            "studies": [study.name for study in studies(search)], "trials": search.trials,
+            "total": Course(search, []).budget(), "workers": search.workers, "cpus": search.cpus, "gpus": search.gpus,
+            "address": search.address, "hours": search.hours, "begun": folder.begun, "finished": folder.finished}
 
 
 def run(search: Search, folder: SearchDirectory, course: Course) -> int:

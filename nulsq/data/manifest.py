@@ -8,11 +8,16 @@ A data set is a folder; `manifest.json` fixes the sample indices and names every
     train.beton, test.beton               the same samples in the same order for FFCV, where it was installed
 
 `test` is the official test or validation set. The holdout that selection sees is an index set over `train`.
+
+Recipes name this folder, and its manifest.json is what the data set is: its checksum names the copies that
+`python -m launch.stage` makes on a node's own disk. Where the environment variable NULSQ_SCRATCH says where they lie,
+a finished copy of exactly this manifest is read instead; without one the folder itself is, and nothing is said.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +28,7 @@ from nulsq.errors import InputError
 
 FORMAT = 1
 SPLITS = ("train", "test")
+SCRATCH = "NULSQ_SCRATCH"  # environment variable: the folder on this node's own disk that has copies of data sets
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,15 @@ class Manifest:
 
 
 class DataSet:
-    """A prepared data set on disk. Opening checks that every file is there with the size that was written."""
+    """A prepared data set on disk. Opening checks that every file is there with the size that was written.
+
+    Attributes:
+        path: the folder that is read: a copy on this node's own disk, where `staged` finds one.
+    """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.manifest = manifest = _read(self.path)
+        self.path = staged(Path(path))
+        self.manifest = manifest = read(self.path)
         self.name, self.kind, self.classes = manifest.name, manifest.kind, manifest.classes
         self.counts, self.files, self.mean, self.std = manifest.counts, manifest.files, manifest.mean, manifest.std
         for name, wanted in self.manifest.files.items():
@@ -80,6 +90,33 @@ class DataSet:
     def beton(self, split: str) -> Path | None:
         name = f"{split}.beton"
         return self.path / name if name in self.manifest.files else None
+
+
+def staged(path: Path) -> Path:
+    """The copy of the data set at `path` on this node's own disk, or `path` where there is none, or not a whole one.
+
+    NULSQ_SCRATCH says where copies lie. A copy has the very same manifest.json, and every file in its size.
+    """
+    scratch, file = os.environ.get(SCRATCH), path / "manifest.json"
+    if not scratch or not file.is_file():
+        return path
+    text = file.read_bytes()
+    copy = copy_of(Path(scratch), text)
+    return copy if is_whole(copy, text) else path
+
+
+def copy_of(scratch: Path, manifest: bytes) -> Path:
+    """Folder of the copy of a data set below `scratch`; `manifest` is the content of its manifest.json."""
+    return scratch / "nulsq-data" / hashlib.sha256(manifest).hexdigest()[:16]
+
+
+def is_whole(folder: Path, manifest: bytes) -> bool:
+    """Whether a data set is there with this manifest.json and all its files in their sizes."""
+    try:
+        return (folder / "manifest.json").read_bytes() == manifest and all(
+            (folder / name).stat().st_size == wanted.bytes for name, wanted in read(folder).files.items())
+    except OSError:
+        return False
 
 
 class Watch:
@@ -115,7 +152,8 @@ def describe_file(path: Path) -> DataFile:
     return DataFile(path.stat().st_size, digest.hexdigest(), records)
 
 
-def _read(path: Path) -> Manifest:
+def read(path: Path) -> Manifest:
+    """The manifest of the data set in a folder. Raises InputError where there is none that can be used."""
     file = path / "manifest.json"
     if not file.is_file():
         raise InputError(f"{path} is not a prepared data set (no manifest.json); "

@@ -1,0 +1,104 @@
+"""What was submitted, in the run's or search's own folder: DIR/launch/TIME/, one folder a submission.
+
+    job.json     place, id, command and site      job.sh       the script that Slurm runs
+    *.log        what its processes printed       environment-*.txt   of the job's first node
+    ../code-*/   the code as it was (snapshot)    ../stop      asks the running job to save and not to come back
+    preflight-*.json   what was looked at before training
+"""
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nulsq.errors import InputError
+from nulsq.run_directory import LAUNCH, lock, write_atomically
+
+STOP = "stop"
+ENDED = "ended"  # the state of a job that neither waits nor runs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submission."""
+
+    place: str  # slurm or ray
+    id: str
+    directory: str  # of the run or search
+    folder: str  # of this submission
+    command: list[str] = field(default_factory=list)  # submits it again, from the same folder
+    site: dict[str, Any] = field(default_factory=dict)
+    code: str = ""
+    started_in: str = ""
+    submitted: str = ""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder)
+
+
+def open_folder(directory: Path) -> Path:
+    """A folder for a new submission, rid of what `launch stop` left. Raises InputError where it cannot be written."""
+    try:
+        top = directory / LAUNCH
+        top.mkdir(parents=True, exist_ok=True)
+        (top / STOP).unlink(missing_ok=True)
+        for attempt in range(1000):
+            folder = top / (time.strftime("%Y%m%d-%H%M%S") + (f"-{attempt}" if attempt else ""))
+            try:
+                folder.mkdir()
+                return folder.resolve()
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise InputError(f"{directory} cannot be written: {error}") from None
+    raise InputError(f"{top} has a thousand submissions of this second")
+
+
+def write(job: Job) -> None:
+    write_atomically(job.path / "job.json", json.dumps(dataclasses.asdict(job), indent=1) + "\n")
+
+
+def submitted(directory: Path) -> list[Job]:
+    """The submissions of a run or search, the first one first."""
+    found = [Job(**json.loads(file.read_text())) for file in directory.glob(f"{LAUNCH}/*/job.json")]
+    return sorted(found, key=lambda job: (job.submitted, job.folder))
+
+
+def latest(directory: Path) -> Job:
+    """The last submission. Raises InputError where there is none."""
+    jobs = submitted(directory)
+    if not jobs:
+        near = sorted({str(file.parents[2]) for file in directory.parent.glob(f"*/{LAUNCH}/*/job.json")})
+        raise InputError(f"{directory} was not submitted anywhere (no {LAUNCH}/*/job.json)"
+                         + (f"; there are {', '.join(near[:5])}" if near else ""))
+    return jobs[-1]
+
+
+def ask_to_stop(job: Job) -> None:
+    """Leave word for the job's script: what has saved itself now is not to be started again."""
+    (Path(job.directory) / LAUNCH / STOP).touch()
+
+
+def check_free(directory: Path, state) -> None:
+    """Raises InputError where a process works in the directory, or a job of it waits or runs.
+
+    `state(job)` says how a job is; of another place than that one, only the lock is known.
+    """
+    for job in submitted(directory):
+        found = state(job)
+        if found != ENDED:
+            raise InputError(f"job {job.id} ({found}) holds {directory}; python -m launch stop {directory} ends it")
+    if (directory / "lock").is_file():
+        lock(directory, "working").close()
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def here() -> str:
+    return os.getcwd()

@@ -1,0 +1,74 @@
+
+# ---- a search on a Ray of this job's own: launch/scripts/ray.sh
+# `ray symmetric-run` would do less: it hides its errors, passes no signal on and ends every Ray of this user's.
+
+ray=("$python" -c 'import sys; from ray.scripts.scripts import main; sys.exit(main())')
+
+# Ray's servers listen on every interface whatever one sets: they demand a token, made for this job.
+RAY_TMPDIR=$(mktemp -d /tmp/nulsq-XXXXXX) || exit 1 # a short path: sockets lie below it
+export RAY_TMPDIR RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token-$SLURM_JOB_ID"
+(umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH") || exit 1
+common=(--block --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="$gpus" --object-store-memory=268435456 --disable-usage-stats)
+
+parts=() # processes that have to live as long as the search
+finish() {
+    local part step
+    # srun makes SIGKILL of a SIGTERM, and Ray's processes outlive that: they are told by scancel.
+    step=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | sed -n 's/ *ray-nodes *$//p')
+    if [[ -n $step ]]; then scancel --signal=TERM "$step"; fi
+    if ((${#parts[@]})); then kill -TERM "${parts[0]}" 2>/dev/null; fi
+    for part in "${parts[@]}"; do
+        for _ in {1..60}; do kill -0 "$part" 2>/dev/null && sleep 0.5; done
+        kill -KILL "$part" 2>/dev/null
+    done
+    rm -rf "$RAY_AUTH_TOKEN_PATH" "$RAY_TMPDIR"
+}
+trap finish EXIT
+all_live() {
+    local part
+    for part in "${parts[@]}"; do kill -0 "$part" 2>/dev/null || return 1; done
+}
+
+"${ray[@]}" start --head --port="$port" --ray-client-server-port="$((port + 1))" --dashboard-port="$((port + 2))" \
+    --dashboard-host="$listen" --temp-dir="$RAY_TMPDIR" "${common[@]}" >>"$folder/$SLURM_JOB_ID-ray-head-$first.log" 2>&1 &
+parts+=($!)
+tries=0
+until (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null; do
+    if ! all_live || ((++tries > 240)); then
+        say "Ray's head did not start on $first: see $folder/$SLURM_JOB_ID-ray-head-$first.log"
+        exit 1
+    fi
+    sleep 0.5
+done
+if ((SLURM_NNODES > 1)); then
+    srun --nodes="$((SLURM_NNODES - 1))" --ntasks="$((SLURM_NNODES - 1))" --ntasks-per-node=1 --exclude="$first" \
+        --kill-on-bad-exit=1 --open-mode=append --output="$logs/$SLURM_JOB_ID-ray-%n-%N.log" --job-name=ray-nodes \
+        "${ray[@]}" start --address="$address:$port" "${common[@]}" &
+    parts+=($!)
+fi
+if [[ -n $asked ]]; then
+    finish
+    put_back "not begun"
+fi
+
+"$python" -m tune.search "${arguments[@]}" address="$address:$port" nodes="$SLURM_NNODES" &
+child=$!
+lost=''
+while kill -0 "$child" 2>/dev/null; do
+    if [[ -z $lost ]] && ! all_live; then
+        lost=1
+        say "a part of Ray has ended: see $folder/$SLURM_JOB_ID-ray-*.log; the search is asked to stop"
+        kill -USR1 "$child" 2>/dev/null
+    fi
+    sleep 1 &
+    wait $!
+done
+wait "$child"
+ended=$?
+child=''
+finish # before the job may go back into the queue: Slurm gives it few seconds then
+trap - EXIT
+say "the search ended with exit code $ended"
+if [[ -n $lost ]]; then exit 1; fi
+if ((ended == 99)); then put_back saved; fi
+exit "$ended"

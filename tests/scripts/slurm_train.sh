@@ -1,0 +1,147 @@
+#!/bin/bash
+#SBATCH --job-name=rn18-0
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=96
+#SBATCH --gres=gpu:8
+#SBATCH --partition=gpu
+#SBATCH --mem=0
+#SBATCH --time=1440
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+what='train rn18-0'
+run=/runs/rn18-0
+launch=/runs/rn18-0/launch
+folder=/runs/rn18-0/launch/20260101-000000
+logs=/runs/rn18-0/launch/20260101-000000
+code=/runs/rn18-0/launch/code-0123456789ab
+python=/venv/bin/python
+data=data/imagenet
+scratch=/tmp
+interface=''
+listen=127.0.0.1
+ranks=8
+gpus=8
+restarts=20
+warn=600
+preflight=1
+preflight_only=0
+look=(/runs/rn18-0/launch/code-0123456789ab/configs/recipes/imagenet/rn18_88_w2a2.yaml optim.lr=0.1 --num_bits 3 --devices=8 --disk=2 --bandwidth=5)
+arguments=(/runs/rn18-0/launch/code-0123456789ab/configs/recipes/imagenet/rn18_88_w2a2.yaml optim.lr=0.1 --num_bits 3)
+export NCCL_DEBUG=WARN
+
+# ---- the same in every job: launch/scripts/begin.sh
+
+set -uo pipefail
+say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
+
+restart=${SLURM_RESTART_COUNT:-0}
+say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restart of at most $restarts: $what"
+if ((restart > restarts)); then
+    say "restarted $restart times, at most $restarts are allowed: giving up. Submitting it again goes on"
+    scontrol update JobId="$SLURM_JOB_ID" Requeue=0
+    exit 1
+fi
+
+# The snapshot before all else; the folder that the job was submitted from at the end, for a plug-in that lies there.
+export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}:$PWD" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun has not taken it from sbatch since Slurm 22.05
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))}"
+if [[ -n $interface ]]; then export NCCL_SOCKET_IFNAME="$interface" GLOO_SOCKET_IFNAME="$interface"; fi
+
+env | LC_ALL=C sort | grep -E '^(SLURM|CUDA|NCCL|GLOO|OMP|RAY|TORCH|NULSQ|PYTHON|LD_LIBRARY_PATH|LOADEDMODULES|PATH)' |
+    grep -viE '^[^=]*(token|secret|password|key)' >"$folder/environment-$SLURM_JOB_ID.txt"
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) # this script runs there
+address=$("$python" -m launch.batch address \
+    "$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)") || exit 1
+port=$("$python" -m launch.batch port "$SLURM_JOB_ID") || exit 1
+
+# Slurm tells this script alone, ahead of the time limit (USR1) or when somebody takes its nodes away (USR1 or TERM).
+# It passes the first word on and waits: a second one would make a run end at once.
+asked='' child=''
+ask() {
+    say "asked to save and stop ($1)"
+    if [[ -z $asked && -n $child ]]; then kill -USR1 "$child" 2>/dev/null; fi
+    asked=1
+}
+trap 'ask USR1' USR1
+trap 'ask TERM' TERM
+
+# Wait for a process through all signals; its exit code.
+await() {
+    while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+    wait "$1"
+}
+
+on_each_node() { # COMMAND: once on every node, output appended to a log for each
+    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 \
+        --open-mode=append --output="$logs/$SLURM_JOB_ID-%n-%N.log" "$@" &
+    child=$!
+    await "$child"
+    local exit_code=$?
+    child=''
+    return "$exit_code"
+}
+
+in_ranks() { # MODULE ARGUMENT...: in all ranks, which meet on the first node
+    on_each_node "$python" -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" \
+        --rdzv-id="$SLURM_JOB_ID-$restart" --rdzv-backend=c10d --rdzv-endpoint="$address:$port" \
+        --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout="$warn" -m "$@"
+}
+
+# Put the job back into the queue, unless it was told to stop, is being cancelled, or has come back often enough.
+put_back() { # WHY
+    if [[ -e $launch/stop ]]; then
+        say "$1; told to stop, so it is not put back into the queue"
+    elif [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) != RUNNING ]]; then
+        say "$1; the job is being ended from outside, so it is not put back into the queue"
+    elif ((restart >= restarts)); then
+        say "$1; restarted $restart times, at most $restarts are allowed: submitting it again goes on"
+    else
+        say "$1; back into the queue"
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        say "scontrol requeue failed: submitting it again goes on"
+    fi
+    exit 99
+}
+
+if [[ -n $scratch ]]; then
+    export NULSQ_SCRATCH="$scratch"
+    on_each_node "$python" -m launch.stage "$data" "$scratch"
+    ended=$?
+    if [[ -n $asked ]]; then put_back "not begun"; fi
+    if ((ended)); then
+        say "the data could not be copied to $scratch: see $folder/$SLURM_JOB_ID-*.log"
+        exit 1
+    fi
+fi
+
+if ((preflight)); then
+    in_ranks launch.preflight "${look[@]}" --report "$folder/preflight-$SLURM_JOB_ID-$restart.json"
+    ended=$?
+    if [[ -n $asked ]]; then put_back "not begun"; fi
+    if ((ended)); then
+        say "preflight failed: see $folder/$SLURM_JOB_ID-*.log"
+        exit 4
+    fi
+    say "preflight passed"
+fi
+if ((preflight_only)); then exit 0; fi
+
+# ---- a run: launch/scripts/train.sh
+
+stamp() { stat --format='%i %z' "$run/outcome.json" 2>/dev/null; }
+before=$(stamp)
+in_ranks nulsq.train "${arguments[@]}"
+ended=$?
+
+# torchrun makes 1 of every exit code of its ranks: what the run itself wrote decides, if it wrote anything this time.
+outcome=''
+if [[ $(stamp) != "$before" ]]; then outcome=$("$python" -m launch.batch outcome "$run"); fi
+say "ended with exit code $ended, outcome ${outcome:-not written}"
+if [[ $outcome == saved ]]; then put_back saved; fi
+if [[ -n $asked && -z $outcome ]]; then put_back "not begun"; fi
+exit "$ended"

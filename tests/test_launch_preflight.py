@@ -1,0 +1,165 @@
+"""Preflight: real ranks and process groups; what is wrong is a line that names it and an exit code, never a hang."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.meeting import Meeting, Silent, hangs, within
+from launch.preflight import EXIT_PREFLIGHT, main
+from nulsq.config import to_yaml
+from runs import in_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--read-seconds", "0.2"]
+NAMES = ["devices", "versions", "collective", "data", "disk"]
+
+
+@pytest.fixture
+def recipe_file(short, tmp_path):
+    recipe = short("looked_at", run__root=str(tmp_path / "runs"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe))
+    return path
+
+
+def report_of(path: Path) -> tuple[dict, dict[str, dict]]:
+    content = json.loads(path.read_text())
+    return content, {check["check"]: check for check in content["checks"]}
+
+
+def test_two_ranks_that_are_well(recipe_file, tmp_path):
+    done = in_ranks(2, "launch.preflight", str(recipe_file), "optim.lr=0.1", "--num_bits", "3", "--devices", "0",
+                    "--disk", "0.001", "--bandwidth", "1e-6", "--images-per-second", "1", "--report",
+                    str(tmp_path / "report.json"), "--no-test", *QUICK)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert "2 ranks on" in lines[0] and lines[-1] == "all 5 checks ok" and len(lines) == 7
+    assert [line.split()[:2] for line in lines[1:-1]] == [["ok", name] for name in NAMES]
+    content, found = report_of(tmp_path / "report.json")
+    assert content["ok"] and len(content["nodes"]) == 2 and list(found) == NAMES
+    assert f"torch {torch.__version__}" in found["versions"]["found"] and "data set" in found["versions"]["found"]
+    assert found["collective"]["measured"]["bus_gigabytes_per_second"] > 0 and "gloo" in found["collective"]["found"]
+    assert found["data"]["measured"]["images_per_second"] > 1 and found["data"]["measured"]["bytes_per_second"] > 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "report.json"]
+
+
+def test_two_ranks_where_several_things_are_wrong(recipe_file, tmp_path):
+    """Every check is made and said, though others have failed before."""
+    # Ranks that call themselves other nodes, and one whose data set and code differ: what a stale copy looks like.
+    (tmp_path / "other").mkdir()
+    script = tmp_path / "other" / "as_two_nodes.py"
+    script.write_text("""
+import os, sys
+os.environ["SLURMD_NODENAME"] = f"node{os.environ['RANK']}"
+from launch.meeting import leave
+from launch.preflight import main
+import nulsq, launch.probe
+if os.environ["RANK"] == "1":
+    nulsq.__version__ = "0.0.9"
+leave(main(sys.argv[1:]))
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", str(script), str(recipe_file),
+               "--devices", "8", "--bandwidth", "1e6", "--disk", "1e9", "--images-per-second", "1e12", "--report",
+               str(tmp_path / "report.json"), *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {
+        "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1, done.stdout + done.stderr[-3000:]  # torchrun's
+    content, found = report_of(tmp_path / "report.json")
+    assert not content["ok"] and content["nodes"] == ["node0", "node1"]
+    assert [name for name in NAMES if not found[name]["ok"]] == NAMES
+    assert done.stdout.splitlines()[-1] == f"FAILED: {', '.join(NAMES)}"
+    assert found["devices"]["asked"] == "8 GPUs on each node"
+    assert "on node0, node1" in found["devices"]["found"] and "no GPU for rank 0 (node0), rank 1" in \
+        found["devices"]["found"] or torch.cuda.is_available()
+    assert found["versions"]["found"].startswith("nulsq: ") and "0.0.9 on node1" in found["versions"]["found"]
+    assert "at 1e+06 GB/s" in found["collective"]["asked"] and "GB/s bus bandwidth" in found["collective"]["found"]
+    assert "the slowest is rank" in found["data"]["found"]
+    assert "1e+09 GB" in found["disk"]["asked"] and "GB and" in found["disk"]["found"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "recipe.yaml", "report.json"]
+
+
+def test_one_plain_process(recipe_file, tmp_path, capsys):
+    """Exit code 4 and the file that is damaged; the folder of the run is not made; nothing of torch is left behind."""
+    assert main([str(recipe_file), *QUICK]) == 0
+    assert "nobody to talk to" in capsys.readouterr().out
+    code = main([str(recipe_file), f"data.path={tmp_path}", "--report", str(tmp_path / "report.json"), *QUICK])
+    assert code == EXIT_PREFLIGHT
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed if line.startswith("FAILED  ")] == ["data"]
+    assert "is not a prepared data set" in printed[-3] and printed[-1] == "FAILED: data"
+    assert not report_of(tmp_path / "report.json")[0]["ok"]
+    assert not (tmp_path / "runs").exists() and not dist.is_initialized() and not hangs()
+
+
+def test_a_folder_that_cannot_be_written(recipe_file, tmp_path, capsys):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    # root may write everywhere but in /proc
+    closed = Path("/proc") if os.access(tmp_path / "closed", os.W_OK) else tmp_path / "closed"
+    assert main([str(recipe_file), f"run.root={closed}/runs", *QUICK]) == EXIT_PREFLIGHT
+    printed = capsys.readouterr().out
+    assert "FAILED: disk" in printed and f"{closed}/.preflight" in printed
+
+
+def test_a_run_directory_that_waits_for_its_job_stays_as_it_was(recipe_file, tmp_path):
+    """Only launch/ may be in it before the run is: the test file lies there, and then is gone."""
+    launch = tmp_path / "run" / "launch"
+    launch.mkdir(parents=True)
+    assert main([str(recipe_file), f"run.dir={tmp_path / 'run'}", "--report", str(tmp_path / "r.json"), *QUICK]) == 0
+    assert f"written to {launch}" in report_of(tmp_path / "r.json")[1]["disk"]["found"]
+    assert list((tmp_path / "run").iterdir()) == [launch] and not list(launch.iterdir())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["optim.lrr=1"], "Did you mean: 'lr'"), (["--disks", "1"], "Did you mean --disk"),
+    (["--devices", "-1"], "--devices = -1, allowed: at least 0"), (["--timeout", "0"], "--timeout = 0, allowed: above"),
+    (["--disk", "nan"], "--disk = nan"), (["--report", "/no/such/folder/r.json", *QUICK], "cannot be written"),
+])
+def test_misuse(recipe_file, capsys, arguments, message):
+    assert main([str(recipe_file), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_what_hangs_is_an_answer():
+    until = threading.Event()
+    assert within(0.1, until.wait) == {"error": "no answer within 0.1 s"} and hangs()
+    until.set()
+    deadline = time.monotonic() + 10
+    while hangs() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not hangs() and within(10, lambda: {"found": 1}) == {"found": 1}
+    assert within(10, lambda: {}["x"]) == {"error": "KeyError: 'x'"}
+
+
+def test_a_rank_that_does_not_come_is_named(monkeypatch):
+    """Two ranks are two threads at one real store; the second one does not answer the second question."""
+    monkeypatch.setattr("launch.meeting.SLACK", 0.5)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    said = {}
+
+    def rank(number):
+        meeting = Meeting()
+        meeting.rank, meeting.size = number, 2
+        meeting.store = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+        meeting.nodes = meeting.gather("node", f"node{number}", 20)
+        if number == 0:
+            try:
+                meeting.gather("more", {}, 0.5)
+            except Silent as silent:
+                said[number] = str(silent)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert said == {0: "nothing from rank 1 (node1) within 1 s (more)"}

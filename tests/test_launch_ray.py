@@ -1,0 +1,371 @@
+"""Ray Jobs: what is submitted, what is refused, and whole lives of jobs on a real cluster with a token.
+
+The cluster is a head without cores and two nodes of one core each, all on this machine, in processes of their own. It
+listens where Ray listens (everywhere, but for the dashboard); its token is what keeps others out.
+"""
+
+import http.server
+import json
+import os
+import re
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from launch import jobs, ray_api, ray_jobs
+from launch.__main__ import main as launch
+from launch.site import Site
+from launch.work import Work, setting
+from nulsq.config import to_yaml
+from nulsq.errors import InputError
+from nulsq.run_directory import path_of, read_metrics, read_outcome
+
+ROOT = Path(__file__).resolve().parent.parent
+HOSTILE = "a b'$(touch x)"
+pytestmark = pytest.mark.usefixtures("in_the_checkout")
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch, tmp_path):
+    """None of the user's own."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def run_of(folder: Path, name: str = "run", **more) -> Work:
+    """A run, as `look` finds it, without looking."""
+    (folder / "recipes").mkdir(exist_ok=True)
+    file = folder / "recipes" / "recipe.yaml"
+    file.write_text("name: x\n")
+    return Work(**{"verb": "train", "file": str(file), "rest": ["optim.lr=0.1"], "directory": folder / name,
+                   "data": folder / "data", "name": "run"} | more)
+
+
+# ---- what is submitted
+
+
+def test_the_command_is_shown_and_nothing_is_written(tmp_path):
+    work = run_of(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    shown = ray_jobs.shown(work, Site(kind="ray", cpus=4, gpus=2, warn=60)).splitlines()
+    words = shlex.split(shown[0])
+    own, job = words[:words.index("--")], words[words.index("--") + 1:]
+    assert own[1:5] == ["job", "submit", "--address", "http://127.0.0.1:8265"] and "--no-wait" in own
+    assert {"--entrypoint-num-cpus=4", "--entrypoint-num-gpus=2"} <= set(own)
+    assert json.loads(own[-3].partition("=")[2]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
+    assert job[:3] == ["exec", "env", f"--chdir={ROOT}"] and "OMP_NUM_THREADS=2" in job
+    assert job[job.index("--nproc-per-node") + 1] == "2" and job[job.index("--shutdown-timeout") + 1] == "60"
+    assert job[-3] == "nulsq.train" and job[-1] == "optim.lr=0.1"
+    assert "without a token" in shown[1] and "4 CPU and 2 GPU" in shown[1]
+    assert before == sorted(tmp_path.rglob("*"))
+
+
+def test_no_word_of_a_job_is_executed_by_the_shell_that_ray_gives_it_to(tmp_path, monkeypatch):
+    """The entrypoint, read by a shell as Ray does it, in a folder and with values that would like to be commands."""
+    here = tmp_path / HOSTILE
+    here.mkdir()
+    monkeypatch.chdir(here)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\npwd; env | grep PYTHONPATH\nfor each in "$@"; do echo "<$each>"; done\n'
+                      "kill -TERM $$\n")
+    python.chmod(0o755)
+    work = run_of(here, HOSTILE, rest=["name=`touch x`", "model.name=$HOME;touch x", setting("run.dir", here)])
+    site = Site(kind="ray", python=str(python), setup={"one": "export SET=up", "two": "echo $SET"})
+    words = ray_jobs.entrypoint(work, site, here / "code", {})
+    process = subprocess.Popen(shlex.join(words), shell=True, stdout=subprocess.PIPE, text=True, cwd="/")
+    lines = process.communicate()[0].splitlines()
+    assert process.returncode == -signal.SIGTERM  # one process, from the shell to the run: signals reach it
+    assert lines[:3] == ["up", str(here), f"PYTHONPATH={here / 'code'}:{here}"]
+    assert lines[-3:] == [f"<{each}>" for each in work.rest]
+    assert not list(tmp_path.rglob("x"))
+
+
+def test_a_search_is_told_cluster_nodes_recipe_and_name(tmp_path):
+    work = run_of(tmp_path, verb="search", plan={"name": "tiny", "recipe": "configs/recipes/digits/w2a2.yaml"})
+    words = ray_jobs.command(work, Site(kind="ray", nodes=3), "id", tmp_path / "code")
+    assert words[-4:] == [setting("recipe", tmp_path / "code/configs/recipes/digits/w2a2.yaml"), 'name="tiny"',
+                          "address=auto", "nodes=3"]
+    assert "RAY_OVERRIDE_JOB_RUNTIME_ENV=1" in words and not any("entrypoint-num" in word for word in words)
+    words = ray_jobs.command(work, Site(kind="ray", code="ship"), "id", tmp_path / "code")
+    assert f"--working-dir={tmp_path}/code" in words and not any(word.startswith("--chdir") for word in words)
+    assert re.fullmatch(r"files-\w{12}/recipes/recipe.yaml", words[words.index("tune.search") + 1])
+    assert setting("recipe", "configs/recipes/digits/w2a2.yaml") in words
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(("site", "work", "message"), [
+    ({"code": "ship"}, {"directory": Path("runs/x")}, "run.dir = runs/x: with code = ship"),
+    ({"code": "ship"}, {"data": Path("data/x")}, "data.path = data/x: with code = ship"),
+    ({"code": "ship"}, {"directory": Path("runs/x"), "verb": "search"}, "dir = runs/x: with code = ship"),
+    ({"nodes": 2}, {}, "nodes = 2: a run is on one node"),
+    ({"partition": "gpu"}, {}, "partition: Slurm has that"),
+    ({"scratch": "/tmp"}, {}, "scratch: Slurm has that"),
+    ({"token": "/no/such"}, {}, "token = /no/such: cannot be read (No such file or directory)"),
+    ({"token": "/dev/null"}, {}, "token = /dev/null: holds no token"),
+    ({"address": "http://127.0.0.1:9"}, {}, "address = http://127.0.0.1:9: no jobs API answers there"),
+])
+def test_what_cannot_be_submitted_is_refused_and_nothing_is_written(tmp_path, site, work, message):
+    work = run_of(tmp_path, **work)
+    with pytest.raises(InputError) as raised:
+        ray_jobs.submit(work, Site(kind="ray", **site), [])
+    assert message in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_site_of_another_kind_names_the_place_that_takes_it(tmp_path, capsys):
+    (tmp_path / "site.yaml").write_text("kind: slurm\n")
+    assert launch(["ray", "train", "x.yaml", "--site", str(tmp_path / "site.yaml")]) == 2
+    assert "of kind slurm: python -m launch slurm train" in capsys.readouterr().err
+
+
+def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(InputError, match=r"pip install 'nulsq\[search\]'"):
+        ray_jobs.shown(run_of(tmp_path), Site(kind="ray"))
+
+
+@pytest.fixture
+def answering():
+    """answering({path: (code, text)}): the address of something that answers so, on loopback."""
+    servers = []
+
+    def start(answers):
+        class Answer(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                code, text = answers.get(self.path, (404, ""))
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("answer", "message"), [
+    ((200, "<html>"), "something answers there, but not the jobs API"),
+    ((200, "[]"), "something answers there, but not the jobs API"),
+    ((404, ""), "something answers there, but not the jobs API"),
+    ((500, ""), "its jobs API fails (HTTP Error 500"),
+    ((401, ""), "it demands a token (401); asked without a token (none in the site's `token`, RAY_AUTH_TOKEN, "),
+])
+def test_what_answers_but_does_not_serve_us_is_told(tmp_path, answering, answer, message):
+    with pytest.raises(InputError) as raised:
+        ray_jobs.submit(run_of(tmp_path), Site(kind="ray", address=answering({"/api/version": answer})), [])
+    assert message in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_a_job_holds_is_refused(tmp_path, answering):
+    address = answering({"/api/version": (200, '{"ray_version": "2.60.0"}'),
+                         "/api/jobs/one": (200, '{"status": "RUNNING"}')})
+    work, site = run_of(tmp_path), Site(kind="ray", address=address)
+    folder = jobs.open_folder(work.directory)
+    one = jobs.Job("ray", "one", str(work.directory), str(folder), site=vars(site))
+    jobs.write(one)
+    with pytest.raises(InputError, match=r"job one \(RUNNING\) holds .*/run; python -m launch stop"):
+        ray_jobs.submit(work, site, [])
+    # Where the cluster was started anew, or is gone, nobody waits for ever.
+    two = jobs.Job("ray", "two", str(work.directory), str(folder), site=vars(site))
+    assert ray_jobs.state(two) == jobs.ENDED
+    gone = jobs.Job("ray", "one", str(work.directory), str(folder), site=vars(site) | {"address": "http://127.0.0.1:9"})
+    assert ray_jobs.state(gone).startswith("unknown (address = http://127.0.0.1:9: no jobs API")
+    jobs.check_free(work.directory, lambda _: ray_jobs._held(gone))
+
+
+# ---- a real cluster
+
+CLUSTER = """
+import socket, sys
+from ray.cluster_utils import Cluster
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True,
+                                                     "dashboard_host": "127.0.0.1", "dashboard_port": port})
+try:
+    for _ in range(2):
+        made.add_node(num_cpus=1)
+    print(made.head_node.webui_url, flush=True)
+    sys.stdin.read()
+finally:
+    made.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The cluster's address, and a folder with its `token`; while a file `slow` is there, its jobs are."""
+    pytest.importorskip("ray")
+    folder = tmp_path_factory.mktemp("cluster")
+    with os.fdopen(os.open(folder / "token", os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+                                "NULSQ_TEST_SLOW": str(folder / "slow"), "CUDA_VISIBLE_DEVICES": ""}
+    with (folder / "log").open("w") as log, subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE,
+                                                             stdout=subprocess.PIPE, stderr=log, text=True,
+                                                             env=environment) as process:
+        address = process.stdout.readline().strip()
+        assert address, (folder / "log").read_text()[-3000:]
+        yield f"http://{address}", folder
+        process.stdin.close()
+
+
+@pytest.fixture
+def site_file(cluster, tmp_path):
+    (tmp_path / "site.yaml").write_text(f"kind: ray\naddress: {cluster[0]}\ntoken: {cluster[1]}/token\nwarn: 60\n")
+    return tmp_path / "site.yaml"
+
+
+@pytest.fixture
+def slow(cluster):
+    """Jobs are slow, until the file is taken away."""
+    (cluster[1] / "slow").touch()
+    yield cluster[1] / "slow"
+    (cluster[1] / "slow").unlink(missing_ok=True)
+
+
+def until(holds, what, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.2)
+
+
+def log_of(directory) -> str:
+    done = subprocess.run([sys.executable, "-m", "launch", "logs", str(directory)], capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def ended(directory) -> bool:
+    return ray_jobs.state(jobs.latest(directory)) == jobs.ENDED
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_client_without_the_token_is_refused(cluster, tmp_path, monkeypatch):
+    address, folder = cluster
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(f"{address}/api/jobs/")
+    assert raised.value.code == 401
+    (tmp_path / "wrong").write_text("0" * 64)
+    site = Site(kind="ray", address=address)
+    for token, message in ((None, "it demands a token"), (str(tmp_path / "wrong"), "the wrong token (403)")):
+        other = Site(kind="ray", address=address, token=token)
+        with pytest.raises(InputError) as raised:
+            ray_jobs.check_cluster(other)
+        assert message in str(raised.value) and "name the file in the site's `token`" in str(raised.value)
+    listed = [ray_api.ray(), "job", "list", *ray_api.common(site)]
+    with pytest.raises(InputError, match="Missing authentication token"):
+        ray_api.tell(listed, site)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
+    ray_jobs.check_cluster(site)
+    ray_api.tell(listed, site)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_is_submitted_followed_left_stopped_and_continued(cluster, site_file, slow, short, float_run, tmp_path,
+                                                                   capsys):
+    recipe = short("trial", model__init_from=str(float_run), optim__epochs=3,
+                   quant__activation__quantizer="tests.slowed")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    (tmp_path / "tiny.yaml").write_text(f"""
+recipe: {tmp_path}/recipe.yaml
+dir: {tmp_path}/out
+studies: {{bits: {{key: quant.bits, values: [2]}}}}
+space: {{lr: {{key: optim.lr, sample: loguniform, low: 1e-3, high: 0.1}}}}
+trials: 2
+repeats: 0
+""")
+    out = tmp_path / "out"
+    command = ["ray", "search", str(tmp_path / "tiny.yaml"), "--site", str(site_file), "--at", "nodes=3", "--submit"]
+    assert launch(command) == 0
+    assert f"follow   python -m launch logs {out} --follow" in capsys.readouterr().out
+    with subprocess.Popen([sys.executable, "-m", "launch", "logs", str(out), "--follow"], stdout=subprocess.PIPE,
+                          text=True) as client:
+        for line in client.stdout:
+            if "Ray is up" in line:
+                break
+        client.kill()
+    assert "2 trials fit at once" in line
+    until(lambda: list(out.glob("trials/*/*/metrics.jsonl")), lambda: log_of(out))
+    assert launch(["status", str(out)]) == 0 and ": RUNNING" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"\(RUNNING\) holds"):
+        jobs.check_free(out, ray_jobs.state)
+
+    assert launch(["stop", str(out)]) == 0
+    assert "told to save and stop" in capsys.readouterr().out
+    until(lambda: ended(out), lambda: log_of(out))
+    assert "interrupted; the same command continues the search" in log_of(out)
+    kept = {path: read_metrics(path.parent) for path in out.glob("trials/*/*/metrics.jsonl")}
+    assert kept and not (out / "finished").exists()
+
+    slow.unlink()
+    assert launch([*command, "--follow"]) == 0, capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert "winner's test top-1" in printed and "succeeded" in printed
+    assert (out / "finished").exists() and len(list(out.glob("trials/*/*/outcome.json"))) == 2
+    for path, lines in kept.items():
+        assert read_metrics(path.parent)[:len(lines)] == lines  # continued: even the times are the same
+    assert [job.place for job in jobs.submitted(out)] == ["ray", "ray"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_of_two_ranks_saves_itself_when_stopped_and_goes_on(cluster, site_file, slow, short, float_run, tmp_path,
+                                                                  capsys):
+    """Ray signals every process of the job at once, torchrun passes it on as well: one word all the same."""
+    run = tmp_path / HOSTILE
+    recipe = short("ranks", model__init_from=str(float_run), optim__epochs=3,
+                   quant__activation__quantizer="tests.slowed")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    command = ["ray", "train", str(tmp_path / "recipe.yaml"), setting("run.dir", run), "--site", str(site_file),
+               "--at", "processes=2", "--submit"]
+    assert launch(command) == 0, capsys.readouterr()
+    until(lambda: read_metrics(run), lambda: log_of(run))
+    assert launch(["stop", str(run)]) == 0
+    until(lambda: ended(run), lambda: log_of(run))
+    assert read_outcome(run)["outcome"] == "saved", log_of(run)
+    before = read_metrics(run)
+    slow.unlink()
+    assert launch([*command, "--follow"]) == 0, capsys.readouterr()
+    assert read_outcome(run)["outcome"] == "finished" and read_metrics(run)[:len(before)] == before
+    assert "snapshot of" in (run / "code.txt").read_text() and (run / "test.json").is_file()
+    assert not (ROOT / "x").exists() and not list(tmp_path.rglob("x"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_code_is_shipped_to_nodes_that_do_not_see_it(cluster, site_file, short, float_run, tmp_path, capsys):
+    """The recipe is from elsewhere, in a folder that the project's .gitignore would leave out."""
+    (tmp_path / "build").mkdir()
+    recipe = short("shipped", model__init_from=str(float_run), optim__epochs=1)
+    (tmp_path / "build" / "recipe.yaml").write_text(to_yaml(recipe))
+    command = ["ray", "train", str(tmp_path / "build" / "recipe.yaml"), "--site", str(site_file), "--at", "code=ship",
+               "--at", f"python={sys.executable}", "--submit", "--follow"]
+    assert launch(command) == 0, capsys.readouterr()
+    run = path_of(recipe)
+    assert read_outcome(run)["outcome"] == "finished"
+    shipped = ray_api.ask(Site(**jobs.latest(run).site), f"/api/jobs/{jobs.latest(run).id}")["runtime_env"]
+    assert shipped["working_dir"].startswith("gcs://")

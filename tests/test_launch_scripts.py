@@ -1,0 +1,202 @@
+"""What is submitted, before it is: site files, scripts, snapshots. Nothing in a recipe or site is shell by accident.
+
+The scripts of tests/scripts/ are what `launch slurm` prints for the recipes and sites named there; after a change that
+is meant, `NULSQ_WRITE_SCRIPTS=1 python -m pytest tests/test_launch_scripts.py` writes them anew: read the difference.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import batch, jobs, slurm, snapshot
+from launch.__main__ import main as launch
+from launch.site import Site, load_site
+from launch.work import Work, job_name
+from nulsq.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+SITES = ROOT / "configs/cluster"
+RECIPE, SEARCH = "configs/recipes/imagenet/rn18_88_w2a2.yaml", "configs/search/imagenet_rn18.yaml"
+PLAN = {"name": "imagenet_rn18", "recipe": RECIPE, "studies": ["a", "b"], "trials": 24}
+CASES = {
+    "train": (Work("train", RECIPE, ["optim.lr=0.1", "--num_bits", "3"], Path("/runs/rn18-0"), Path("data/imagenet"),
+                   "rn18-0"), "slurm_8gpu.yaml", {}),
+    "search": (Work("search", SEARCH, ["trials=24"], Path("/runs/search-rn18"), Path("data/imagenet"), "search-rn18",
+                    PLAN), "slurm_8gpu.yaml", {}),
+    "array": (Work("array", SEARCH, ["trials=24"], Path("/runs/search-rn18"), Path("data/imagenet"), "search-rn18",
+                   PLAN), "slurm_cpu.yaml", {"trials": 48, "at_once": 8}),
+}
+needs_shellcheck = pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+
+
+def rendered(case: str, **changes) -> str:
+    work, site, more = CASES[case]
+    site = dataclasses.replace(load_site(SITES / site, ["python=/venv/bin/python"]), **changes)
+    folder = work.directory / "launch/20260101-000000"
+    return slurm.script(work, site, folder, folder.parent / "code-0123456789ab", **more)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scripts_are_as_they_were_read(case, in_the_checkout):
+    path = ROOT / f"tests/scripts/slurm_{case}.sh"
+    text = rendered(case)
+    if "NULSQ_WRITE_SCRIPTS" in os.environ:
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@needs_shellcheck
+@pytest.mark.parametrize("case", CASES)
+def test_scripts_are_what_shellcheck_calls_sound(case, in_the_checkout):
+    text = rendered(case, setup={"modules": "module load cuda/12.8", "venv": "source /venv/bin/activate"})
+    # SC1091: a setup line's file is not here. SC2034: each kind of job leaves some of the head's values unused.
+    # SC2317: what traps call looks as if nobody called it.
+    done = subprocess.run(["shellcheck", "--shell=bash", "--exclude=SC1091,SC2034,SC2317", "-"], input=text,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+HOSTILE = ["a b", "it's", '"quoted"', "$(touch PWNED)", "`touch PWNED`", "; touch PWNED", "%j %N", "new\nline", "-rf"]
+
+
+@pytest.mark.parametrize("word", HOSTILE)
+def test_a_hostile_word_reaches_the_run_as_it_is(word, tmp_path, monkeypatch):
+    """In the path, the job's name and an override; bash reads the head of the script, and nothing is executed."""
+    monkeypatch.chdir(tmp_path)
+    file, directory = tmp_path / "recipes" / f"{word}.yaml", tmp_path / "runs" / word
+    file.parent.mkdir()
+    file.write_text("name: x\n")
+    work = Work("train", str(file), [f"name={word}"], directory, Path(word), job_name(word))
+    site = Site(environment={"WORD": word.replace("\n", "")}, scratch=None)
+    if "\n" in word:
+        with pytest.raises(InputError, match="no line breaks"):
+            slurm.script(work, site, directory / "launch/now", directory / "launch/code-0")
+        return
+    text = slurm.script(work, site, directory / "launch/now", directory / "launch/code-0")
+    head = text.partition("# ---- the same")[0]
+    shown = subprocess.run(["bash", "-c", head + 'printf "%s\\0" "$run" "$data" "${arguments[@]}" "$WORD"'],
+                           capture_output=True, text=True, cwd=tmp_path).stdout.split("\0")
+    assert shown[:2] == [str(directory), word] and shown[3:5] == [f"name={word}", word]
+    assert shown[2].endswith(f"/recipes/{word}.yaml") and not (tmp_path / "PWNED").exists()
+    flags = [line for line in head.splitlines() if line.startswith("#SBATCH")]
+    assert all(re.fullmatch(r"#SBATCH --[a-z-]+(=[\w.:@%-]+)?", line) for line in flags)
+    log = slurm.sbatch(directory / "launch/now")[3]
+    assert log == f"--output={str(directory).replace('%', '%%')}/launch/now/%j.log"
+
+
+@pytest.mark.parametrize(("text", "settings", "flags", "message"), [
+    ("kind: slurm\nparttion: gpu", [], [], "Did you mean: 'partition'"),
+    ("kind: slrum", [], [], "slrum"),
+    ("nodes: 0", [], [], "nodes = 0, allowed: at least 1"),
+    ("partition: 'gpu; touch x'", [], [], "partition = 'gpu; touch x' is refused"),
+    ("account: 'a\nb'", [], [], "account = "),
+    ("{}", [], ["qoss=high"], "Did you mean 'qos'"),
+    ("{}", [], ["qos=$(x)"], "no spaces, quotes, $ and the like"),
+    ("{}", [], ["time=10"], "say hours=... instead"),
+    ("{}", [], ["qos"], "of the form NAME=VALUE"),
+    ("environment: {'A B': c}", [], [], "not the name of a variable"),
+    ("scratch: tmp", [], [], "with its whole path"),
+    ("hours: 0.01", [], [], "warn = 300 seconds before a limit"),
+    ("gpus: 2\nprocesses: 4", [], [], "a rank drives one GPU"),
+    ("kind: ray\naddress: head", [], [], "as http://head:8265"),
+    ("{}", ["node=2"], [], "Did you mean one of: 'nodes'"),
+])
+def test_a_site_that_cannot_be_is_an_error(tmp_path, text, settings, flags, message):
+    (tmp_path / "site.yaml").write_text(text)
+    with pytest.raises(InputError) as raised:
+        load_site(tmp_path / "site.yaml", settings, flags)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("path", sorted(SITES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_site_loads_and_opens_with_its_command(path):
+    site = load_site(path)
+    assert f"# run: python -m launch {site.kind} " in path.read_text() and f"--site configs/cluster/{path.name}" in (
+        path.read_text())
+
+
+def test_misuse_is_said_before_anything_is_submitted(tmp_path, monkeypatch, capfd, in_the_checkout):
+    recipe, site = str(ROOT / "configs/recipes/digits/w2a2.yaml"), str(SITES / "slurm_cpu.yaml")
+    for command, message in [
+            (["slurm", "train", recipe, "--submit"], "--site"),
+            (["slurm", "train", recipe, "--site", str(tmp_path / "no.yaml")], "no file"),
+            (["ray", "train", recipe, "--site", site], "is a site of kind slurm"),
+            (["slurm", "train", recipe, "--site", site, "optim.lrr=1"], "Did you mean: 'lr'"),
+            (["slurm", "search", "configs/search/demo.yaml", "--site", site, "--at-once", "2"], "--at-once 2: of an"),
+            (["stop", str(tmp_path / "none")], "there is no folder"),
+            (["status", str(tmp_path), "--fast"], "--fast is not known")]:
+        assert launch(command) == 2, command
+        error = capfd.readouterr().err
+        assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    (tmp_path / "run").mkdir()
+    assert launch(["logs", str(tmp_path / "run")]) == 2
+    assert "was not submitted anywhere" in capfd.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="there is no sbatch on this machine"):
+        slurm.check_cluster(Site())
+
+
+def test_a_snapshot_is_the_code_as_it_is_and_is_taken_once(tmp_path):
+    first = snapshot.take(tmp_path)
+    assert snapshot.take(tmp_path) == first and len(list(tmp_path.iterdir())) == 1
+    for name in ("nulsq/train.py", "tune/search.py", "launch/scripts/begin.sh", "nulsq/quant/op/cpu.cpp"):
+        assert (first / name).read_bytes() == (ROOT / name).read_bytes()
+    assert not (first / ".venv").exists() and (first / "SNAPSHOT").read_text().startswith("snapshot of ")
+    # Python takes the snapshot's modules, whatever lies in the folder that it starts in.
+    shown = subprocess.run([sys.executable, "-c", "import launch; print(launch.__file__)"], cwd=ROOT, text=True,
+                           capture_output=True, env=os.environ | {"PYTHONPATH": f"{first}:{ROOT}",
+                                                                  "PYTHONSAFEPATH": "1"}).stdout
+    assert shown.strip() == str(first / "launch/__init__.py")
+    own = tmp_path / "mine" / "my.yaml"
+    own.parent.mkdir()
+    own.write_text("name: x\n")
+    assert snapshot.place(first, ROOT / RECIPE) == first / RECIPE
+    kept = snapshot.keep(first, own)
+    assert kept.read_text() == "name: x\n" and kept.parts[-2:] == ("mine", "my.yaml") and kept != own
+
+
+def test_jobs_of_a_run_are_noted_in_its_folder(tmp_path):
+    run = tmp_path / "run"
+    folders = [jobs.open_folder(run) for _ in range(2)]
+    assert folders[0] != folders[1]
+    for number, folder in enumerate(folders):
+        jobs.write(jobs.Job("slurm", str(number), str(run), str(folder), submitted=f"2026-01-0{number + 1}"))
+    assert jobs.latest(run).id == "1"
+    jobs.ask_to_stop(jobs.latest(run))
+    assert (run / "launch" / jobs.STOP).is_file()
+    with pytest.raises(InputError, match=r"job 0 \(RUNNING\) holds"):
+        jobs.check_free(run, lambda job: "RUNNING")
+    jobs.check_free(run, lambda job: jobs.ENDED)
+    from nulsq.run_directory import lock
+    with lock(run, "training"), pytest.raises(InputError, match="another process"):
+        jobs.check_free(run, lambda job: jobs.ENDED)
+    jobs.open_folder(run)
+    assert not (run / "launch" / jobs.STOP).exists()  # a new submission is not asked to stop
+
+
+@pytest.mark.parametrize(("text", "kind", "found"), [
+    ("gpu:8", None, 8), ("gpu:h100:8(S:0-1)", None, 8), ("gpu:h100:8(S:0-1),shard:32", "h100", 8),
+    ("gpu:a100:4,gpu:h100:2", "h100", 2), ("gpu:a100:4", "h100", 0), ("(null)", None, 0)])
+def test_gpus_of_a_node(text, kind, found):
+    assert slurm._gpus(text, kind) == found
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("infinite", float("inf")), ("1-00:00:00", 1440), ("12:30:00", 750),
+                                               ("30:00", 30), ("n/a", float("inf"))])
+def test_time_limits(text, minutes):
+    assert slurm._minutes(text) == minutes
+
+
+def test_two_jobs_look_for_ports_of_their_own(capsys):
+    import socket
+    first = batch.port(17)
+    with socket.create_server(("", first + 1)):
+        assert batch.port(18) == first + batch.STEP and batch.port(17) > first + 100 * batch.STEP
+    assert batch.main(["outcome", "/nowhere"]) == 1 and "/nowhere" in capsys.readouterr().err
+    assert batch.address("127.0.0.1") == "127.0.0.1"

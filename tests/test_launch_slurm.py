@@ -1,0 +1,213 @@
+"""Jobs on a real Slurm of two nodes: they train what `launch local` trains, and come back after whatever ends them."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import jobs, slurm
+from launch.__main__ import main as launch
+from launch.site import Site, load_site
+from launch.work import Work
+from nulsq import checkpoint
+from nulsq.config import to_yaml
+from nulsq.run_directory import path_of, read_metrics, read_outcome
+from tests.runs import assert_same_state, last, numbers
+from tests.slurm_cluster import cluster
+
+pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).resolve().parent.parent
+EPOCHS = 5
+
+
+@pytest.fixture(scope="module")
+def two_nodes():
+    with cluster() as made:
+        yield made
+
+
+@pytest.fixture
+def queue(two_nodes):
+    """The cluster, with nothing in its queue before and after."""
+    yield two_nodes
+    two_nodes.empty()
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch) -> Path:
+    """While this file is there, the recipe's quantizer sleeps: a run can be met in the middle."""
+    path = tmp_path / "slow"
+    path.touch()
+    monkeypatch.setenv("NULSQ_TEST_SLOW", str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe_of(short, float_run, tmp_path_factory):
+    """recipe_of(name): a recipe file of five epochs of four steps, and its own run directory."""
+    folder = tmp_path_factory.mktemp("jobs")
+
+    def make(name, **overrides):
+        recipe = short(name, model__init_from=str(float_run), optim__epochs=EPOCHS, run__root=str(folder / "runs"),
+                       quant__activation__quantizer="tests.slowed", **overrides)
+        path = folder / f"{name}.yaml"
+        path.write_text(to_yaml(recipe))
+        return path, path_of(recipe)
+    return make
+
+
+@pytest.fixture(scope="module")
+def local_run(recipe_of):
+    """The same recipe, launched on this machine in two processes."""
+    path, run = recipe_of("local")
+    assert launch(["local", "train", str(path), "--nproc", "2"]) == 0
+    return run
+
+
+@pytest.fixture
+def site_file(tmp_path) -> Path:
+    path = tmp_path / "site.yaml"
+    path.write_text("kind: slurm\nnodes: 2\nhours: 0.5\nwarn: 20\nrestarts: 3\npreflight: false\n")
+    return path
+
+
+def submit(recipe: Path, run: Path, site: Site, **more) -> jobs.Job:
+    """As `launch slurm train --submit`, without the check in a process of its own."""
+    return slurm.submit(Work("train", str(recipe), [], run, Path("unused"), run.name), site, ["python"], **more)
+
+
+def equals(run: Path, other: Path) -> None:
+    """The same metrics, epoch by epoch, and the same last state, bit for bit."""
+    assert read_outcome(run)["outcome"] == "finished"
+    assert numbers(run) == numbers(other)
+    assert_same_state(last(run), last(other))
+
+
+def begun(run: Path, epochs: int = 1):
+    return lambda: len(read_metrics(run)) >= epochs
+
+
+def text_of(job: jobs.Job) -> str:
+    return "".join(path.read_text() for path in sorted(job.path.glob("*.log")))
+
+
+def test_two_nodes_train_what_two_local_ranks_train(queue, recipe_of, local_run, site_file, tmp_path, capsys):
+    """From the command line, with data on the nodes' own disks and a look at everything before."""
+    path, run = recipe_of("nodes")
+    command = ["slurm", "train", str(path), "--site", str(site_file), "--at", "preflight=true", "--at",
+               f"scratch={tmp_path}", "--submit"]
+    assert launch(command) == 0
+    printed = capsys.readouterr().out
+    job = jobs.latest(run)
+    assert f"job {job.id}" in printed and f"launch logs {run} --follow" in printed
+    assert launch(command) == 2  # one job for each run
+    assert f"job {job.id} (" in (error := capsys.readouterr().err) and f"holds {run}" in error
+    assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
+    equals(run, local_run)
+    assert json.loads((run / "test.json").read_text())["test_images"] > 300
+    # What ran, where and with which code is in the run's folder.
+    folder = job.path
+    assert (folder / "job.sh").is_file() and f"SLURM_JOB_ID={job.id}" in (
+        folder / f"environment-{job.id}.txt").read_text()
+    assert "snapshot of commit" in (run / "code.txt").read_text() and Path(job.code, "nulsq/train.py").is_file()
+    assert json.loads((folder / f"preflight-{job.id}-0.json").read_text())["ok"]
+    assert len(list(tmp_path.glob("nulsq-data/*/manifest.json"))) == 1
+    assert launch(["status", str(run)]) == 0 and launch(["logs", str(run)]) == 0 and launch(["stop", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert f"slurm job {job.id}" in printed and "outcome: finished (epoch 5)" in printed
+    assert "epoch 5/5" in printed and "preflight passed" in printed and "it had ended" in printed
+
+
+def test_a_run_comes_back_after_its_time_limit_and_only_so_often(queue, recipe_of, local_run, site_file, slow):
+    """The first attempt ends with the limit of one minute; the second, the last that is allowed, by a signal; what is
+    submitted then ends where the uninterrupted run ends."""
+    path, run = recipe_of("limit")
+    site = load_site(site_file, ["hours=0.0167", "restarts=1"])
+    job = submit(path, run, site)
+    queue.wait(lambda: queue.job(job.id)["Restarts"] == "1", "the requeue at the limit", 150)
+    saved = read_outcome(run)
+    assert saved["outcome"] == "saved" and saved["step"] > 0, text_of(job)
+    queue.run("scontrol", "update", f"JobId={job.id}", "StartTime=now", check=False)
+    queue.wait(lambda: read_outcome(run)["outcome"] == "running", "the second attempt")
+    queue.run("scancel", "--signal=USR1", "--batch", job.id)
+    ended = queue.ended(job.id)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "99:0", "1"), text_of(job)
+    assert "back into the queue" in text_of(job) and "at most 1 are allowed" in text_of(job)
+    slow.unlink()
+    again = submit(path, run, site)
+    assert queue.ended(again.id)["JobState"] == "COMPLETED", text_of(again)
+    equals(run, local_run)
+    assert len(jobs.submitted(run)) == 2
+
+
+def test_a_node_that_goes_down_ends_the_step_and_the_run_comes_back(queue, recipe_of, local_run, site_file, slow):
+    path, run = recipe_of("node")
+    job = submit(path, run, load_site(site_file))
+    queue.wait(begun(run), "the first epoch")
+    queue.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    queue.wait(lambda: queue.job(job.id)["JobState"] == "PENDING", "the requeue", 60)
+    slow.unlink()
+    queue.run("scontrol", "update", "nodename=n2", "state=resume", check=False)
+    assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
+    assert queue.job(job.id)["Restarts"] == "1"
+    equals(run, local_run)
+
+
+def test_a_run_makes_way_for_a_job_of_higher_priority_and_comes_back(queue, recipe_of, local_run, site_file, slow):
+    path, run = recipe_of("low")
+    job = submit(path, run, load_site(site_file, ["partition=low"]))
+    queue.wait(begun(run), "the first epoch")
+    urgent = queue.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null",
+                       "--wrap=sleep 1").strip()
+    assert queue.ended(urgent)["JobState"] == "COMPLETED"
+    assert read_outcome(run)["outcome"] == "saved", text_of(job)  # within the grace, not killed at its end
+    slow.unlink()
+    assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
+    equals(run, local_run)
+
+
+def test_a_cancelled_run_stays_away_and_keeps_its_checkpoint(queue, recipe_of, local_run, site_file, slow):
+    path, run = recipe_of("cancelled")
+    job = submit(path, run, load_site(site_file))
+    queue.wait(begun(run), "the first epoch")
+    queue.run("scancel", job.id)
+    assert queue.ended(job.id)["JobState"] == "CANCELLED"
+    time.sleep(2)
+    assert queue.job(job.id)["JobState"] == "CANCELLED" and queue.job(job.id)["Restarts"] == "0"
+    assert checkpoint.load(checkpoint.newest(run))["epoch"] >= 1
+    # launch stop is the polite form: saved, and not put back either
+    job = submit(path, run, load_site(site_file))
+    queue.wait(lambda: read_outcome(run)["outcome"] == "running" and len(read_metrics(run)) > 1, "the next epoch")
+    assert launch(["stop", str(run)]) == 0
+    ended = queue.ended(job.id)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "99:0"), text_of(job)
+    assert read_outcome(run)["outcome"] == "saved" and "told to stop" in text_of(job)
+    slow.unlink()
+    job = submit(path, run, load_site(site_file))
+    assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
+    equals(run, local_run)
+
+
+def test_a_run_that_fails_is_not_put_back(queue, recipe_of, site_file):
+    path, run = recipe_of("fails", optim__lr=1e30, guard__rollbacks=0)
+    job = submit(path, run, load_site(site_file, ["nodes=1"]))
+    ended = queue.ended(job.id)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), text_of(job)
+    assert read_outcome(run)["outcome"] == "diverged" and "outcome diverged" in text_of(job)
+
+
+@pytest.mark.parametrize(("settings", "flags", "message"), [
+    (["partition=mian"], [], "partition = mian: this cluster has none of that name. There are high, low, main"),
+    (["gpus=2"], [], "gpus = 2 in partition main: a node there has at most 0"),
+    (["cpus=64"], [], "cpus = 64 in partition main: a node there has at most 2"),
+    (["nodes=3"], [], "nodes = 3 in partition main: in it are at most 2"),
+    (["hours=100"], [], "hours = 100 in partition main: its limit is 10"),
+    ([], ["constraint=h100"], "sbatch refuses the job"),
+])
+def test_what_the_cluster_does_not_have(two_nodes, recipe_of, site_file, settings, flags, message):
+    path, run = recipe_of("misuse")
+    with pytest.raises(slurm.InputError) as raised:
+        submit(path, run, load_site(site_file, settings, flags))
+    assert message in str(raised.value)
+    assert not jobs.submitted(run) and not two_nodes.run("squeue", "--noheader").strip()

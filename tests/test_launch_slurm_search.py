@@ -1,0 +1,106 @@
+"""Searches on a real Slurm of two nodes: on a Ray of the job's own, interrupted and continued, two at once; as an array
+of trials without Ray."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch import jobs, slurm
+from launch.__main__ import main as launch
+from launch.site import Site
+from launch.work import Work
+from nulsq.config import to_yaml
+from nulsq.run_directory import read_metrics, read_outcome
+from tests.slurm_cluster import cluster
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def two_nodes():
+    with cluster() as made:
+        yield made
+
+
+@pytest.fixture
+def search_file(short, float_run, tmp_path):
+    """search_file(name, **recipe's settings): a search of one study of two trials."""
+    def make(name, **overrides):
+        (tmp_path / f"{name}-recipe.yaml").write_text(to_yaml(short(
+            f"{name}-trial", model__init_from=str(float_run), **{"optim__epochs": 3} | overrides)))
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(f"""
+recipe: {tmp_path}/{name}-recipe.yaml
+dir: {tmp_path}/{name}
+studies: {{bits: {{key: quant.bits, values: [2]}}}}
+space: {{lr: {{key: optim.lr, sample: loguniform, low: 0.001, high: 0.1}}}}
+trials: 2
+grace: 3
+""")
+        return path, tmp_path / name
+    return make
+
+
+def submit(file: Path, directory: Path, site: Site, verb: str = "search", **more) -> jobs.Job:
+    """As `launch slurm search --submit`, without the check in a process of its own."""
+    plan = {"name": file.stem, "recipe": str(file.with_name(f"{file.stem}-recipe.yaml")), "studies": ["2"], "trials": 2}
+    return slurm.submit(Work(verb, str(file), [], directory, Path("unused"), directory.name, plan), site, ["python"],
+                        **more)
+
+
+def text_of(job: jobs.Job) -> str:
+    return "".join(f"==> {path.name}\n{path.read_text()}" for path in sorted(job.path.glob("*.log")))
+
+
+def test_two_searches_at_once_each_on_a_ray_of_its_own_and_one_is_interrupted(two_nodes, search_file, tmp_path,
+                                                                              monkeypatch):
+    """Two Rays of two nodes each, on the same two nodes: they share neither ports nor folders nor tokens."""
+    slow = tmp_path / "slow"
+    slow.touch()
+    monkeypatch.setenv("NULSQ_TEST_SLOW", str(slow))
+    site = Site(nodes=2, hours=0.5, warn=30, preflight=False, restarts=2)
+    interrupted, first = search_file("first", quant__activation__quantizer="tests.slowed", optim__epochs=5)
+    other, second = search_file("second")
+    one, two = submit(interrupted, first, site), submit(other, second, site)
+    run = first / "trials/2/000"
+    two_nodes.wait(lambda: len(read_metrics(run)) >= 1, "the first epoch of a trial")
+    token = one.path / f"token-{one.id}"
+    assert token.stat().st_mode & 0o777 == 0o600 and token.read_text() not in (one.path / "job.sh").read_text()
+    assert token.read_text() not in (one.path / f"environment-{one.id}.txt").read_text()
+    two_nodes.run("scancel", "--signal=USR1", "--batch", one.id)
+    two_nodes.wait(lambda: two_nodes.job(one.id)["Restarts"] == "1", "the requeue", 90)
+    two_nodes.wait(lambda: not two_nodes.left(one.id), "the end of its Ray", 30)
+    assert "back into the queue" in text_of(one) and not token.exists()
+    before = read_metrics(run)
+    slow.unlink()
+    assert two_nodes.ended(two.id)["JobState"] == "COMPLETED", text_of(two)
+    assert two_nodes.ended(one.id)["JobState"] == "COMPLETED", text_of(one)
+    for folder in (first, second):
+        assert (folder / "finished").is_file() and (folder / "report/index.html").is_file()
+        assert {read_outcome(path.parent)["outcome"] for path in folder.glob("trials/*/*/recipe.yaml")} == {"finished"}
+    assert read_metrics(run)[:len(before)] == before  # went on, even the times are the same
+    sessions = [event for event in map(json.loads, (first / "events.jsonl").open()) if event["event"] == "session"]
+    assert len(sessions) == 2
+    two_nodes.wait(lambda: not two_nodes.left(one.id) + two_nodes.left(two.id), "the end of both Rays", 30)
+    assert "snapshot of" in (run / "code.txt").read_text()  # trials run the code as it was at submission, too
+
+
+def test_an_array_trains_the_trials_without_ray(two_nodes, search_file, capsys):
+    """From the command line; one of them diverges, and is not put back."""
+    file, directory = search_file("array", optim__epochs=2)
+    site = file.with_name("site.yaml")
+    site.write_text("kind: slurm\nhours: 0.5\nwarn: 30\npreflight: false\n")
+    assert launch(["slurm", "search", str(file), "points={mad: {lr: 1e12}}", "space.lr.high=1e13", "--site", str(site),
+                   "overrides={guard.rollbacks: 0}", "grace=2", "--array", "--at-once", "2", "--submit"]) == 0
+    job = jobs.latest(directory)
+    assert f"job {job.id}" in capsys.readouterr().out
+    two_nodes.wait(lambda: slurm.state(job) == jobs.ENDED, "the end of the array")
+    outcomes = [read_outcome(directory / f"trials/2/{number:03d}")["outcome"] for number in (0, 1)]
+    assert outcomes == ["diverged", "finished"], text_of(job)
+    assert not list(directory.glob("trials/*/*/test.json"))  # what selection has not chosen has not seen test
+    assert launch(["status", str(directory)]) == 0
+    told = capsys.readouterr().out
+    assert f"slurm job {job.id}" in told

@@ -1,0 +1,174 @@
+"""Data sets copied to a node's own disk: once, whole or not at all, and read from there by whoever opens the set."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from launch.stage import main, stage
+from nulsq.data.manifest import SCRATCH, DataSet, copy_of, describe_file
+from nulsq.errors import InputError
+from nulsq.run_directory import path_of
+from nulsq.train import train
+from runs import assert_same_state, last, numbers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def source(digits, tmp_path) -> Path:
+    return shutil.copytree(digits, tmp_path / "source")
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv(SCRATCH, str(tmp_path / "scratch"))
+    return tmp_path / "scratch"
+
+
+def left(scratch: Path) -> list[str]:
+    """Folders of copies, finished or not."""
+    return sorted(path.name for path in scratch.glob("nulsq-data/*") if path.is_dir())
+
+
+def start(source: Path, scratch: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "launch.stage", str(source), str(scratch)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_a_copy_is_made_found_again_and_used(source, scratch, capsys):
+    assert DataSet(source).path == source
+    assert main([str(source), str(scratch)]) == 0
+    assert "copied" in capsys.readouterr().out
+    digest = hashlib.sha256((source / "manifest.json").read_bytes()).hexdigest()
+    copy = scratch / "nulsq-data" / digest[:16]
+    data = DataSet(source)
+    assert data.path == copy and data.labels("train").size == data.counts["train"]
+    assert data.name == "digits" and data.images("test").nbytes > 0
+    for name, wanted in data.files.items():
+        assert describe_file(copy / name) == wanted
+    assert main([str(source), str(scratch)]) == 0
+    printed = capsys.readouterr().out
+    assert f"is at {copy} already" in printed and printed.count("\n") == 1
+    for name in data.files:  # the folder's manifest alone says which data set it is
+        (source / name).unlink()
+    assert DataSet(source).path == copy
+
+
+def test_a_run_on_the_copy_is_the_run(short, digits, tmp_path, monkeypatch):
+    recipes = [short(f"staged_{name}", optim__epochs=1, model__pretrained=False) for name in ("before", "after")]
+    train(recipes[0], quiet=True)
+    stage(digits, tmp_path)
+    monkeypatch.setenv(SCRATCH, str(tmp_path))
+    train(recipes[1], quiet=True)
+    runs = [path_of(recipe) for recipe in recipes]
+    assert numbers(runs[0]) == numbers(runs[1])
+    assert_same_state(last(runs[0])["model"], last(runs[1])["model"])
+    assert f"path: {digits}" in (runs[1] / "recipe.yaml").read_text()
+
+
+def test_several_processes_of_a_node_copy_once(source, scratch):
+    """All are held up by a lock, so that they all have to wait; then one copies and the others find its copy."""
+    folder = copy_of(scratch, (source / "manifest.json").read_bytes())
+    folder.parent.mkdir(parents=True)
+    with folder.with_name(f".{folder.name}.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        processes = [start(source, scratch) for _ in range(2)]
+        waiting = [process.stdout.readline() for process in processes]
+    printed = [process.communicate(timeout=60)[0] for process in processes]
+    assert all("waiting for it" in line for line in waiting) and [process.returncode for process in processes] == [0, 0]
+    assert sorted(line.startswith("copied") for line in printed) == [False, True]
+    assert sum("already" in line for line in printed) == 1 and left(scratch) == [folder.name]
+
+
+def test_a_killed_copy_is_no_copy(source, scratch):
+    """Killed in the middle of a file that never ends: the next one clears up, copies and is used."""
+    whole = (source / "train_images.npy").read_bytes()
+    (source / "train_images.npy").unlink()
+    os.mkfifo(source / "train_images.npy")  # whoever reads it waits for who writes
+    folder = copy_of(scratch, (source / "manifest.json").read_bytes())
+    code = ("import sys; from pathlib import Path; Path.is_file = Path.exists; from launch.stage import main; "
+            "main(sys.argv[1:])")  # a pipe is no file, and would be refused
+    process = subprocess.Popen([sys.executable, "-c", code, str(source), str(scratch)], cwd=ROOT)
+    with (source / "train_images.npy").open("wb") as pipe:
+        pipe.write(whole[:len(whole) // 2])
+        pipe.flush()
+        begun = folder.with_name(f".{folder.name}.unfinished") / "train_images.npy"
+        deadline = time.monotonic() + 60
+        while not (begun.is_file() and begun.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert left(scratch) == [f".{folder.name}.unfinished"] and not (begun.parent / "manifest.json").exists()
+    (source / "train_images.npy").unlink()
+    (source / "train_images.npy").write_bytes(whole)
+    assert DataSet(source).path == source
+    assert stage(source, scratch) == (folder, True)
+    assert left(scratch) == [folder.name] and DataSet(source).path == folder
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda file: os.truncate(file, 1000), "test_images.npy has 1000 bytes, it was written with"),
+    (lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+     "test_images.npy: the checksum is not the one that it was written with"),
+    (lambda file: file.unlink(), "test_images.npy is missing"),
+], ids=["truncated", "changed", "missing"])
+def test_a_damaged_source_is_named_and_leaves_nothing(source, scratch, capsys, damage, message):
+    damage(source / "test_images.npy")
+    assert main([str(source), str(scratch)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and str(source) in error and error.count("\n") == 1
+    assert left(scratch) == []
+
+
+def test_data_that_are_prepared_anew_are_other_data(source, scratch):
+    first, _ = stage(source, scratch)
+    content = json.loads((source / "manifest.json").read_text())
+    (source / "manifest.json").write_text(json.dumps(content | {"source": "prepared anew"}))
+    assert DataSet(source).path == source
+    second, copied = stage(source, scratch)
+    assert copied and left(scratch) == sorted([first.name, second.name]) and DataSet(source).path == second
+
+
+def test_a_copy_that_somebody_has_cleared_is_not_used_and_made_again(source, scratch):
+    folder, _ = stage(source, scratch)
+    os.truncate(folder / "train_images.npy", 100)
+    assert DataSet(source).path == source
+    assert stage(source, scratch) == (folder, True) and DataSet(source).path == folder
+
+
+def test_without_room_it_says_how_much_is_missing(source, scratch, monkeypatch):
+    """What the disk has left is the one thing that no test can have as it likes."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
+    needed = sum(file.bytes for file in DataSet(source).files.values())
+    with pytest.raises(InputError, match=f"has 0.00 GB free.*{(needed - 10**6) / 1e9:.2f} GB are missing"):
+        stage(source, scratch)
+    assert left(scratch) == []
+
+
+@pytest.mark.parametrize(("name", "message"), [("../../outside", "not one of its own folder"), (None, "no manifest")])
+def test_what_is_no_data_set_of_its_own_folder(source, scratch, tmp_path, capsys, name, message):
+    if name is None:
+        (source / "manifest.json").unlink()
+    else:
+        content = json.loads((source / "manifest.json").read_text())
+        content["files"] = {name: {"bytes": 1, "sha256": ""}} | content["files"]
+        (source / "manifest.json").write_text(json.dumps(content))
+    assert main([str(source), str(scratch)]) == 2
+    assert message in capsys.readouterr().err and left(scratch) == [] and not (tmp_path / "outside").exists()
+
+
+def test_a_scratch_that_cannot_be_written(source, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([str(source), str(tmp_path / "file")]) == 2
+    assert "cannot be copied to" in capsys.readouterr().err
