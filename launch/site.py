@@ -60,7 +60,7 @@ class Site:
     scratch: str | None = setting(None, "folder on each node's own disk that data are copied to before training")
     interface: str | None = setting(None, "network interface of gradients, as ib0; default: what NCCL and gloo choose")
     preflight: bool = setting(True, "look at devices, network, data, disks and versions before training")
-    images_per_second: float | None = setting(None, "that a node's data have to be read with, in all, to pass", above=0)
+    images_per_second: float | None = setting(None, "that all ranks together have to read, to pass", above=0)
     bandwidth: float | None = setting(None, "GB/s of an all-reduce, to pass", above=0)
     disk: float = setting(2.0, "GB that have to be free where runs are written", low=0)
     address: str = setting("http://127.0.0.1:8265", "of a Ray cluster's jobs API (its dashboard)")

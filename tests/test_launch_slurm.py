@@ -189,12 +189,14 @@ def test_a_cancelled_run_stays_away_and_keeps_its_checkpoint(queue, recipe_of, l
     equals(run, local_run)
 
 
-def test_a_run_that_fails_is_not_put_back(queue, recipe_of, site_file):
-    path, run = recipe_of("fails", optim__lr=1e30, guard__rollbacks=0)
+def test_a_run_that_fails_is_not_put_back(queue, recipe_of, site_file, tmp_path):
+    """In a folder with a name that a careless script would execute."""
+    path, run = recipe_of("fails", optim__lr=1e30, guard__rollbacks=0, run__dir=str(tmp_path / "a b'$(touch PWNED) %j"))
     job = submit(path, run, load_site(site_file, ["nodes=1"]))
     ended = queue.ended(job.id)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), text_of(job)
     assert read_outcome(run)["outcome"] == "diverged" and "outcome diverged" in text_of(job)
+    assert list(job.path.glob(f"{job.id}-*.log")) and not (Path.cwd() / "PWNED").exists()
 
 
 @pytest.mark.parametrize(("settings", "flags", "message"), [

@@ -2,6 +2,9 @@
 of trials without Ray."""
 
 import json
+import re
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,11 @@ def test_two_searches_at_once_each_on_a_ray_of_its_own_and_one_is_interrupted(tw
     token = one.path / f"token-{one.id}"
     assert token.stat().st_mode & 0o777 == 0o600 and token.read_text() not in (one.path / "job.sh").read_text()
     assert token.read_text() not in (one.path / f"environment-{one.id}.txt").read_text()
+    head = next(one.path.glob("*-ray-head-*.log")).read_text()
+    dashboard = re.search(r"127\.0\.0\.1:\d+", head).group()
+    with pytest.raises(urllib.error.HTTPError) as raised:  # on loopback, as the site says, and not without the token
+        urllib.request.urlopen(f"http://{dashboard}/api/jobs/")
+    assert raised.value.code == 401
     two_nodes.run("scancel", "--signal=USR1", "--batch", one.id)
     two_nodes.wait(lambda: two_nodes.job(one.id)["Restarts"] == "1", "the requeue", 90)
     two_nodes.wait(lambda: not two_nodes.left(one.id), "the end of its Ray", 30)
@@ -86,6 +94,21 @@ def test_two_searches_at_once_each_on_a_ray_of_its_own_and_one_is_interrupted(tw
     assert len(sessions) == 2
     two_nodes.wait(lambda: not two_nodes.left(one.id) + two_nodes.left(two.id), "the end of both Rays", 30)
     assert "snapshot of" in (run / "code.txt").read_text()  # trials run the code as it was at submission, too
+
+
+@pytest.mark.long
+def test_a_part_of_ray_that_dies_ends_the_job(two_nodes, search_file, tmp_path, monkeypatch):
+    """The search is asked to stop and the job fails, with the reason: it does not wait for what never comes."""
+    slow = tmp_path / "slow"
+    slow.touch()
+    monkeypatch.setenv("NULSQ_TEST_SLOW", str(slow))
+    file, directory = search_file("dies", quant__activation__quantizer="tests.slowed", optim__epochs=50)
+    job = submit(file, directory, Site(nodes=2, hours=0.5, warn=30, preflight=False))
+    two_nodes.wait(lambda: list(directory.glob("trials/*/*/metrics.jsonl")), "the first epoch of a trial")
+    steps = two_nodes.run("squeue", "--noheader", "--steps", f"--jobs={job.id}", "--format=%i %j").splitlines()
+    two_nodes.run("scancel", "--signal=KILL", next(step.split()[0] for step in steps if "ray-nodes" in step))
+    ended = two_nodes.ended(job.id)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0") and "a part of Ray has ended" in text_of(job)
 
 
 def test_an_array_trains_the_trials_without_ray(two_nodes, search_file, capsys):
