@@ -20,6 +20,7 @@ from launch.site import Site
 from nulsq.errors import InputError, missing
 
 SECONDS = 20  # for an answer
+TRIES = 5  # where the connection is lost
 
 
 def ray() -> str:
@@ -90,9 +91,17 @@ def ask(site: Site, path: str) -> dict[str, Any]:
                          "--include-dashboard=true; from elsewhere ssh -L 8265:127.0.0.1:8265 HEAD") from None
 
 
+def check(site: Site) -> None:
+    """Raises InputError where no jobs API answers, or not with the token that there is."""
+    if "ray_version" not in ask(site, "/api/version"):
+        raise InputError(f"address = {site.address}: something answers there, but not the jobs API of a Ray cluster")
+
+
 def tell(words: list[str], site: Site) -> None:
     """Run a `ray job` command. Raises InputError, with its words, where it fails."""
     done = subprocess.run(words, env=environment(site), capture_output=True, text=True)
     if done.returncode:
-        said = re.findall(r"^[\w.]+(?:Error|Exception): .*", done.stderr, re.MULTILINE)
-        raise InputError(f"ray job {words[2]}: {' '.join((said or [done.stderr])[-1].split())[:400]}")
+        said = (re.findall(r"^[\w.]+(?:Error|Exception): .*", done.stderr, re.MULTILINE) or [done.stderr])[-1]
+        hint = " (two Rays on the head's machine want the same port; ray start --dashboard-agent-listen-port=N there " \
+               "gives it another one)" if "No available agent" in said else ""
+        raise InputError(f"ray job {words[2]}: {' '.join(said.split())[:400]}{hint}")

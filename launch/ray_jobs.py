@@ -28,7 +28,6 @@ from launch.work import Work
 from nulsq.errors import InputError
 from nulsq.run_directory import LAUNCH
 
-TRIES = 5  # to take up a log whose connection was lost
 ONLY_SLURM = ("partition", "account", "gpu_type", "memory", "sbatch", "scratch")
 
 
@@ -96,7 +95,7 @@ def submit(work: Work, site: Site, given: list[str]) -> Job:
     """
     name = f"{work.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     command(work, site, name, Path("code"))
-    check_cluster(site)
+    api.check(site)
     jobs.check_free(work.directory, _held)
     folder = jobs.open_folder(work.directory)
     code = snapshot.take(folder.parent)
@@ -118,12 +117,6 @@ def submit(work: Work, site: Site, given: list[str]) -> Job:
     return job
 
 
-def check_cluster(site: Site) -> None:
-    """Raises InputError where no jobs API answers, or not with the token that there is."""
-    if "ray_version" not in api.ask(site, "/api/version"):
-        raise InputError(f"address = {site.address}: something answers there, but not the jobs API of a Ray cluster")
-
-
 def state(job: Job) -> str:
     """PENDING, RUNNING, `ended` (also where the cluster no longer knows it), or unknown (why)."""
     try:
@@ -137,7 +130,7 @@ def stop(job: Job) -> str:
     """Ask the job to save and to end. Returns what was done. Raises InputError where the cluster cannot be asked."""
     jobs.ask_to_stop(job)
     site = Site(**job.site)
-    check_cluster(site)
+    api.check(site)
     found = state(job)
     if found == ENDED:
         return "it had ended"
@@ -186,7 +179,7 @@ def _follow(job, site, going_on):
         except InputError as error:
             lost = str(error)
         failures += 1
-        if failures > TRIES or not going_on:
+        if failures > api.TRIES or not going_on:
             raise InputError(lost)
         time.sleep(2)
 
@@ -204,5 +197,4 @@ def _placed(site, code, file):
 
 def _held(job):
     """As `state`; a job of a cluster that does not answer holds nothing, nor does one of Slurm's: the lock tells."""
-    found = state(job) if job.place == "ray" else ENDED
-    return ENDED if found.startswith("unknown") else found
+    return ENDED if job.place != "ray" or (found := state(job)).startswith("unknown") else found

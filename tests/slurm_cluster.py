@@ -85,12 +85,17 @@ class Slurm:
             time.sleep(0.25)
         return found
 
+    def hurried(self, job: str) -> dict[str, str]:
+        """The job; one that was put back into the queue starts without Slurm's delay of two minutes."""
+        found = self.job(job)
+        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+        return found
+
     def ended(self, job: str, seconds: float = 300.0) -> dict[str, str]:
-        """The job, once it is neither waiting nor running; one that was put back starts again without its delay."""
+        """The job, once it is neither waiting nor running."""
         def look():
-            found = self.job(job)
-            if found["JobState"] == "PENDING" and found.get("Reason") in ("BeginTime", "Dependency"):
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            found = self.hurried(job)
             return found if found["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") else None
         return self.wait(look, f"the end of job {job}", seconds)
 

@@ -119,7 +119,7 @@ with stop_on_signal() as stop:
 
 
 @pytest.mark.parametrize(("number", "module"), [
-    ("SIGTERM", TWO_RANKS), pytest.param("SIGINT", ["launch", "local", "train"], marks=pytest.mark.slow),
+    ("SIGTERM", TWO_RANKS), pytest.param("SIGINT", ["launch", "local", "train"], marks=pytest.mark.long),
     pytest.param("SIGUSR1", PLAIN, marks=pytest.mark.long), pytest.param("SIGUSR1", TWO_RANKS, marks=pytest.mark.long)])
 def test_a_signal_saves_and_the_same_command_continues(recipe_file, number, module):
     label = f"{number}-{len(module)}"

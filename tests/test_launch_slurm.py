@@ -120,16 +120,23 @@ def test_two_nodes_train_what_two_local_ranks_train(queue, recipe_of, local_run,
 
 
 def test_a_run_comes_back_after_its_time_limit_and_only_so_often(queue, recipe_of, local_run, site_file, slow):
-    """The first attempt ends with the limit of one minute; the second, the last that is allowed, by a signal; what is
-    submitted then ends where the uninterrupted run ends."""
+    """The first attempt ends with its time limit, set once it trains: Slurm counts in minutes and looks twice in one.
+    The second, the last that is allowed, ends by a signal; what is submitted then ends where an uninterrupted run ends.
+    """
+    slow.write_text("0.12")  # a minute for its five epochs
     path, run = recipe_of("limit")
-    site = load_site(site_file, ["hours=0.0167", "restarts=1"])
+    site = load_site(site_file, ["restarts=1", "warn=120"])
     job = submit(path, run, site)
-    queue.wait(lambda: queue.job(job.id)["Restarts"] == "1", "the requeue at the limit", 150)
+    queue.wait(begun(run), "the first epoch")
+    hours, minutes, seconds = map(int, queue.job(job.id)["RunTime"].split(":"))
+    limit = (3600 * hours + 60 * minutes + seconds + 75) // 60 + 1
+    queue.run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={limit}")
+    queue.wait(lambda: queue.job(job.id)["Restarts"] == "1", "the requeue at the limit", 200)
     saved = read_outcome(run)
     assert saved["outcome"] == "saved" and saved["step"] > 0, text_of(job)
-    queue.run("scontrol", "update", f"JobId={job.id}", "StartTime=now", check=False)
-    queue.wait(lambda: read_outcome(run)["outcome"] == "running", "the second attempt")
+    slow.write_text("0.02")
+    queue.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
+    queue.wait(lambda: queue.hurried(job.id) and read_outcome(run)["outcome"] == "running", "the second attempt")
     queue.run("scancel", "--signal=USR1", "--batch", job.id)
     ended = queue.ended(job.id)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "99:0", "1"), text_of(job)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
     pytest.param(signal.SIGUSR1, id="SIGUSR1"),
     pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.long),
     pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),
-    pytest.param(signal.SIGKILL, id="SIGKILL", marks=pytest.mark.slow)])
+    pytest.param(signal.SIGKILL, id="SIGKILL", marks=pytest.mark.long)])
 def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
     """The driver gets a signal while trials run; the same command ends all trials, none from zero again, and every
     rung holds the score of its own epoch."""

@@ -162,7 +162,8 @@ all_live() {
 }
 
 "${ray[@]}" start --head --port="$port" --ray-client-server-port="$((port + 1))" --dashboard-port="$((port + 2))" \
-    --dashboard-host="$listen" --temp-dir="$RAY_TMPDIR" "${common[@]}" >>"$folder/$SLURM_JOB_ID-ray-head-$first.log" 2>&1 &
+    --dashboard-agent-listen-port="$((port + 3))" --dashboard-host="$listen" --temp-dir="$RAY_TMPDIR" \
+    "${common[@]}" >>"$folder/$SLURM_JOB_ID-ray-head-$first.log" 2>&1 &
 parts+=($!)
 tries=0
 until (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null; do
