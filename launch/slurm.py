@@ -84,7 +84,7 @@ def submit(work: Work, site: Site, command: list[str], **more) -> Job:
     refuses it; nothing is left in its queue then."""
     check_cluster(site)
     check_array(more.get("trials", 0))
-    jobs.check_free(work.directory, state)
+    jobs.check_free(work.directory, lambda job: state(job) if job.place == "slurm" else ENDED)
     folder = jobs.open_folder(work.directory)
     code = snapshot.take(folder.parent)
     for file in {work.file, work.recipe}:
@@ -104,9 +104,9 @@ def check_array(trials: int) -> None:
     """Raises InputError for more trials than an array of this Slurm may have."""
     done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", done.stdout)
-    if found and trials > int(found.group(1)) - 1:
-        raise InputError(f"{trials} trials: an array of this Slurm has at most {int(found.group(1)) - 1} "
-                         "(MaxArraySize); launch the search without --array, or fewer trials")
+    if found and trials > int(found.group(1)):
+        raise InputError(f"{trials} trials: an array of this Slurm has at most {found.group(1)} (MaxArraySize); launch "
+                         "the search without --array, or fewer trials")
 
 
 def check_cluster(site: Site) -> None:
@@ -139,9 +139,14 @@ def check_cluster(site: Site) -> None:
 
 
 def state(job: Job) -> str:
-    """PENDING (why), RUNNING on NODES, ...; of an array how many are how; `ended` where Slurm no longer has it."""
+    """PENDING (why), RUNNING on NODES, ...; of an array how many are how; `ended` where Slurm no longer has it.
+
+    Raises InputError where Slurm does not answer.
+    """
     done = subprocess.run(["squeue", "--noheader", "--array", f"--jobs={job.id}", "--format=%T|%r|%N"],
                           capture_output=True, text=True)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise InputError(f"squeue: {' '.join(done.stderr.split())}")
     rows = [line.split("|") for line in done.stdout.splitlines() if line]
     rows = [row for row in rows if row[0] in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING",
                                               "REQUEUED", "PREEMPTED", "REQUEUE_HOLD", "STOPPED", "SIGNALING")]
@@ -185,7 +190,7 @@ def follow(job: Job, going_on: bool) -> int:
             if not shown:
                 print("it has printed nothing yet")
             return 0
-        time.sleep(1)
+        time.sleep(2)
 
 
 def shown(work: Work, site: Site, **more) -> str:

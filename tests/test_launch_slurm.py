@@ -220,3 +220,9 @@ def test_what_the_cluster_does_not_have(two_nodes, recipe_of, site_file, setting
         submit(path, run, load_site(site_file, settings, flags))
     assert message in str(raised.value)
     assert not jobs.submitted(run) and not two_nodes.run("squeue", "--noheader").strip()
+
+
+def test_more_trials_than_an_array_may_have(two_nodes):
+    slurm.check_array(100)
+    with pytest.raises(slurm.InputError, match="an array of this Slurm has at most 100"):
+        slurm.check_array(101)
