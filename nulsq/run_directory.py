@@ -1,7 +1,7 @@
 """The run directory: the only thing that evaluation, inspection and search results read.
 
     recipe.yaml    the resolved recipe          metrics.jsonl   a line per epoch
-    code.txt       code and package versions    outcome.json    how the run ended, and whether to requeue
+    code.txt       versions, environment        outcome.json    how the run ended, and whether to requeue
     checkpoints/   the newest two and the best  tensorboard/    the log
     test.json      accuracy on the test images, written by `nulsq.evaluate`
     oscillations.jsonl   a line per epoch: how many weights of each layer oscillate, how many are frozen; where the
@@ -36,6 +36,10 @@ UNFINISHED = ".unfinished"
 METRICS, OSCILLATIONS = "metrics.jsonl", "oscillations.jsonl"
 SNAPSHOT = "SNAPSHOT"  # beside a copy of the code: a line that says what it was taken from
 LAUNCH = "launch"  # a batch job's script, logs and code: may be there before the run is
+# Variables that change what a run computes with, or say which job it is part of; nothing that looks like a secret.
+ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_", "GLOO_", "NULSQ_", "TORCH", "PYTHONPATH",
+               "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "RAY_ADDRESS", "RAY_JOB")
+SECRETS = ("KEY", "TOKEN", "PASSWORD", "SECRET")
 PACKAGES = ("torch", "torchvision", "timm", "pytorchcv", "numpy", "omegaconf", "ffcv", "numba", "ray")
 
 
@@ -154,7 +158,7 @@ def write_synced(path: Path, data: bytes | memoryview) -> None:
 
 
 def describe_code() -> str:
-    """Version of the code, of Python and of the packages, and the command."""
+    """Versions of the code, of Python and of the packages, the command, the variables of its environment that count."""
     versions = []
     for package in PACKAGES:
         try:
@@ -164,7 +168,13 @@ def describe_code() -> str:
     devices = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return (f"{time.strftime('%Y-%m-%d %H:%M:%S')}  nulsq {__version__}, {_commit()}\n"
             f"  python {platform.python_version()}, {', '.join(versions)}\n"
-            f"  {platform.node()}, {devices}\n  {' '.join(sys.argv)}\n")
+            f"  {platform.node()}, {devices}\n  {' '.join(sys.argv)}\n"
+            f"  {' '.join(f'{name}={value!r}' for name, value in _environment().items())}\n")
+
+
+def _environment():
+    return {name: value for name, value in sorted(os.environ.items())
+            if name.startswith(ENVIRONMENT) and not any(word in name.upper() for word in SECRETS)}
 
 
 def _commit():
