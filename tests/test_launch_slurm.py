@@ -206,6 +206,15 @@ def test_a_run_that_fails_is_not_put_back(queue, recipe_of, site_file, tmp_path)
     assert list(job.path.glob(f"{job.id}-*.log")) and not (Path.cwd() / "PWNED").exists()
 
 
+def test_what_preflight_finds_wrong_ends_the_job_before_it_trains(queue, recipe_of, site_file):
+    path, run = recipe_of("wrong")
+    job = submit(path, run, load_site(site_file, ["nodes=1", "preflight=true", "disk=1e9"]))
+    ended = queue.ended(job.id)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "4:0", "0"), text_of(job)
+    assert "FAILED  disk" in text_of(job) and "preflight failed" in text_of(job)
+    assert not (run / "recipe.yaml").exists()
+
+
 @pytest.mark.parametrize(("settings", "flags", "message"), [
     (["partition=mian"], [], "partition = mian: this cluster has none of that name. There are high, low, main"),
     (["gpus=2"], [], "gpus = 2 in partition main: a node there has at most 0"),

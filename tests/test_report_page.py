@@ -209,7 +209,7 @@ def test_the_page_in_a_browser(made, browser):
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = {each["params"]["request"]["url"] for each in events if each["method"] == "Network.requestWillBeSent"}
-    own = ("data:", "chrome:")  # chrome: is the browser's own new tab
+    own = ("data:", "chrome:", "chrome-untrusted:")  # the last two are the browser's own new tab
     assert {url for url in asked if not url.startswith(own)} == {page.as_uri()}
 
 

@@ -126,8 +126,9 @@ def test_a_plan_for_programs_is_one_line_of_json(made, tmp_path, capsys, digits)
     assert searching.main([made.file, "--dry-run", "--json", f"dir={tmp_path}/never"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan == {"name": "tiny", "directory": f"{tmp_path}/never", "recipe": str(made.out.parent / "recipe.yaml"),
-                    "data": str(digits), "studies": ["2", "4"], "trials": 3, "total": 8, "workers": 1, "cpus": 1,
-                    "gpus": 0, "address": "local", "hours": None, "begun": False, "finished": False}
+                    "data": str(digits), "searcher": "random", "studies": ["2", "4"], "trials": 3, "total": 8,
+                    "workers": 1, "cpus": 1, "gpus": 0, "address": "local", "hours": None, "begun": False,
+                    "finished": False}
     assert not (tmp_path / "never").exists()
     # Where it runs is free: the same search goes on somewhere else.
     settings = ["address=head:6379", "nodes=3", "patience=20", "hours=5"]
