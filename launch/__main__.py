@@ -117,6 +117,7 @@ def _slurm(arguments, rest, site, command) -> int:
         print(slurm.shown(work, site, **more), end="")
         return 0
     if verb == "array":
+        slurm.check(work, site, work.trials)  # before the search's folder is written
         done = subprocess.run([sys.executable, "-m", "tune.array", arguments.file, *rest])
         if done.returncode:
             return done.returncode

@@ -1,13 +1,15 @@
 """What a job's script asks Python; needs nothing but Python.
 
     python -m launch.batch address HOST     the host's address, as text of numbers
-    python -m launch.batch port JOB         the first of four free ports in a row, looked for from one of the job's own
+    python -m launch.batch port JOB         the first of four free ports in a row, looked for from a place of the job's
     python -m launch.batch outcome RUN      how a run ended: finished, saved, diverged, failed or running
 """
 
+import contextlib
 import json
 import socket
 import sys
+import zlib
 from pathlib import Path
 
 LOWEST, RANGE, STEP = 20000, 10000, 4  # below the ports that systems give to outgoing connections
@@ -15,16 +17,25 @@ STRIDE = 617  # places further on: two jobs that look at the same time do not lo
 
 
 def address(host: str) -> str:
-    """An IPv4 address where there is one. Raises OSError where nobody knows the host."""
+    """An IPv4 address where there is one. Raises OSError where nobody knows the host.
+
+    Asked for on the host itself: some systems know their own name as their loopback, which others cannot reach. Then it
+    is the address that packets to others leave from.
+    """
     found = socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)
-    return min(found, key=lambda each: each[0] != socket.AF_INET)[4][0]
+    known = min(found, key=lambda each: each[0] != socket.AF_INET)[4][0]
+    if known.startswith("127.") and not host.startswith("127."):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as tried:
+            tried.connect(("192.0.2.1", 9))  # sends nothing
+            return tried.getsockname()[0]
+    return known
 
 
-def port(job: int, count: int = STEP) -> int:
-    """The first of `count` ports in a row that are free on this machine. Two jobs begin to look at different ones."""
-    places = RANGE // STEP
+def port(job: str, count: int = STEP) -> int:
+    """The first of `count` ports in a row that are free on this machine. Jobs begin to look at places of their own."""
+    places, first = RANGE // STEP, zlib.crc32(job.encode())
     for attempt in range(places):
-        start = LOWEST + (job + attempt * STRIDE) % places * STEP
+        start = LOWEST + (first + attempt * STRIDE) % places * STEP
         if all(map(_free, range(start, start + count))):
             return start
     raise OSError(f"no {count} free ports in a row from {LOWEST} to {LOWEST + RANGE}")
@@ -46,7 +57,7 @@ def _free(number):
 
 
 def main(argv: list[str]) -> int:
-    answer = {"address": address, "port": lambda job: port(int(job)), "outcome": outcome}
+    answer = {"address": address, "port": port, "outcome": outcome}
     if len(argv) != 2 or argv[0] not in answer:
         print(__doc__, file=sys.stderr)
         return 2

@@ -24,7 +24,7 @@ from launch import jobs, local, slurm, snapshot
 from launch import ray_api as api
 from launch.jobs import ENDED, Job
 from launch.site import Site
-from launch.work import Work
+from launch.work import Work, check_plain
 from nulsq.errors import InputError
 from nulsq.run_directory import LAUNCH
 
@@ -33,6 +33,7 @@ ONLY_SLURM = ("partition", "account", "gpu_type", "memory", "sbatch", "scratch")
 
 def command(work: Work, site: Site, name: str, code: Path) -> list[str]:
     """What submits the job `name`. `code` is the snapshot. Raises InputError for what a Ray job cannot be."""
+    check_plain(work.directory)
     for each in ONLY_SLURM:
         if getattr(site, each):
             raise InputError(f"{each}: Slurm has that, a Ray job has not; leave it out of a site of kind ray")

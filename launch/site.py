@@ -28,12 +28,13 @@ NAME = r"[\w.,:@+-]+"
 FLAG_VALUE = r"[\w.,:;=@%+/\[\]()*&|!~?-]+"
 # Flags of sbatch that pass through, and those that a setting says better or that the scripts depend on.
 FLAGS = ("qos", "constraint", "exclude", "nodelist", "dependency", "reservation", "comment", "mail-type", "mail-user",
-         "licenses", "exclusive", "mem-per-gpu", "mem-per-cpu", "tmp", "switches", "nice", "begin", "deadline", "gres",
+         "licenses", "exclusive", "mem-per-gpu", "mem-per-cpu", "tmp", "switches", "nice", "begin", "deadline",
          "cpu-freq", "cores-per-socket", "hint", "wckey", "contiguous", "prefer", "priority", "get-user-env",
-         "gpu-bind", "gpu-freq", "threads-per-core", "clusters", "container", "network", "power", "thread-spec")
+         "gpu-bind", "gpu-freq", "threads-per-core", "container", "network", "power", "thread-spec")
 OWN_FLAGS = {"partition": "partition", "account": "account", "nodes": "nodes", "time": "hours", "mem": "memory",
-             "gpus-per-node": "gpus", "gpus": "gpus", "cpus-per-task": "cpus", "signal": "warn", "requeue": "restarts",
-             "no-requeue": "restarts", "export": "environment", "ntasks-per-node": "processes", "ntasks": "processes"}
+             "gpus-per-node": "gpus", "gpus": "gpus", "gres": "gpus", "cpus-per-task": "cpus", "signal": "warn",
+             "requeue": "restarts", "no-requeue": "restarts", "export": "environment", "ntasks-per-node": "processes",
+             "ntasks": "processes"}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """On Slurm: the script that sbatch gets, and what happens to a submitted job.
 
-A script is a head (#SBATCH, the job's own values, each quoted) and the text of launch/scripts/: begin.sh, then train.sh
-or ray.sh. Paths are given to sbatch on its command line, which no shell reads. Everything about a run that comes back
-after a time limit, a preemption or a dead node is in those scripts.
+A script is a head (#SBATCH, the job's own values, each quoted) and the text of launch/scripts/: signals.sh, the site's
+setup lines, begin.sh, then train.sh or ray.sh. Paths are given to sbatch on its command line, which no shell reads.
+Everything about a run that comes back after a time limit, a preemption or a dead node is in those scripts.
 """
 
 import os
@@ -52,10 +52,11 @@ def script(work: Work, site: Site, folder: Path, code: Path, *, preflight_only: 
     arguments = [] if work.verb == "array" else work.arguments(snapshot.place(code, work.file), recipe)
     lines += [f"look=({shlex.join(look)})", f"arguments=({shlex.join(arguments)})"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
+    lines += ["", (SCRIPTS / "signals.sh").read_text()]
     if site.setup:
-        lines += ["", "trap 'echo \"a setup line of the site failed: $BASH_COMMAND\" >&2' ERR", "set -e",
-                  *site.setup.values(), "set +e", "trap - ERR"]
-    return "\n".join(lines) + "\n\n" + "".join((SCRIPTS / name).read_text() for name in PARTS[work.verb])
+        lines += ["trap 'echo \"a setup line of the site failed: $BASH_COMMAND\" >&2' ERR", "set -e",
+                  *site.setup.values(), "set +e", "trap - ERR", ""]
+    return "\n".join(lines) + "\n" + "".join((SCRIPTS / name).read_text() for name in PARTS[work.verb])
 
 
 def flags(work: Work, site: Site, trials: int = 0, at_once: int | None = None) -> list[str]:
@@ -82,9 +83,7 @@ def sbatch(folder: Path, array: bool = False) -> list[str]:
 def submit(work: Work, site: Site, command: list[str], **more) -> Job:
     """Write the script and the snapshot into the run's folder, submit, and note the job. Raises InputError where Slurm
     refuses it; nothing is left in its queue then."""
-    check_cluster(site)
-    check_array(more.get("trials", 0))
-    jobs.check_free(work.directory, lambda job: state(job) if job.place == "slurm" else ENDED)
+    check(work, site, more.get("trials", 0))
     folder = jobs.open_folder(work.directory)
     code = snapshot.take(folder.parent)
     for file in {work.file, work.recipe}:
@@ -98,6 +97,13 @@ def submit(work: Work, site: Site, command: list[str], **more) -> Job:
               str(code), jobs.here(), jobs.now())
     jobs.write(job)
     return job
+
+
+def check(work: Work, site: Site, trials: int = 0) -> None:
+    """Raises InputError where the cluster cannot take the job, or something holds the folder of the run or search."""
+    check_cluster(site)
+    check_array(trials)
+    jobs.check_free(work.directory, lambda job: state(job) if job.place == "slurm" else ENDED)
 
 
 def check_array(trials: int) -> None:
@@ -170,7 +176,7 @@ def stop(job: Job) -> str:
     if "RUNNING" in found:
         _told(["scancel", "--signal=USR1", "--batch", job.id])
         return "told to save and stop; launch status says when it has"
-    return "taken out of the queue"
+    return f"it was {found}: it does not start, or ends where it starts"
 
 
 def follow(job: Job, going_on: bool) -> int:

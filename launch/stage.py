@@ -4,9 +4,9 @@ A job runs it once on every node, before the ranks start; NULSQ_SCRATCH=SCRATCH 
 while recipes go on naming DATA. What is copied is manifest.json and the files that it names: arrays, labels, lists and
 .beton files. Photographs in class folders stay where they are: without .beton files they are read from there.
 
-    SCRATCH/nulsq-data/DIGEST/              the copy; DIGEST: first 16 hex digits of manifest.json's sha256
-    SCRATCH/nulsq-data/.DIGEST.unfinished/  a copy in the making, or one that was killed: the next one clears it away
-    SCRATCH/nulsq-data/.DIGEST.lock         held while one process of the node copies; the others wait, then find it
+    SCRATCH/nulsq-data-UID/DIGEST/              the copy; DIGEST: first 16 hex digits of manifest.json's sha256
+    SCRATCH/nulsq-data-UID/.DIGEST.unfinished/  a copy in the making or killed: the next one clears it away
+    SCRATCH/nulsq-data-UID/.DIGEST.lock         held while one process of a node copies; others wait, then find it
 
 Every file's sha256 is computed as it is copied. A copy that is there counts by its manifest and its files' sizes; one
 that does not is made again. Data that are prepared anew have another manifest and get a folder of their own.
@@ -40,7 +40,9 @@ def stage(source: Path, scratch: Path) -> tuple[Path, bool]:
     try:
         text = (source / "manifest.json").read_bytes()
         folder = copy_of(scratch, text)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # in a /tmp that everybody has
+        if folder.parent.stat().st_uid != os.getuid():
+            raise InputError(f"{folder.parent} is somebody else's; choose another scratch")
         with _locked(folder.with_name(f".{folder.name}.lock")):
             if is_whole(folder, text):
                 return folder, False

@@ -74,7 +74,8 @@ def look(verb: str, file: str, rest: list[str], ranks: int, *, files: bool = Tru
     if verb == "train":
         recipe = recipe_of([file, *rest])
         if files:
-            _checked(["-m", "nulsq.train", file, *rest, f"--dry-run={ranks}"])
+            # Nodes have GPUs that this machine may not have.
+            _checked(["-m", "nulsq.train", file, *rest, "run.device=cpu", f"--dry-run={ranks}"])
         directory = path_of(recipe)
         return Work(verb, file, rest, directory, Path(recipe.data.path), job_name(directory.name))
     printed = _checked(["-m", "tune.search", file, *[word for word in rest if word != "--dry-run"], "--dry-run",
@@ -97,6 +98,9 @@ def check_fits(plan: dict[str, Any], site: Site) -> None:
         if plan[name] > getattr(site, name):
             raise InputError(f"{name} = {plan[name]:g} for each process of a trial, but a node of this site has {name} "
                              f"= {getattr(site, name)}: fewer {name} in the search, or --at {name}=N")
+    if site.gpus and not plan["gpus"]:
+        raise InputError(f"gpus = {site.gpus} on each node of this site, but the search's trials use none: gpus=1, "
+                         "or a fraction, in the search, or --at gpus=0")
 
 
 def setting(key: str, value: object) -> str:
@@ -117,6 +121,6 @@ def _checked(arguments: list[str]) -> str:
 
 
 def check_plain(directory: Path) -> None:
-    """Raises InputError for a folder whose name a batch system's log file could not have."""
-    if re.search(r"[\n\r\\\0]", str(directory.resolve())):
-        raise InputError(f"{str(directory)!r}: no line breaks or backslashes in the folder of a job")
+    """Raises InputError for a folder whose name a batch system's log file, or a path of Python's, could not have."""
+    if re.search(r"[\n\r\\\0:]", str(directory.resolve())):
+        raise InputError(f"{str(directory)!r}: no line breaks, backslashes or colons in the folder of a job")

@@ -14,7 +14,8 @@ from pathlib import Path
 from nulsq.world import World
 
 INTERVAL = 8  # steps between two agreements of several ranks, each of which costs a collective
-SAME_WORD = 1.0  # seconds: Slurm signals every process of a job, torchrun passes the same signal on to its ranks
+SAME_WORD = 5.0  # seconds: Slurm signals every process of a job, torchrun passes the same signal on to its ranks
+PRESSED_AGAIN = 1.0  # the same for Ctrl-C: whoever presses it twice means it
 NOTHING, SAVE, STOP = range(3)
 SAVE_FILE = "save"
 
@@ -32,7 +33,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     asked = []
 
     def ask(number, frame):
-        if asked and time.monotonic() - asked[0] > SAME_WORD:
+        if asked and time.monotonic() - asked[0] > (PRESSED_AGAIN if number == signal.SIGINT else SAME_WORD):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
         asked.append(time.monotonic())

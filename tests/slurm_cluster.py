@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 CONFIG = """
-ClusterName=loop
+ClusterName=loop{port}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmdPort={port1}
@@ -86,9 +86,10 @@ class Slurm:
         return found
 
     def hurried(self, job: str) -> dict[str, str]:
-        """The job; one that was put back into the queue starts without Slurm's delay of two minutes."""
+        """The job; one that was put back into the queue starts without Slurm's delay of two minutes, which is there so
+        that nothing of its last attempt is left."""
         found = self.job(job)
-        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime" and not self.left(job):
             self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
         return found
 

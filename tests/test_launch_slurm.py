@@ -9,7 +9,7 @@ import pytest
 from launch import jobs, slurm
 from launch.__main__ import main as launch
 from launch.site import Site, load_site
-from launch.work import Work
+from launch.work import Work, job_name
 from nulsq import checkpoint
 from nulsq.config import to_yaml
 from nulsq.run_directory import path_of, read_metrics, read_outcome
@@ -74,7 +74,8 @@ def site_file(tmp_path) -> Path:
 
 def submit(recipe: Path, run: Path, site: Site, **more) -> jobs.Job:
     """As `launch slurm train --submit`, without the check in a process of its own."""
-    return slurm.submit(Work("train", str(recipe), [], run, Path("unused"), run.name), site, ["python"], **more)
+    work = Work("train", str(recipe), [], run, Path("unused"), job_name(run.name))
+    return slurm.submit(work, site, ["python"], **more)
 
 
 def equals(run: Path, other: Path) -> None:
@@ -112,7 +113,7 @@ def test_two_nodes_train_what_two_local_ranks_train(queue, recipe_of, local_run,
         folder / f"environment-{job.id}.txt").read_text()
     assert "snapshot of commit" in (run / "code.txt").read_text() and Path(job.code, "nulsq/train.py").is_file()
     assert json.loads((folder / f"preflight-{job.id}-0.json").read_text())["ok"]
-    assert len(list(tmp_path.glob("nulsq-data/*/manifest.json"))) == 1
+    assert len(list(tmp_path.glob("nulsq-data-*/*/manifest.json"))) == 1
     assert launch(["status", str(run)]) == 0 and launch(["logs", str(run)]) == 0 and launch(["stop", str(run)]) == 0
     printed = capsys.readouterr().out
     assert f"slurm job {job.id}" in printed and "outcome: finished (epoch 5)" in printed
@@ -121,7 +122,7 @@ def test_two_nodes_train_what_two_local_ranks_train(queue, recipe_of, local_run,
 
 def test_a_run_comes_back_after_its_time_limit_and_only_so_often(queue, recipe_of, local_run, site_file, slow):
     """The first attempt ends with its time limit, set once it trains: Slurm counts in minutes and looks twice in one.
-    The second, the last that is allowed, ends by a signal; what is submitted then ends where an uninterrupted run ends.
+    The second, the last that is allowed, ends by SIGTERM; what is submitted then ends where an uninterrupted run ends.
     """
     slow.write_text("0.12")  # a minute for its five epochs
     path, run = recipe_of("limit")
@@ -137,7 +138,7 @@ def test_a_run_comes_back_after_its_time_limit_and_only_so_often(queue, recipe_o
     slow.write_text("0.02")
     queue.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
     queue.wait(lambda: queue.hurried(job.id) and read_outcome(run)["outcome"] == "running", "the second attempt")
-    queue.run("scancel", "--signal=USR1", "--batch", job.id)
+    queue.run("scancel", "--signal=TERM", job.id)  # to the step's processes, as a preemption without USR1
     ended = queue.ended(job.id)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "99:0", "1"), text_of(job)
     assert "back into the queue" in text_of(job) and "at most 1 are allowed" in text_of(job)

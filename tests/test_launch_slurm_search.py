@@ -41,7 +41,7 @@ dir: {tmp_path}/{name}
 studies: {{bits: {{key: quant.bits, values: [2]}}}}
 space: {{lr: {{key: optim.lr, sample: loguniform, low: 0.001, high: 0.1}}}}
 trials: 2
-grace: 3
+grace: {overrides.get('optim__epochs', 3)}
 """)
         return path, tmp_path / name
     return make
@@ -117,7 +117,7 @@ def test_an_array_trains_the_trials_without_ray(two_nodes, search_file, capsys):
     site = file.with_name("site.yaml")
     site.write_text("kind: slurm\nhours: 0.5\nwarn: 30\npreflight: false\n")
     assert launch(["slurm", "search", str(file), "points={mad: {lr: 1e12}}", "space.lr.high=1e13", "--site", str(site),
-                   "overrides={guard.rollbacks: 0}", "grace=2", "--array", "--at-once", "2", "--submit"]) == 0
+                   "overrides={guard.rollbacks: 0}", "--array", "--at-once", "2", "--submit"]) == 0
     job = jobs.latest(directory)
     assert f"job {job.id}" in capsys.readouterr().out
     two_nodes.wait(lambda: slurm.state(job) == jobs.ENDED, "the end of the array")

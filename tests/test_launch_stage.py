@@ -37,7 +37,7 @@ def scratch(tmp_path, monkeypatch) -> Path:
 
 def left(scratch: Path) -> list[str]:
     """Folders of copies, finished or not."""
-    return sorted(path.name for path in scratch.glob("nulsq-data/*") if path.is_dir())
+    return sorted(path.name for path in scratch.glob("nulsq-data-*/*") if path.is_dir())
 
 
 def start(source: Path, scratch: Path) -> subprocess.Popen:
@@ -50,7 +50,7 @@ def test_a_copy_is_made_found_again_and_used(source, scratch, capsys):
     assert main([str(source), str(scratch)]) == 0
     assert "copied" in capsys.readouterr().out
     digest = hashlib.sha256((source / "manifest.json").read_bytes()).hexdigest()
-    copy = scratch / "nulsq-data" / digest[:16]
+    copy = scratch / f"nulsq-data-{os.getuid()}" / digest[:16]
     data = DataSet(source)
     assert data.path == copy and data.labels("train").size == data.counts["train"]
     assert data.name == "digits" and data.images("test").nbytes > 0

@@ -6,10 +6,12 @@ ray=("$python" -c 'import sys; from ray.scripts.scripts import main; sys.exit(ma
 
 # Ray's servers listen on every interface whatever one sets: they demand a token, made for this job.
 RAY_TMPDIR=$(mktemp -d /tmp/nulsq-XXXXXX) || exit 1 # a short path: sockets lie below it
+unset RAY_AUTH_TOKEN RAY_ADDRESS
 export RAY_TMPDIR RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token-$SLURM_JOB_ID"
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH") || exit 1
 common=(--block --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="$gpus" --object-store-memory=268435456 --disable-usage-stats)
 
+port=$(free_port) || exit 1
 parts=() # processes that have to live as long as the search
 finish() {
     local part step
@@ -21,6 +23,9 @@ finish() {
         for _ in {1..60}; do kill -0 "$part" 2>/dev/null && sleep 0.5; done
         kill -KILL "$part" 2>/dev/null
     done
+    if ((SLURM_NNODES > 1)); then
+        timeout 60 srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 rm -rf "$RAY_TMPDIR"
+    fi
     rm -rf "$RAY_AUTH_TOKEN_PATH" "$RAY_TMPDIR"
 }
 trap finish EXIT
@@ -29,7 +34,7 @@ all_live() {
     for part in "${parts[@]}"; do kill -0 "$part" 2>/dev/null || return 1; done
 }
 
-"${ray[@]}" start --head --port="$port" --ray-client-server-port="$((port + 1))" --dashboard-port="$((port + 2))" \
+"${ray[@]}" start --head --node-ip-address="$address" --port="$port" --ray-client-server-port="$((port + 1))" --dashboard-port="$((port + 2))" \
     --dashboard-agent-listen-port="$((port + 3))" --dashboard-host="$listen" --temp-dir="$RAY_TMPDIR" \
     "${common[@]}" >>"$folder/$SLURM_JOB_ID-ray-head-$first.log" 2>&1 &
 parts+=($!)
@@ -52,8 +57,22 @@ if [[ -n $asked ]]; then
     put_back "not begun"
 fi
 
+# --extend is for a search that has finished: a job that comes back has said it already.
+if [[ ! -e $run/finished ]]; then
+    kept=()
+    for ((i = 0; i < ${#arguments[@]}; i++)); do
+        case ${arguments[i]} in
+        --extend) ((i++)) ;;
+        --extend=*) ;;
+        *) kept+=("${arguments[i]}") ;;
+        esac
+    done
+    arguments=("${kept[@]}")
+fi
+
 "$python" -m tune.search "${arguments[@]}" address="$address:$port" nodes="$SLURM_NNODES" &
 child=$!
+if [[ -n $asked ]]; then kill -USR1 "$child" 2>/dev/null; fi
 lost=''
 while kill -0 "$child" 2>/dev/null; do
     if [[ -z $lost ]] && ! all_live; then
@@ -72,4 +91,5 @@ trap - EXIT
 say "the search ended with exit code $ended"
 if [[ -n $lost ]]; then exit 1; fi
 if ((ended == 99)); then put_back saved; fi
+if [[ -n $asked ]] && ((ended == 138)); then put_back "not begun"; fi # the signal came before Python could take it
 exit "$ended"

@@ -102,12 +102,12 @@ def staged(path: Path) -> Path:
         return path
     text = file.read_bytes()
     copy = copy_of(Path(scratch), text)
-    return copy if is_whole(copy, text) else path
+    return copy if is_whole(copy, text) and copy.parent.stat().st_uid == os.getuid() else path
 
 
 def copy_of(scratch: Path, manifest: bytes) -> Path:
     """Folder of the copy of a data set below `scratch`; `manifest` is the content of its manifest.json."""
-    return scratch / "nulsq-data" / hashlib.sha256(manifest).hexdigest()[:16]
+    return scratch / f"nulsq-data-{os.getuid()}" / hashlib.sha256(manifest).hexdigest()[:16]
 
 
 def is_whole(folder: Path, manifest: bytes) -> bool:

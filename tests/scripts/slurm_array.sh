@@ -30,40 +30,12 @@ list=/runs/search-rn18/array
 look=(/runs/search-rn18/launch/code-0123456789ab/configs/recipes/imagenet/rn18_88_w2a2.yaml 'data.path="data/imagenet"' --devices=0 --disk=2 'run.dir="/runs/search-rn18"')
 arguments=()
 
+# ---- the same in every job: launch/scripts/signals.sh
 
-# ---- one trial of an array, each a run with a recipe of its own: launch/scripts/array.sh
-
-run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$list/runs.txt")
-arguments=("$list/$(printf '%05d' "$SLURM_ARRAY_TASK_ID").yaml" --no-test)
-# ---- the same in every job: launch/scripts/begin.sh
-
-set -uo pipefail
 say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 
-restart=${SLURM_RESTART_COUNT:-0}
-say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restart of at most $restarts: $what"
-if ((restart > restarts)); then
-    say "restarted $restart times, at most $restarts are allowed: giving up. Submitting it again goes on"
-    scontrol update JobId="$SLURM_JOB_ID" Requeue=0
-    exit 1
-fi
-
-# The snapshot before all else; the folder that the job was submitted from at the end, for a plug-in that lies there.
-export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}:$PWD" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun has not taken it from sbatch since Slurm 22.05
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))}"
-if [[ -n $interface ]]; then export NCCL_SOCKET_IFNAME="$interface" GLOO_SOCKET_IFNAME="$interface"; fi
-
-env | LC_ALL=C sort | grep -E '^(SLURM|CUDA|NCCL|GLOO|OMP|RAY|TORCH|NULSQ|PYTHON|LD_LIBRARY_PATH|LOADEDMODULES|PATH)' |
-    grep -viE '^[^=]*(token|secret|password|key)' >"$folder/environment-$SLURM_JOB_ID.txt"
-
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) # this script runs there
-address=$("$python" -m launch.batch address \
-    "$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)") || exit 1
-port=$("$python" -m launch.batch port "$SLURM_JOB_ID") || exit 1
-
-# Slurm tells this script alone, ahead of the time limit (USR1) or when somebody takes its nodes away (USR1 or TERM).
-# It passes the first word on and waits: a second one would make a run end at once.
+# Slurm tells this script, ahead of the time limit (USR1) or when somebody takes its nodes away (USR1 or TERM). It passes
+# the first word on and waits: one that comes later would make a run end at once.
 asked='' child=''
 ask() {
     say "asked to save and stop ($1)"
@@ -73,25 +45,80 @@ ask() {
 trap 'ask USR1' USR1
 trap 'ask TERM' TERM
 
+
+
+# ---- one trial of an array, each a run with a recipe of its own: launch/scripts/array.sh
+
+run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$list/runs.txt")
+arguments=("$list/$(printf '%05d' "$SLURM_ARRAY_TASK_ID").yaml" --no-test)
+# ---- the same in every job: launch/scripts/begin.sh
+
+set -uo pipefail
+
+# A controller that is busy says nothing: it is asked again.
+slurm() {
+    for _ in {1..6}; do
+        "$@" && return
+        sleep 5
+    done
+    return 1
+}
+job=$SLURM_JOB_ID # of a task of an array, the last of which has the id of the whole array: with its number
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+
+restart=${SLURM_RESTART_COUNT:-0}
+say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restart of at most $restarts: $what"
+if ((restart > restarts)); then
+    say "restarted $restart times, at most $restarts are allowed: giving up. Submitting it again goes on"
+    slurm scontrol update JobId="$job" Requeue=0
+    exit 1
+fi
+if [[ -e $launch/stop ]]; then
+    say "told to stop before it began"
+    exit 99
+fi
+
+# The snapshot before all else; the folder that the job was submitted from at the end, for a plug-in that lies there.
+export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}:$PWD" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun has not taken it from sbatch since Slurm 22.05
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))}"
+if [[ -n $interface ]]; then export NCCL_SOCKET_IFNAME="$interface" GLOO_SOCKET_IFNAME="$interface"; fi
+
+env | LC_ALL=C sort | grep -E '^(SLURM|CUDA|NCCL|GLOO|OMP|RAY|TORCH|NULSQ|PYTHON|LD_LIBRARY_PATH|LOADEDMODULES|PATH)' |
+    grep -viE '^[^=]*(token|secret|password|key|jwt)' >"$folder/environment-$SLURM_JOB_ID.txt"
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) # this script runs there
+address=$("$python" -m launch.batch address \
+    "$(slurm scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)") || exit 1
+free_port() { "$python" -m launch.batch port "$SLURM_CLUSTER_NAME-$SLURM_JOB_ID-$restart"; } # right before its use
+
 # Wait for a process through all signals; its exit code.
 await() {
     while kill -0 "$1" 2>/dev/null; do wait "$1"; done
     wait "$1"
 }
 
-on_each_node() { # COMMAND: once on every node, output appended to a log for each
+on_each_node() { # COMMAND: once on every node, output appended to a log for each; not at all once asked to stop
+    if [[ -n $asked ]]; then return 143; fi
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 \
         --open-mode=append --output="$logs/$SLURM_JOB_ID-%n-%N.log" "$@" &
     child=$!
+    if [[ -n $asked ]]; then kill -USR1 "$child" 2>/dev/null; fi
     await "$child"
     local exit_code=$?
     child=''
     return "$exit_code"
 }
 
-in_ranks() { # MODULE ARGUMENT...: in all ranks, which meet on the first node
-    on_each_node "$python" -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" \
-        --rdzv-id="$SLURM_JOB_ID-$restart" --rdzv-backend=c10d --rdzv-endpoint="$address:$port" \
+# MODULE ARGUMENT...: in all ranks. They meet on the first node, which knows that it is the one by its number: torch asks
+# for names, and a node may have several, or take its own for its loopback.
+in_ranks() {
+    local port
+    port=$(free_port) || return 1
+    # shellcheck disable=SC2016
+    on_each_node bash -c 'exec "$0" -m torch.distributed.run --rdzv-conf="is_host=$((SLURM_NODEID == 0))" "$@"' \
+        "$python" --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" --rdzv-id="$SLURM_JOB_ID-$restart" \
+        --rdzv-backend=c10d --rdzv-endpoint="$address:$port" \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout="$warn" -m "$@"
 }
 
@@ -99,13 +126,15 @@ in_ranks() { # MODULE ARGUMENT...: in all ranks, which meet on the first node
 put_back() { # WHY
     if [[ -e $launch/stop ]]; then
         say "$1; told to stop, so it is not put back into the queue"
-    elif [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) != RUNNING ]]; then
+    elif ! state=$(slurm squeue --noheader --jobs="$job" --format=%T); then
+        say "$1; Slurm does not answer: submitting it again goes on"
+    elif [[ $state != RUNNING ]]; then
         say "$1; the job is being ended from outside, so it is not put back into the queue"
     elif ((restart >= restarts)); then
         say "$1; restarted $restart times, at most $restarts are allowed: submitting it again goes on"
     else
         say "$1; back into the queue"
-        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        slurm scontrol requeue "$job" && exit 0
         say "scontrol requeue failed: submitting it again goes on"
     fi
     exit 99
