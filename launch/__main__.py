@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch import local, status
+from launch import jobs, local, status
 from launch.site import Site, load_site
 from launch.work import Refused, check_fits, look
 from nulsq.config import describe
@@ -121,7 +121,7 @@ def _slurm(arguments, rest, site, command) -> int:
         done = subprocess.run([sys.executable, "-m", "tune.array", arguments.file, *rest])
         if done.returncode:
             return done.returncode
-    print(slurm.how(slurm.submit(work, site, command, **more)))
+    print(jobs.how(slurm.submit(work, site, command, **more)))
     return 0
 
 
@@ -133,7 +133,7 @@ def _ray(arguments, rest, site, command) -> int:
         print(ray_jobs.shown(work, site))
         return 0
     job = ray_jobs.submit(work, site, command)
-    print(ray_jobs.how(job), flush=True)
+    print(jobs.how(job), flush=True)
     return ray_jobs.follow(job, going_on=True) if arguments.follow else 0
 
 

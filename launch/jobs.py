@@ -9,11 +9,13 @@
 import dataclasses
 import json
 import os
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.site import Site
 from nulsq.errors import InputError
 from nulsq.run_directory import LAUNCH, lock, write_atomically
 
@@ -58,6 +60,14 @@ def open_folder(directory: Path) -> Path:
     raise InputError(f"{top} has a thousand submissions of this second")
 
 
+def note(place: str, id: str, directory: Path, folder: Path, command: list[str], site: Site, code: Path) -> Job:
+    """The job of a submission from this folder, now, written down in its folder."""
+    job = Job(place, id, str(directory), str(folder), command, dataclasses.asdict(site), str(code), os.getcwd(),
+              time.strftime("%Y-%m-%dT%H:%M:%S"))
+    write(job)
+    return job
+
+
 def write(job: Job) -> None:
     write_atomically(job.path / "job.json", json.dumps(dataclasses.asdict(job), indent=1) + "\n")
 
@@ -96,9 +106,10 @@ def check_free(directory: Path, state) -> None:
         lock(directory, "working").close()
 
 
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S")
-
-
-def here() -> str:
-    return os.getcwd()
+def how(job: Job) -> str:
+    """What a person wants to know after submitting."""
+    directory = shlex.quote(job.directory)
+    return (f"job {job.id}\n  follow   python -m launch logs {directory} --follow\n"
+            f"  look     python -m launch status {directory}\n"
+            f"  stop     python -m launch stop {directory}\n"
+            "  resume   the same command; it goes on from the newest checkpoint")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.work import recipe_of
+from launch.work import checked, recipe_of
 from nulsq.errors import InputError
 from nulsq.run_directory import path_of, read_outcome
 
@@ -29,9 +29,7 @@ def train(recipe: str, rest: list[str], nproc: int, *, show: bool = False) -> in
     if show:
         print(shlex.join(command))
         return 0
-    checked = subprocess.run([*own, f"--dry-run={nproc}"], stdout=subprocess.DEVNULL)
-    if checked.returncode:
-        return checked.returncode
+    checked([*own[1:], f"--dry-run={nproc}"])
     if nproc == 1:
         return run(command)
     before = _written(path_of(parsed))

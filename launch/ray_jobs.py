@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch import jobs, local, slurm, snapshot
+from launch import jobs, local, snapshot
 from launch import ray_api as api
 from launch.jobs import ENDED, Job
 from launch.site import Site
@@ -107,9 +107,8 @@ def submit(work: Work, site: Site, given: list[str]) -> Job:
             shutil.copy2(kept, code / kept.relative_to(code.parent))
     words = command(work, site, name, code)
     (folder / "job.sh").write_text(f"#!/bin/sh\n{shlex.join(words)}\n")
-    job = Job("ray", name, str(work.directory), str(folder), given, vars(site).copy(), str(code), jobs.here(),
-              jobs.now())
-    jobs.write(job)  # first: what is lost in between, the cluster does not know, and is ended
+    # Noted first: what is lost in between, the cluster does not know, and is ended.
+    job = jobs.note("ray", name, work.directory, folder, given, site, code)
     try:
         api.tell(words, site)
     except InputError:
@@ -183,11 +182,6 @@ def _follow(job, site, going_on):
         if failures > api.TRIES or not going_on:
             raise InputError(lost)
         time.sleep(2)
-
-
-def how(job: Job) -> str:
-    """What a person wants to know after submitting."""
-    return slurm.how(job)
 
 
 def _placed(site, code, file):

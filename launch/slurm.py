@@ -93,10 +93,7 @@ def submit(work: Work, site: Site, command: list[str], **more) -> Job:
     if done.returncode:
         shutil.rmtree(folder)
         raise InputError(f"sbatch refuses the job: {' '.join(done.stderr.split())}")
-    job = Job("slurm", done.stdout.strip().split(";")[0], str(work.directory), str(folder), command, vars(site).copy(),
-              str(code), jobs.here(), jobs.now())
-    jobs.write(job)
-    return job
+    return jobs.note("slurm", done.stdout.strip().split(";")[0], work.directory, folder, command, site, code)
 
 
 def check(work: Work, site: Site, trials: int = 0) -> None:
@@ -204,14 +201,6 @@ def shown(work: Work, site: Site, **more) -> str:
     folder = work.directory.resolve() / LAUNCH / "TIME"
     text = script(work, site, folder, folder.parent / "code-HASH", **more)
     return f"{text}\n# submitted by:\n# {shlex.join(sbatch(folder, bool(more.get('trials'))))}\n"
-
-
-def how(job: Job) -> str:
-    """What a person wants to know after submitting."""
-    return (f"job {job.id}\n  follow   python -m launch logs {shlex.quote(job.directory)} --follow\n"
-            f"  look     python -m launch status {shlex.quote(job.directory)}\n"
-            f"  stop     python -m launch stop {shlex.quote(job.directory)}\n"
-            "  resume   the same command; it goes on from the newest checkpoint")
 
 
 def _gpus(gres: str, kind: str | None) -> int:

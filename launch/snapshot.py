@@ -5,6 +5,7 @@ quantizer beside the code comes along; files of more than 8 MB do not. Without g
 copied once: the folder is called by what is in it, code-HASH. `SNAPSHOT` in it says what it was taken from.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -13,11 +14,11 @@ import time
 from pathlib import Path
 
 from nulsq.errors import InputError
+from nulsq.run_directory import SNAPSHOT, code_version
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("nulsq", "tune", "launch", "data_prep", "configs")
 LARGEST = 8 * 2**20
-NOTE = "SNAPSHOT"
 
 
 def take(into: Path) -> Path:
@@ -37,7 +38,8 @@ def take(into: Path) -> Path:
         for name in files:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, aside / name)
-        (aside / NOTE).write_text(f"snapshot of {_version()}, taken {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        version = code_version().removeprefix("snapshot of ")  # a job may launch one
+        (aside / SNAPSHOT).write_text(f"snapshot of {version}, taken {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         aside.rename(folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -68,6 +70,7 @@ def keep(snapshot: Path, file: str | Path) -> Path:
     return there
 
 
+@functools.cache
 def _listed():
     try:
         done = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
@@ -79,15 +82,3 @@ def _listed():
         pass
     return sorted(str(path.relative_to(ROOT)) for room in ROOMS for path in (ROOT / room).rglob("*")
                   if path.is_file() and "__pycache__" not in path.parts)
-
-
-def _version():
-    if (ROOT / NOTE).is_file():  # a job that launches one
-        return (ROOT / NOTE).read_text().strip().removeprefix("snapshot of ")
-    try:
-        commit, changed = (subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True,
-                                          timeout=60).stdout.strip()
-                           for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]))
-    except (OSError, subprocess.TimeoutExpired):
-        commit = changed = ""
-    return f"commit {commit}{' with local changes' if changed else ''}" if commit else "a folder without git"

@@ -75,10 +75,10 @@ def look(verb: str, file: str, rest: list[str], ranks: int, *, files: bool = Tru
         recipe = recipe_of([file, *rest])
         if files:
             # Nodes have GPUs that this machine may not have.
-            _checked(["-m", "nulsq.train", file, *rest, "run.device=cpu", f"--dry-run={ranks}"])
+            checked(["-m", "nulsq.train", file, *rest, "run.device=cpu", f"--dry-run={ranks}"])
         directory = path_of(recipe)
         return Work(verb, file, rest, directory, Path(recipe.data.path), job_name(directory.name))
-    printed = _checked(["-m", "tune.search", file, *[word for word in rest if word != "--dry-run"], "--dry-run",
+    printed = checked(["-m", "tune.search", file, *[word for word in rest if word != "--dry-run"], "--dry-run",
                         "--json"])
     plan = json.loads(printed)
     directory = Path(plan["directory"])
@@ -113,7 +113,8 @@ def job_name(name: str) -> str:
     return re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[:100] or "nulsq"
 
 
-def _checked(arguments: list[str]) -> str:
+def checked(arguments: list[str]) -> str:
+    """What Python prints with these arguments. Raises Refused where it says what is wrong."""
     done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise Refused(done.returncode)

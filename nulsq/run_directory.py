@@ -166,7 +166,7 @@ def describe_code() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     devices = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return (f"{time.strftime('%Y-%m-%d %H:%M:%S')}  nulsq {__version__}, {_commit()}\n"
+    return (f"{time.strftime('%Y-%m-%d %H:%M:%S')}  nulsq {__version__}, {code_version()}\n"
             f"  python {platform.python_version()}, {', '.join(versions)}\n"
             f"  {platform.node()}, {devices}\n  {' '.join(sys.argv)}\n"
             f"  {' '.join(f'{name}={value!r}' for name, value in _environment().items())}\n")
@@ -177,7 +177,8 @@ def _environment():
             if name.startswith(ENVIRONMENT) and not any(word in name.upper() for word in SECRETS)}
 
 
-def _commit():
+def code_version() -> str:
+    """Which commit this code is of, with local changes or without, or what its snapshot was taken from."""
     here = Path(__file__).resolve().parent
     note = here.parent / SNAPSHOT
     if note.is_file():  # git would speak of a checkout that the copy happens to lie in

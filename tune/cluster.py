@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nulsq.errors import InputError
+from nulsq.run_directory import SECRETS
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = "node:__internal_head__"  # the resource that Ray gives the head node, and no other
@@ -37,7 +38,6 @@ HEAD = "node:__internal_head__"  # the resource that Ray gives the head node, an
 # want. Not what looks like a secret: a cluster's dashboard shows these to everyone who may look at it.
 PASSED_ON = ("NULSQ_", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_", "HF_HOME", "TORCH_HOME",
              "XDG_CACHE_HOME", "WANDB_", "MLFLOW_", "NCCL_", "GLOO_", "RAY_TRAIN_", "TUNE_")
-SECRET = ("KEY", "TOKEN", "PASSWORD", "SECRET")
 # The search itself may have been started by torchrun or srun, and Ray's processes inherit that: a trial is no rank of
 # it. Ray Train sets these anew for its workers.
 NO_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"}
@@ -75,7 +75,7 @@ def open_cluster(address: str = "local", workers: int = 1, nodes: int = 1, patie
 def environment() -> dict[str, str]:
     """The variables of this process that its trials get."""
     passed = {name: value for name, value in os.environ.items()
-              if name.startswith(PASSED_ON) and not any(word in name for word in SECRET)}
+              if name.startswith(PASSED_ON) and not any(word in name for word in SECRETS)}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return passed | NO_RANK | {"PYTHONPATH": path, "RAY_CHDIR_TO_TRIAL_DIR": "0"}
 
