@@ -21,7 +21,7 @@ from nulsq.quant.oscillation import Oscillations, OscillationSettings
 from nulsq.run_directory import path_of, read_lines, read_metrics
 from nulsq.train import train
 from nulsq.weights import read_weights
-from runs import assert_same_state, last, numbers, torchrun
+from tests.runs import assert_same_state, last, numbers, torchrun
 
 # Twelve steps are few: counted fast, and from the start, so that some weights do freeze.
 ALL = {"oscillation__momentum": 0.1, "oscillation__freeze_threshold": 0.25, "oscillation__freeze_final": 0.2,

@@ -20,7 +20,7 @@ from nulsq.recipe import Guard
 from nulsq.run_directory import path_of, read_metrics, read_outcome
 from nulsq.train import train
 from nulsq.world import World
-from runs import assert_same_state, last, numbers
+from tests.runs import assert_same_state, last, numbers
 
 ALONE = World(0, 1, torch.device("cpu"))
 NAN, INF = math.nan, math.inf

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from launch.meeting import Meeting, Silent, hangs, within
 from launch.preflight import EXIT_PREFLIGHT, main
 from nulsq.config import to_yaml
-from runs import in_ranks
+from tests.runs import in_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--read-seconds", "0.2"]

@@ -19,7 +19,7 @@ from nulsq.data.manifest import SCRATCH, DataSet, copy_of, describe_file
 from nulsq.errors import InputError
 from nulsq.run_directory import path_of
 from nulsq.train import train
-from runs import assert_same_state, last, numbers
+from tests.runs import assert_same_state, last, numbers
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,7 +18,7 @@ from nulsq.config import to_yaml
 from nulsq.errors import InputError
 from nulsq.run_directory import path_of, read_metrics, read_outcome
 from nulsq.train import train
-from runs import assert_same_state, last, numbers, torchrun
+from tests.runs import assert_same_state, last, numbers, torchrun
 
 CONTENT = {"model": {"w": torch.arange(1000.0)}, "best": None, "step": 0, "epoch": 0}
 

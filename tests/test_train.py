@@ -17,7 +17,7 @@ from nulsq.optim import learning_rate
 from nulsq.run_directory import LAUNCH, SNAPSHOT, path_of, read_metrics, read_outcome
 from nulsq.train import main, train
 from nulsq.world import World
-from runs import TIMES, assert_same_state, in_ranks, last, numbers, torchrun
+from tests.runs import TIMES, assert_same_state, in_ranks, last, numbers, torchrun
 
 ALONE = World(0, 1, torch.device("cpu"))
 
