@@ -4,7 +4,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Two tests at a time: most of them use one core.
+# Two tests at a time: most of them use one core. Proofs on clusters are a group, one at a time: several Rays on one
+# machine find each other.
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
@@ -42,10 +43,10 @@ check: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not slurm and not long"
 
 proofs: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "(slow or slurm) and not long" || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "(slow or slurm) and not long" || [ $$? -eq 5 ]
 
 long: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m long
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --timeout 3600 -m long
 
 clean:
 	rm -rf .venv data/digits runs/digits-float-0 runs/search-demo

@@ -19,6 +19,7 @@ from tune.cluster import check_fits, check_placement, environment, fits, open_cl
 pytest.importorskip("ray")
 from ray.tune import Callback  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("clusters")
 ROOT = Path(__file__).resolve().parent.parent
 
 # ---- what fits, as arithmetic
@@ -195,7 +196,7 @@ def test_a_trial_whose_node_is_lost_continues_on_another(cluster, tune_trials, s
 
     def lose_the_node(number, epoch):
         if epoch == 2 and not before:
-            (actor,) = (actor for actor in list_actors(filters=[("state", "=", "ALIVE")])
+            (actor,) = (actor for actor in list_actors(cluster.address, filters=[("state", "=", "ALIVE")])
                         if actor.class_name.endswith("ImplicitFunc"))  # Tune's name for a trial of a function
             (node,) = (node for node in cluster.worker_nodes if node.node_id == actor.node_id)
             before.extend(read_metrics(tmp_path / "trials/s/000"))
