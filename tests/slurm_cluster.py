@@ -26,7 +26,7 @@ SlurmUser=root
 SlurmdUser=root
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 AuthType=auth/munge
-AuthInfo=socket={root}/m/munge.sock
+AuthInfo=socket={root}/m/munge.sock,cred_expire=15
 CredType=cred/munge
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool/%n
@@ -85,33 +85,47 @@ class Slurm:
             time.sleep(0.25)
         return found
 
-    def hurried(self, job: str) -> dict[str, str]:
-        """The job; one that was put back into the queue starts without Slurm's delay of two minutes, which is there so
-        that nothing of its last attempt is left."""
-        found = self.job(job)
-        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime" and not self.left(job):
-            self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-        return found
-
     def ended(self, job: str, seconds: float = 300.0) -> dict[str, str]:
         """The job, once it is neither waiting nor running."""
         def look():
-            found = self.hurried(job)
+            found = self.job(job)
             return found if found["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") else None
         return self.wait(look, f"the end of job {job}", seconds)
 
     def left(self, job: str) -> list[str]:
         """Processes of a job that are there, whoever their parents are by now: their commands."""
         found = []
-        for process in Path("/proc").glob("[0-9]*"):
+        for process in self.processes(f"SLURM_JOB_ID={job}"):
             with contextlib.suppress(OSError):
-                inherited = (process / "environ").read_bytes().split(b"\0")
-                if {f"SLURM_JOB_ID={job}".encode(), f"SLURM_CONF={self.root}/slurm.conf".encode()} <= set(inherited):
-                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
         return found
 
+    def processes(self, variable: str) -> list[Path]:
+        """Folders in /proc of this cluster's processes that inherited a variable, "NAME=VALUE"."""
+        found, wanted = [], {variable.encode(), f"SLURM_CONF={self.root}/slurm.conf".encode()}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if wanted <= set((process / "environ").read_bytes().split(b"\0")):
+                    found.append(process)
+        return found
+
+    def crash(self, node: str) -> None:
+        """The node's daemons and all that runs there are gone at once; Slurm does not know yet. `run("slurmd", "-N",
+        node)` brings it back."""
+        there = [int((self.root / f"slurmd-{node}.pid").read_text())]
+        for process in self.processes(f"SLURMD_NODENAME={node}"):
+            there.append(int(process.name))
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+            if Path("/proc", parent, "comm").read_text().startswith("slurmstepd"):
+                there.append(int(parent))
+        for each in dict.fromkeys(there):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
+
     def told(self) -> str:
-        return self.run("squeue", "--all", check=False) + self.run("sinfo", check=False)
+        """What somebody wants to read who was not there: the queue, the nodes, the ends of the daemons' logs."""
+        logs = [f"==> {path.name}\n{path.read_text()[-3000:]}" for path in sorted((self.root / "log").glob("*.log"))]
+        return "\n".join([self.run("squeue", "--all", check=False), self.run("sinfo", check=False), *logs])
 
     def empty(self) -> None:
         """End whatever is left in the queue, and have both nodes in use again."""

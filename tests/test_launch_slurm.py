@@ -16,7 +16,7 @@ from nulsq.run_directory import path_of, read_metrics, read_outcome
 from tests.runs import assert_same_state, last, numbers
 from tests.slurm_cluster import cluster
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("clusters")]
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 5
 
@@ -137,7 +137,7 @@ def test_a_run_comes_back_after_its_time_limit_and_only_so_often(queue, recipe_o
     assert saved["outcome"] == "saved" and saved["step"] > 0, text_of(job)
     slow.write_text("0.02")
     queue.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
-    queue.wait(lambda: queue.hurried(job.id) and read_outcome(run)["outcome"] == "running", "the second attempt")
+    queue.wait(lambda: read_outcome(run)["outcome"] == "running", "the second attempt")
     queue.run("scancel", "--signal=TERM", job.id)  # to the step's processes, as a preemption without USR1
     ended = queue.ended(job.id)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "99:0", "1"), text_of(job)
@@ -157,6 +157,20 @@ def test_a_node_that_goes_down_ends_the_step_and_the_run_comes_back(queue, recip
     queue.wait(lambda: queue.job(job.id)["JobState"] == "PENDING", "the requeue", 60)
     slow.unlink()
     queue.run("scontrol", "update", "nodename=n2", "state=resume", check=False)
+    assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
+    assert queue.job(job.id)["Restarts"] == "1"
+    equals(run, local_run)
+
+
+def test_a_node_that_crashes_ends_the_step_and_the_run_comes_back(queue, recipe_of, local_run, site_file, slow):
+    """Slurm would notice after five minutes. The other node's ranks fail before that, and the job is put back."""
+    path, run = recipe_of("crash")
+    job = submit(path, run, load_site(site_file))
+    queue.wait(begun(run), "the first epoch")
+    queue.crash("n2")
+    queue.wait(lambda: "a node does not answer; back into the queue" in text_of(job), "the requeue")
+    slow.unlink()
+    queue.run("slurmd", "-N", "n2")
     assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
     assert queue.job(job.id)["Restarts"] == "1"
     equals(run, local_run)

@@ -18,7 +18,7 @@ from nulsq.run_directory import read_metrics, read_outcome
 from tests.slurm_cluster import cluster
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("clusters")]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -84,8 +84,8 @@ def test_two_searches_at_once_each_on_a_ray_of_its_own_and_one_is_interrupted(tw
     assert "back into the queue" in text_of(one) and not token.exists()
     before = read_metrics(run)
     slow.unlink()
-    assert two_nodes.ended(two.id)["JobState"] == "COMPLETED", text_of(two)
-    assert two_nodes.ended(one.id)["JobState"] == "COMPLETED", text_of(one)
+    for job in (two, one):
+        assert two_nodes.ended(job.id)["JobState"] == "COMPLETED", text_of(job) + two_nodes.told()
     for folder in (first, second):
         assert (folder / "finished").is_file() and (folder / "report/index.html").is_file()
         assert {read_outcome(path.parent)["outcome"] for path in folder.glob("trials/*/*/recipe.yaml")} == {"finished"}
@@ -127,3 +127,27 @@ def test_an_array_trains_the_trials_without_ray(two_nodes, search_file, capsys):
     assert launch(["status", str(directory)]) == 0
     told = capsys.readouterr().out
     assert f"slurm job {job.id}" in told
+
+
+def test_interrupted_tasks_of_an_array_come_back(two_nodes, search_file, tmp_path, monkeypatch):
+    """Both at once. The last task of an array has the array's own id, which names them all."""
+    slow = tmp_path / "slow"
+    slow.touch()
+    monkeypatch.setenv("NULSQ_TEST_SLOW", str(slow))
+    file, directory = search_file("tasks", quant__activation__quantizer="tests.slowed", optim__epochs=4)
+    site = file.with_name("site.yaml")
+    site.write_text("kind: slurm\nhours: 0.5\nwarn: 30\npreflight: false\n")
+    assert launch(["slurm", "search", str(file), "--site", str(site), "--array", "--submit"]) == 0
+    job = jobs.latest(directory)
+    runs = [directory / f"trials/2/{number:03d}" for number in (0, 1)]
+    two_nodes.wait(lambda: all(len(read_metrics(run)) >= 1 for run in runs), "the first epoch of both")
+    two_nodes.run("scancel", "--signal=USR1", "--batch", job.id)
+    two_nodes.wait(lambda: text_of(job).count("back into the queue") == 2, "both requeues", 90)
+    assert [read_outcome(run)["outcome"] for run in runs] == ["saved", "saved"]
+    before = [read_metrics(run) for run in runs]
+    slow.unlink()
+    two_nodes.wait(lambda: slurm.state(job) == jobs.ENDED, "the end of the array")
+    assert text_of(job).count("restart 1 of at most") == 2
+    for run, lines in zip(runs, before, strict=True):
+        assert read_outcome(run)["outcome"] == "finished", text_of(job)
+        assert read_metrics(run)[:len(lines)] == lines and len(read_metrics(run)) == 4

@@ -69,6 +69,11 @@ in_ranks() {
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout="$warn" -m "$@"
 }
 
+# Whether every node still runs what it is given. One that crashes Slurm notices after minutes, its peers at once.
+nodes_answer() {
+    timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true 2>/dev/null
+}
+
 # Put the job back into the queue, unless it was told to stop, is being cancelled, or has come back often enough.
 put_back() { # WHY
     if [[ -e $launch/stop ]]; then

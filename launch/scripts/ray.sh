@@ -34,8 +34,8 @@ all_live() {
     for part in "${parts[@]}"; do kill -0 "$part" 2>/dev/null || return 1; done
 }
 
-"${ray[@]}" start --head --node-ip-address="$address" --port="$port" --ray-client-server-port="$((port + 1))" --dashboard-port="$((port + 2))" \
-    --dashboard-agent-listen-port="$((port + 3))" --dashboard-host="$listen" --temp-dir="$RAY_TMPDIR" \
+"${ray[@]}" start --head --node-ip-address="$address" --port="$port" --ray-client-server-port="$((port + 1))" \
+    --dashboard-port="$((port + 2))" --dashboard-agent-listen-port="$((port + 3))" --dashboard-host="$listen" --temp-dir="$RAY_TMPDIR" \
     "${common[@]}" >>"$folder/$SLURM_JOB_ID-ray-head-$first.log" 2>&1 &
 parts+=($!)
 tries=0
@@ -89,7 +89,10 @@ child=''
 finish # before the job may go back into the queue: Slurm gives it few seconds then
 trap - EXIT
 say "the search ended with exit code $ended"
-if [[ -n $lost ]]; then exit 1; fi
+if [[ -n $lost ]]; then
+    nodes_answer || put_back "a node does not answer"
+    exit 1
+fi
 if ((ended == 99)); then put_back saved; fi
 if [[ -n $asked ]] && ((ended == 138)); then put_back "not begun"; fi # the signal came before Python could take it
 exit "$ended"

@@ -119,6 +119,11 @@ in_ranks() {
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout="$warn" -m "$@"
 }
 
+# Whether every node still runs what it is given. One that crashes Slurm notices after minutes, its peers at once.
+nodes_answer() {
+    timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true 2>/dev/null
+}
+
 # Put the job back into the queue, unless it was told to stop, is being cancelled, or has come back often enough.
 put_back() { # WHY
     if [[ -e $launch/stop ]]; then
@@ -173,4 +178,7 @@ if [[ $(stamp) != "$before" ]]; then outcome=$("$python" -m launch.batch outcome
 say "ended with exit code $ended, outcome ${outcome:-not written}"
 if [[ $outcome == saved ]]; then put_back saved; fi
 if [[ -n $asked && -z $outcome ]]; then put_back "not begun"; fi
+if ((ended && SLURM_NNODES > 1)) && [[ $outcome != diverged ]] && ! nodes_answer; then
+    put_back "a node does not answer"
+fi
 exit "$ended"
