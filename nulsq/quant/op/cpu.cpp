@@ -3,12 +3,12 @@
 // oracle.py defines what is computed; cpu.py compiles this file and calls it. Written with the vector types that GCC
 // and Clang share: one text for AVX2, AVX-512 and NEON. What makes it quick:
 //
-//   index     up to CHAIN thresholds: compare and select, a few instructions for a whole vector; 15 by halves, where
-//             a vector can be a table. More: equal buckets say how many thresholds lie below x's bucket, and only those
+//   index     up to CHAIN thresholds: compare and select, a few instructions for a whole vector; 15, and 7 where it is
+//             wide, by halves, where a vector can be a table. More: equal buckets say how many thresholds lie below x's bucket, and only those
 //             inside it are compared. x and thresholds go to buckets by one rounded, monotone function, so the answer
 //             is exact.
 //   ties      x >= t is x > the float just below t: one kind of comparison for both.
-//   sums      1, 3 or 7 gaps: a masked accumulator each. Else every lane adds at its slot in a column of its own.
+//   sums      up to MASKED gaps: an accumulator each. Else every lane adds at its slot in a column of its own.
 //   order     pieces of PIECE elements are summed in the type of computation, the pieces in double and in order: the
 //             same numbers for any number of threads.
 
@@ -24,7 +24,9 @@ namespace {
 
 constexpr int64_t PIECE = 8192;
 constexpr int64_t AHEAD = 512;   // elements that memory is asked for in advance: by itself it is late
-constexpr int MASKED = 7;   // gaps with an accumulator each
+constexpr int MASKED = VECTOR_BYTES == 64 ? 15 : 7;   // gaps with an accumulator each: as many as there are registers
+
+template <class C> constexpr bool by_halves(int count) { return count == 15 ? PICKS<C> > 0 : count == 7 && PICKS<C> > 8; }
 
 // Level and, where WITH_INDEX, level index of a vector; a NaN stays one, with index 0. COUNT thresholds, 0: any number.
 template <int COUNT, bool WITH_INDEX, class C>
@@ -41,10 +43,17 @@ inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) {
         if (WITH_INDEX) index = load(at);
         return x == x ? load(level) : x;
     }
-    if constexpr (PICKS<C> && COUNT == 15) {
-        Int<C> part = -(x > all<C>(table.thresholds[7]));      // a true mask is -1
-        for (int d = 0; d < 3; d++) part += part - (x > pick<C>(table.middle[d], part));
-        Real<C> y = part > 7 ? pick<C>(table.high_levels, part) : pick<C>(table.low_levels, part);
+    if constexpr (by_halves<C>(COUNT)) {
+        constexpr int half = (COUNT + 1) / 2;
+        Int<C> part{};
+        add_where(part, x > all<C>(table.thresholds[half - 1]), Int<C>{} + 1);
+        for (int d = 0; 2 << d <= half; d++) {
+            Int<C> beyond = x > pick<C>(table.middle[d], part);
+            part += part;
+            add_where(part, beyond, Int<C>{} + 1);
+        }
+        Real<C> y = pick<C>(table.low_levels, part);
+        if (COUNT >= PICKS<C>) y = part >= PICKS<C> ? pick<C>(table.high_levels, part) : y;
         if (WITH_INDEX) index = part;
         return x == x ? y : x;
     }
@@ -62,8 +71,8 @@ inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) {
 
 template <class C> inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> at, C low, C high) {
     if (ste == PASS_ALL) return dy;
-    if (ste == CLIP) return where<C>((at >= low) & (at <= high), dy);
-    Real<C> open = where<C>((at > low) & (at < high), dy);
+    if (ste == CLIP) return where<C>(at >= low, where<C>(at <= high, dy));
+    Real<C> open = where<C>(at > low, where<C>(at < high, dy));
     return ste == CLIP_OPEN ? open : open + where<C>((at == low) | (at == high), dy * C(0.5));
 }
 
@@ -84,9 +93,9 @@ template <class C> struct Uniform {
         Real<C> at = x / step;
         if (rule.reduction != NO_SUMS) {
             Real<C> nearest = round_half_even<C>(clamp<C>(at, low, high) - shift) + shift;
-            below += where<C>(at < low, dy);
-            error += where<C>((at >= low) & (at <= high), (nearest - at) * dy);
-            above += where<C>(at > high, dy);
+            add_where(below, at < low, dy);
+            add_where(error, at >= low, where<C>(at <= high, (nearest - at) * dy));
+            add_where(above, at > high, dy);
         }
         return input_gradient<C>(rule.ste, dy, at, low, high);
     }
@@ -123,18 +132,16 @@ template <class C, int COUNT, int GAPS> struct Masked {
     }
     Real<C> gradient(Real<C> x, Real<C> dy) {
         if (rule.reduction != NO_SUMS) {
-            Real<C> error = where<C>((x >= low) & (x <= high), (level(x) - x) * dy);
-            sums[0] += where<C>(x < low, dy);
-            sums[GAPS + 1] += where<C>(x > high, dy);
-            Int<C> reached = x > low;
-            if (GAPS == 1) sums[1] += error;
-            else
+            Int<C> gap{};                                      // gap k: above level k - 1, not above level k
+            Real<C> y = look_up<COUNT, GAPS != 1>(table, x, gap), error = (y - x) * dy;
+            add_where(sums[0], x < low, dy);
+            add_where(sums[GAPS + 1], x > high, dy);
+            if (GAPS == 1) add_where(sums[1], x >= low, where<C>(x <= high, error));
+            else {
+                add_where(gap, x > y, Int<C>{} + 1);
 #pragma GCC unroll 15
-                for (int k = 1; k <= GAPS; k++) {              // gap k: above level k - 1, not above level k
-                    Int<C> beyond = x > all<C>(table.levels[k]);
-                    sums[k] += where<C>(reached & ~beyond, error);
-                    reached = beyond;
-                }
+                for (int k = 1; k <= GAPS; k++) add_where(sums[k], gap == k, error);
+            }
         }
         return input_gradient<C>(rule.ste, dy, x, low, high);
     }
@@ -260,7 +267,7 @@ template <class S, class C> void run(const Call& call) {
     for (int64_t c = 0; c < channels; c++) {
         tables[c].read(rule, (const C*)call.gaps + c * call.gap_count, (const C*)call.levels + c * (rule.thresholds + 1),
                        (const C*)call.thresholds + c * rule.thresholds, call.ties_up);
-        if (PICKS<C> && tables[c].count == 15) tables[c].sort_into_halves();
+        if (by_halves<C>(tables[c].count)) tables[c].sort_into_halves();
         if (tables[c].count > CHAIN && elements > 4 * Table<C>::BUCKETS) tables[c].sort_into_buckets();
     }
     std::vector<double> partial(channels * pieces * slots, 0.0);

@@ -38,6 +38,8 @@ template <class C> constexpr int WIDTH = VECTOR_BYTES / sizeof(C);
 
 template <class C> inline Real<C> all(C value) { return value - Real<C>{}; }
 template <class C> inline Real<C> where(Int<C> mask, Real<C> value) { return mask ? value : Real<C>{}; }
+// One comparison for each: AVX-512 adds under its mask, where combined masks would take the way through vectors.
+template <class V, class M> inline void add_where(V& sum, M mask, V value) { sum = mask ? sum + value : sum; }
 
 template <class V, class E> inline V load_as(const E* from) {
     V v;
@@ -66,16 +68,16 @@ inline void store(BFloat16* to, Real<float> v) {
     }
 }
 
-// A vector as a table of 8 values, by the three low bits of each index: one instruction, where PICKS says that it is.
-template <class C> constexpr bool PICKS = false;
+// A vector as a table of PICKS values, by the low bits of each index: one instruction. 0: there is none.
+template <class C> constexpr int PICKS = 0;
 template <class C> Real<C> pick(Real<C> table, Int<C> index);
 #ifdef __AVX512F__
-template <> constexpr bool PICKS<float> = true;
+template <> constexpr int PICKS<float> = 16;
 template <> inline Real<float> pick<float>(Real<float> table, Int<float> index) {
-    return (Real<float>)_mm512_permutexvar_ps((__m512i)(index & 7), (__m512)table);
+    return (Real<float>)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
 }
 #elif defined(__AVX2__)
-template <> constexpr bool PICKS<float> = true;
+template <> constexpr int PICKS<float> = 8;
 template <> inline Real<float> pick<float>(Real<float> table, Int<float> index) {
     return (Real<float>)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index);
 }

@@ -30,7 +30,7 @@ template <class C> struct Table {
     int inside = 0;                                            // most thresholds in one bucket
     std::vector<uint8_t> below;                                // empty: no buckets
     static constexpr int BUCKETS = 4 * MOST;
-    Real<C> middle[3], low_levels, high_levels;                // for the search by halves: 15 thresholds
+    Real<C> middle[3], low_levels, high_levels;                // for the search by halves: 7 or 15 thresholds
 
     Table() {}                                                 // leaves the arrays as they are
 
@@ -44,11 +44,16 @@ template <class C> struct Table {
         for (int k = 0; k < count + (rule.uniform ? 0 : 1); k++) levels[k] = all_levels[k];
     }
 
-    // middle[d]: the thresholds in the middle of the two, four and eight parts that have been told apart.
+    // middle[d]: the thresholds in the middle of the two, four and eight parts that have been told apart. Levels in one
+    // vector where it holds them all, else in two.
     void sort_into_halves() {
-        for (int d = 0; d < 3; d++)
-            for (int part = 0; part < 2 << d; part++) middle[d][part] = thresholds[(2 * part + 1) * (4 >> d) - 1];
-        for (int k = 0; k < 8; k++) low_levels[k] = levels[k], high_levels[k] = levels[8 + k];
+        const int half = (count + 1) / 2;
+        for (int d = 0; 2 << d <= half; d++)
+            for (int part = 0; part < 2 << d; part++) middle[d][part] = thresholds[(2 * part + 1) * (half >> (d + 1)) - 1];
+        for (int k = 0; k < PICKS<C>; k++) {
+            low_levels[k] = levels[std::min(k, count)];
+            high_levels[k] = levels[std::min(PICKS<C> + k, count)];
+        }
     }
 
     Int<C> bucket(Real<C> x) const {
