@@ -5,6 +5,7 @@ next process with the same network, method, bits and batch, another trial of a s
 again. Where nothing can be compiled the run goes on without, with one warning.
 """
 
+import operator
 import warnings
 
 import torch
@@ -22,7 +23,8 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
                       f"slower): {reason}", stacklevel=2)
         return model
     inline_forward()
-    return torch.compile(model, options={"joint_custom_pre_pass": _InputsMadeAgain()})
+    return torch.compile(model, options={"joint_custom_pre_pass": _InputsMadeAgain(),
+                                         "post_grad_custom_post_pass": _GradientsInPlace()})
 
 
 class _InputsMadeAgain(CustomGraphPass):
@@ -30,13 +32,66 @@ class _InputsMadeAgain(CustomGraphPass):
 
     The partition keeps it otherwise, beside what the batch norm took and what the convolution takes: three tensors of
     an activation's size where a float network keeps two. Forward then never writes it either.
+    Where two convolutions read one activation, each through a quantizer of its own, the second one's is made again too.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
+        met = set()
         for node in graph.find_nodes(op="call_function", target=torch.ops.nulsq.gradients.default):
             source = node.args[0]
-            if torch.Tag.pointwise in getattr(source.target, "tags", ()):  # cheap to make again
-                source.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            if torch.Tag.pointwise not in getattr(source.target, "tags", ()):  # dear to make again
+                continue
+            source.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            if source in met:
+                for each in _between(source, _convolved(node.args[1])):  # or the comparisons are kept in its place
+                    each.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            met.add(source)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
+
+
+def _between(source: torch.fx.Node, taken: torch.fx.Node | None) -> set[torch.fx.Node]:
+    """`taken` and what it is made of that has the shape of `source`, down to that."""
+    found, left = set(), [taken]
+    while left:
+        node = left.pop()
+        if node is None or node is source or node in found or node.op == "placeholder":
+            continue
+        if node.meta["val"].shape == source.meta["val"].shape:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
+
+
+def _convolved(gradient: torch.fx.Node) -> torch.fx.Node | None:
+    """What the convolution took that this is the input's gradient of; None where it is another operation's."""
+    if gradient.target is not operator.getitem or gradient.args[1] != 0:
+        return None
+    found = gradient.args[0]
+    return found.args[1] if found.target is torch.ops.aten.convolution_backward.default else None
+
+
+class _GradientsInPlace(CustomGraphPass):
+    """On the CPU a quantizer's dx takes the place of its dy, where that comes from a convolution and goes nowhere else:
+    a new tensor is memory that is cold."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.nulsq.gradients.default):
+            dy = node.args[1]
+            if _convolved(dy) is None or len(dy.users) > 1 or dy.meta["val"].device.type != "cpu":
+                continue
+            with graph.inserting_before(node):
+                sums = graph.call_function(torch.ops.nulsq.gradients_over.default, node.args, node.kwargs)
+            sums.meta["val"] = node.meta["val"][1:]
+            for part in list(node.users):
+                if part.args[1] == 0:
+                    part.replace_all_uses_with(dy)
+                else:
+                    part.args = sums, part.args[1] - 1
+            for each in [part for part in node.users if not part.users]:
+                graph.erase_node(each)
+            graph.erase_node(node)
 
     def uuid(self) -> bytes:
         return get_hash_for_files((__file__,))

@@ -123,18 +123,37 @@ def test_the_first_ten_losses_of_a_compiled_network_equal_the_oracles_in_float64
 @pytest.mark.slow
 @pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
 def test_forward_is_part_of_what_stands_before_and_backward_is_the_kernel():
+    """Two convolutions read one activation, each through its own quantizer; gradients are those without a compiler."""
     from torch import nn
     from torch._inductor.utils import run_and_get_code
 
     from nulsq.compile import compiled
+
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+            self.one, self.two = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            x = self.before(x)
+            return self.one(x) + self.two(x)
+
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)), torch.randn(2, 3, 9, 9)
+    model, x = Forked().double(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
     nulsq.calibrate_(nulsq.quantize_(model, nulsq.Policy(preset="none", bits=3)), [x])
+    model(x).square().sum().backward()
+    wanted = [each.grad.clone() for each in model.parameters()]
+    model.zero_grad()
     torch._dynamo.reset()
     quick = compiled(model, torch.device("cpu"))
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        _, code = run_and_get_code(lambda: quick(x).sum().backward())
-    assert "nulsq.gradients" in "".join(code) and "nulsq.quantize" not in "".join(code)
-    # What the batch norm takes and what the convolution takes; what the quantizer takes is made again.
-    assert kept.count(torch.Size([2, 4, 7, 7])) == 2
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        _, code = run_and_get_code(lambda: quick(x).square().sum().backward())
+    for mine, theirs in zip([each.grad for each in model.parameters()], wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert "ops.nulsq.gradients_over" in "".join(code) and "ops.nulsq.quantize" not in "".join(code)
+    # What the batch norm takes and what the first convolution takes; what the quantizers and the second one take is
+    # made again, and no comparison is kept for that.
+    large = [each.dtype for each in kept if each.shape == (2, 4, 7, 7)]
+    assert large == [torch.float64] * 2
