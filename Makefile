@@ -4,8 +4,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Two tests at a time: most of them use one core. Proofs on clusters are a group, one at a time: several Rays on one
-# machine find each other.
+# Two tests at a time: most of them use one core. Proofs on clusters are a group, one at a time: they wait for many
+# processes, and several Rays on one machine find each other where an address is left out.
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 

@@ -11,6 +11,7 @@ import warnings
 import torch
 from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils.checkpoint import CheckpointPolicy
 
 from nulsq.quant.op import inline_forward
@@ -31,8 +32,9 @@ class _InputsMadeAgain(CustomGraphPass):
     """What a quantizer takes (the batch norm's output) is not kept for backward but made again there.
 
     The partition keeps it otherwise, beside what the batch norm took and what the convolution takes: three tensors of
-    an activation's size where a float network keeps two. Forward then never writes it either.
-    Where two convolutions read one activation, each through a quantizer of its own, the second one's is made again too.
+    an activation's size where a float network keeps two. Forward then never writes it either. Where two convolutions
+    read one activation, each through a quantizer of its own, what one of them takes (the one that backward meets later)
+    is made again, too.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -52,13 +54,13 @@ class _InputsMadeAgain(CustomGraphPass):
 
 
 def _between(source: torch.fx.Node, taken: torch.fx.Node | None) -> set[torch.fx.Node]:
-    """`taken` and what it is made of that has the shape of `source`, down to that."""
+    """`taken` and what it is made of, element by element, from `source`."""
     found, left = set(), [taken]
     while left:
         node = left.pop()
-        if node is None or node is source or node in found or node.op == "placeholder":
+        if node is None or node is source or torch.Tag.pointwise not in getattr(node.target, "tags", ()):
             continue
-        if node.meta["val"].shape == source.meta["val"].shape:
+        if node not in found and statically_known_true(sym_eq(node.meta["val"].shape, source.meta["val"].shape)):
             found.add(node)
             left += node.all_input_nodes
     return found
@@ -78,9 +80,11 @@ class _GradientsInPlace(CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=torch.ops.nulsq.gradients.default):
-            dy = node.args[1]
+            x, dy = node.args[:2]
             if _convolved(dy) is None or len(dy.users) > 1 or dy.meta["val"].device.type != "cpu":
                 continue
+            if not statically_known_true(sym_eq(dy.meta["val"].stride(), x.meta["val"].stride())):
+                continue  # it would be copied into the other's order, and back
             with graph.inserting_before(node):
                 sums = graph.call_function(torch.ops.nulsq.gradients_over.default, node.args, node.kwargs)
             sums.meta["val"] = node.meta["val"][1:]

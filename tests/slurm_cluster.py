@@ -115,9 +115,10 @@ class Slurm:
         there = [int((self.root / f"slurmd-{node}.pid").read_text())]
         for process in self.processes(f"SLURMD_NODENAME={node}"):
             there.append(int(process.name))
-            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
-            if Path("/proc", parent, "comm").read_text().startswith("slurmstepd"):
-                there.append(int(parent))
+            with contextlib.suppress(OSError):
+                parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+                if Path("/proc", parent, "comm").read_text().startswith("slurmstepd"):
+                    there.append(int(parent))
         for each in dict.fromkeys(there):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)

@@ -153,7 +153,7 @@ def test_forward_is_part_of_what_stands_before_and_backward_is_the_kernel():
     for mine, theirs in zip([each.grad for each in model.parameters()], wanted, strict=True):
         torch.testing.assert_close(mine, theirs)
     assert "ops.nulsq.gradients_over" in "".join(code) and "ops.nulsq.quantize" not in "".join(code)
-    # What the batch norm takes and what the first convolution takes; what the quantizers and the second one take is
-    # made again, and no comparison is kept for that.
+    # What the batch norm takes and what one convolution takes; what the quantizers and the other one take is made
+    # again, and no comparison is kept for that.
     large = [each.dtype for each in kept if each.shape == (2, 4, 7, 7)]
     assert large == [torch.float64] * 2

@@ -16,7 +16,8 @@ from nulsq.run_directory import path_of, read_metrics, read_outcome
 from tests.runs import assert_same_state, last, numbers
 from tests.slurm_cluster import cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("clusters")]
+# Their own waits are bounded, and say what they waited for.
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 5
 

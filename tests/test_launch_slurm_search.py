@@ -18,7 +18,8 @@ from nulsq.run_directory import read_metrics, read_outcome
 from tests.slurm_cluster import cluster
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("clusters")]
+# Their own waits are bounded, and say what they waited for.
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parent.parent
 
 

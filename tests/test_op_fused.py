@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import subprocess
 import sys
 
@@ -111,7 +112,7 @@ def test_weights_with_a_table_for_each_channel_equal_the_oracle(name):
         assert_equal_to_oracle(quantizer, x.contiguous(memory_format=memory), dy.contiguous(memory_format=memory))
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", METHODS)
 def test_numbers_at_thresholds_ends_and_beyond_equal_the_oracle(name, bits):
     try:
@@ -353,6 +354,29 @@ def test_the_compiled_kernel_is_kept(tmp_path, monkeypatch):
 def _only_version(command, options, run=subprocess.run):
     assert command[1:] == ["--version"], "compiled again"
     return run(command, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx2"])
+def test_a_processor_with_narrower_vectors_gives_the_same(without, tmp_path, monkeypatch):
+    """Compiled for an older one than this."""
+    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, without))
+    monkeypatch.setenv("NULSQ_CACHE", str(tmp_path))
+    cpu._library.cache_clear()
+    try:
+        if platform.machine() != "x86_64":
+            pytest.skip("not an x86-64")
+        assert cpu.available()
+        for name in METHODS:
+            for bits in (2, 3, 4):
+                test_numbers_at_thresholds_ends_and_beyond_equal_the_oracle(name, bits)
+                quantizer = ready(name, bits)
+                assert_equal_to_oracle(quantizer, *tensors(3, 20_001, seed=bits))
+                assert_equal_to_oracle(quantizer, *tensors(3, 20_001, seed=bits, dtype=torch.float64))
+    finally:
+        monkeypatch.undo()
+        cpu._library.cache_clear()
+    assert list(tmp_path.glob("*.so"))
 
 
 def test_the_smallest_table_there_is():

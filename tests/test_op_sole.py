@@ -40,6 +40,12 @@ def kept_as_a_view(quantizer, x, r):
     return y * 3, kept
 
 
+def kept_as_a_storage(quantizer, x, r):
+    y, kept = quantizer(x), []
+    y.register_hook(lambda gradient: kept.append(gradient.untyped_storage()))
+    return y * 3, kept
+
+
 def retained(quantizer, x, r):
     y = quantizer(x)
     y.retain_grad()
@@ -82,7 +88,7 @@ def through_views(quantizer, x, r):
     return quantizer(x).flatten(1)[:, 7:] * 3, []
 
 
-WAYS = [plain, kept_by_a_hook, kept_as_a_view, retained, shared_in_a_sum, shared_by_two_quantizers,
+WAYS = [plain, kept_by_a_hook, kept_as_a_view, kept_as_a_storage, retained, shared_in_a_sum, shared_by_two_quantizers,
         sum_with_its_own_input, one_after_the_other, kept_by_a_module, broadcast, through_views]
 
 
@@ -98,7 +104,8 @@ def outcome(way, quantizer, never):
         before = given.clone()
         out.backward(given)
         assert torch.equal(given, before)
-        kept = [each.grad if each.requires_grad else each for each in kept]
+        kept = [torch.tensor(each.tolist()) if isinstance(each, torch.UntypedStorage) else
+                each.grad if each.requires_grad else each for each in kept]
         return [x.grad, r.grad, *kept, *(each.grad.clone() for each in quantizer.parameters())]
 
 
@@ -142,13 +149,14 @@ def test_dx_is_where_dy_was_behind_a_convolution_and_a_product(quantizer):
 
 def test_a_torch_that_cannot_tell_never_writes_over(quantizer, monkeypatch):
     """Where references are not told, or where a gradient that is kept has no more of them."""
-    with force("fused"):
-        for answer in ((), (1, 2, 6)):
-            monkeypatch.setattr(counting, "references", lambda tensor, answer=answer: answer)
+    for answer in ((), (1, 2, 6, 3)):
+        monkeypatch.setattr(counting, "references", lambda tensor, answer=answer: answer)
+        counting.references_alone.cache_clear()
+        try:
+            with force("fused"):
+                dy, dx = places(lambda y: y * 3, tensor(1).requires_grad_(), quantizer)
+            assert dx != dy and counting.references_alone() is None
+        finally:
+            monkeypatch.undo()
             counting.references_alone.cache_clear()
-            try:
-                assert counting.references_alone() is None
-            finally:
-                monkeypatch.undo()
-                counting.references_alone.cache_clear()
     assert counting.references_alone()

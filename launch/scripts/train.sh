@@ -12,7 +12,5 @@ if [[ $(stamp) != "$before" ]]; then outcome=$("$python" -m launch.batch outcome
 say "ended with exit code $ended, outcome ${outcome:-not written}"
 if [[ $outcome == saved ]]; then put_back saved; fi
 if [[ -n $asked && -z $outcome ]]; then put_back "not begun"; fi
-if ((ended && SLURM_NNODES > 1)) && [[ $outcome != diverged ]] && ! nodes_answer; then
-    put_back "a node does not answer"
-fi
+if ((ended)) && [[ $outcome != diverged ]]; then nodes_answer || put_back "a node does not answer"; fi
 exit "$ended"

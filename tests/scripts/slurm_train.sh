@@ -119,9 +119,14 @@ in_ranks() {
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout="$warn" -m "$@"
 }
 
-# Whether every node still runs what it is given. One that crashes Slurm notices after minutes, its peers at once.
+# Whether every node still runs what it is given: Slurm notices a crashed one only after minutes, its peers at once.
 nodes_answer() {
-    timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true 2>/dev/null
+    if ((SLURM_NNODES == 1)); then return; fi # this script runs there
+    for _ in 1 2; do
+        timeout -k 10 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true && return
+        sleep 5
+    done
+    return 1
 }
 
 # Put the job back into the queue, unless it was told to stop, is being cancelled, or has come back often enough.
@@ -148,6 +153,7 @@ if [[ -n $scratch ]]; then
     ended=$?
     if [[ -n $asked ]]; then put_back "not begun"; fi
     if ((ended)); then
+        nodes_answer || put_back "a node does not answer"
         say "the data could not be copied to $scratch: see $folder/$SLURM_JOB_ID-*.log"
         exit 1
     fi
@@ -158,6 +164,7 @@ if ((preflight)); then
     ended=$?
     if [[ -n $asked ]]; then put_back "not begun"; fi
     if ((ended)); then
+        nodes_answer || put_back "a node does not answer"
         say "preflight failed: see $folder/$SLURM_JOB_ID-*.log"
         exit 4
     fi
@@ -178,7 +185,5 @@ if [[ $(stamp) != "$before" ]]; then outcome=$("$python" -m launch.batch outcome
 say "ended with exit code $ended, outcome ${outcome:-not written}"
 if [[ $outcome == saved ]]; then put_back saved; fi
 if [[ -n $asked && -z $outcome ]]; then put_back "not begun"; fi
-if ((ended && SLURM_NNODES > 1)) && [[ $outcome != diverged ]] && ! nodes_answer; then
-    put_back "a node does not answer"
-fi
+if ((ended)) && [[ $outcome != diverged ]]; then nodes_answer || put_back "a node does not answer"; fi
 exit "$ended"

@@ -3,8 +3,8 @@
 // oracle.py defines what is computed; cpu.py compiles this file and calls it. Written with the vector types that GCC
 // and Clang share: one text for AVX2, AVX-512 and NEON. What makes it quick:
 //
-//   index     up to CHAIN thresholds: compare and select, a few instructions for a whole vector; 15, and 7 where it is
-//             wide, by halves, where a vector can be a table. More: equal buckets say how many thresholds lie below x's bucket, and only those
+//   index     up to CHAIN thresholds: compare and select, a few instructions for a whole vector. 15 thresholds, and 7
+//             where a vector holds 16 numbers, by halves, with vectors as tables. More: equal buckets say how many thresholds lie below x's bucket, and only those
 //             inside it are compared. x and thresholds go to buckets by one rounded, monotone function, so the answer
 //             is exact.
 //   ties      x >= t is x > the float just below t: one kind of comparison for both.
@@ -24,9 +24,11 @@ namespace {
 
 constexpr int64_t PIECE = 8192;
 constexpr int64_t AHEAD = 512;   // elements that memory is asked for in advance: by itself it is late
-constexpr int MASKED = VECTOR_BYTES == 64 ? 15 : 7;   // gaps with an accumulator each: as many as there are registers
+constexpr int MASKED = VECTOR_BYTES == 64 ? 15 : 7;   // gaps with an accumulator each, which stays in a register
 
-template <class C> constexpr bool by_halves(int count) { return count == 15 ? PICKS<C> > 0 : count == 7 && PICKS<C> > 8; }
+template <class C> constexpr bool by_halves(int count) {
+    return count == 15 ? PICKS<C> > 0 : count == 7 && PICKS<C> > 8;
+}
 
 // Level and, where WITH_INDEX, level index of a vector; a NaN stays one, with index 0. COUNT thresholds, 0: any number.
 template <int COUNT, bool WITH_INDEX, class C>

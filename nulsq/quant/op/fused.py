@@ -4,10 +4,10 @@
     gpu.py      Triton
 
 To torch.compile, export, fake tensors and CUDA graphs the kernels are operators like any other,
-`torch.ops.nulsq.quantize` and `torch.ops.nulsq.gradients`: a node of the graph with a shape, a gradient and an
-implementation for each device; their arguments after the table are the fields of `Rule` in their order. Plain tensors
-outside a compiler take the autograd function `Fused` instead: the same kernels without the dispatcher, whose
-bookkeeping costs more than the kernel does on the weights of a small layer.
+`torch.ops.nulsq.quantize` and `torch.ops.nulsq.gradients` (`gradients_over`: in place): a node of the graph with a
+shape, a gradient and an implementation for each device; their arguments after the table are the fields of `Rule` in
+their order. Plain tensors outside a compiler take the autograd function `Fused` instead: the same kernels without the
+dispatcher, whose bookkeeping costs more than the kernel does on the weights of a small layer.
 """
 
 import contextlib

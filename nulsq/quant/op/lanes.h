@@ -38,7 +38,7 @@ template <class C> constexpr int WIDTH = VECTOR_BYTES / sizeof(C);
 
 template <class C> inline Real<C> all(C value) { return value - Real<C>{}; }
 template <class C> inline Real<C> where(Int<C> mask, Real<C> value) { return mask ? value : Real<C>{}; }
-// One comparison for each: AVX-512 adds under its mask, where combined masks would take the way through vectors.
+// One comparison for each sum: AVX-512 adds under a comparison's mask; masks that are combined cost more than that.
 template <class V, class M> inline void add_where(V& sum, M mask, V value) { sum = mask ? sum + value : sum; }
 
 template <class V, class E> inline V load_as(const E* from) {

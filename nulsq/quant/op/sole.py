@@ -1,9 +1,10 @@
 """Whether a gradient that a backward function is given is that function's alone: then it may be written over.
 
 Autograd hands the same tensor to everybody who has part in a sum, keeps what `torch.autograd.grad` was asked for, and
-shows it to hooks, which may keep it. Whoever keeps a tensor holds a reference to it, to its storage or to its Python
-object. How many there are when nobody does is not documented: it is counted once, in a graph where that is so, and
-means nothing where a graph with another owner has the same numbers.
+shows it to hooks, which may keep it. Whoever keeps a tensor holds a reference to it, to its storage or to the Python
+object of either. How many there are when nobody does is not documented: it is counted once, in a graph where that is
+so, and means nothing where a graph with another owner has the same numbers. Memory that torch does not own has no such
+numbers: a backward function that gives out its own buffer as a NumPy array's tensor must not count on it afterwards.
 
     over = not torch.is_grad_enabled() and sole.references(dy) == sole.references_alone()     # in `backward` itself
 """
@@ -16,10 +17,11 @@ from torch import Tensor
 
 
 def references(tensor: Tensor) -> tuple[int, ...]:
-    """References to a tensor, its storage and its Python object; () where this torch does not tell."""
+    """References to a tensor, its storage and the Python objects of both; () where this torch does not tell."""
+    storage = tensor.untyped_storage()
     try:
-        return (tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata),
-                sys.getrefcount(tensor))
+        return (tensor._use_count(), torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(tensor),
+                sys.getrefcount(storage))
     except AttributeError:
         return ()
 
@@ -30,7 +32,9 @@ def references_alone() -> tuple[int, ...] | None:
     somebody has."""
     kept = []
     alone = _seen()
-    others = _seen(beside=True), _seen(kept.append), _seen(lambda gradient: kept.append(gradient.detach()))
+    others = [_seen(beside=True), _seen(kept.append)]
+    others += [_seen(lambda gradient: kept.append(gradient.detach())),
+               _seen(lambda gradient: kept.append(gradient.untyped_storage()))]
     return None if alone in others else alone
 
 

@@ -49,7 +49,8 @@ template <class C> struct Table {
     void sort_into_halves() {
         const int half = (count + 1) / 2;
         for (int d = 0; 2 << d <= half; d++)
-            for (int part = 0; part < 2 << d; part++) middle[d][part] = thresholds[(2 * part + 1) * (half >> (d + 1)) - 1];
+            for (int part = 0; part < 2 << d; part++)
+                middle[d][part] = thresholds[(2 * part + 1) * (half >> (d + 1)) - 1];
         for (int k = 0; k < PICKS<C>; k++) {
             low_levels[k] = levels[std::min(k, count)];
             high_levels[k] = levels[std::min(PICKS<C> + k, count)];
