@@ -78,8 +78,8 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_does_not_move(short, floa
     # Softmax and KL in float32: zero up to rounding.
     assert abs(read_metrics(path_of(recipe))[0]["train_loss"]) < 1e-6
     before, after = checkpoint.best_or_last(float_run)["model"], last(path_of(recipe))["model"]
-    for key, value in before.items():
-        torch.testing.assert_close(after[key], value, rtol=1e-5, atol=1e-6)
+    for key, value in before.items():  # a step that learns moves weights by 1e-3 and more
+        torch.testing.assert_close(after[key], value, rtol=1e-5, atol=1e-5)
 
 
 def test_a_quantized_run_can_teach(short, everything, float_run):

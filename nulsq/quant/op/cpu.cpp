@@ -8,7 +8,8 @@
 //             inside it are compared. x and thresholds go to buckets by one rounded, monotone function, so the answer
 //             is exact.
 //   ties      x >= t is x > the float just below t: one kind of comparison for both.
-//   sums      up to MASKED gaps: an accumulator each. Else every lane adds at its slot in a column of its own.
+//   sums      up to MASKED gaps: an accumulator each. Else every lane adds at its slot in a column of its own, some
+//             vectors later: what was stored as a vector a moment ago is slow to read as numbers.
 //   order     pieces of PIECE elements are summed in the type of computation, the pieces in double and in order: the
 //             same numbers for any number of threads.
 
@@ -24,7 +25,7 @@ namespace {
 
 constexpr int64_t PIECE = 8192;
 constexpr int64_t AHEAD = 512;   // elements that memory is asked for in advance: by itself it is late
-constexpr int MASKED = VECTOR_BYTES == 64 ? 15 : 7;   // gaps with an accumulator each, which stays in a register
+constexpr int MASKED = 7;   // gaps with an accumulator each
 
 template <class C> constexpr bool by_halves(int count) {
     return count == 15 ? PICKS<C> > 0 : count == 7 && PICKS<C> > 8;
@@ -154,7 +155,8 @@ template <class C, int COUNT, int GAPS> struct Masked {
     }
 };
 
-// Sums at their slots: every lane has a column of its own, so that lanes do not wait for each other.
+// Sums at their slots: every lane has a column of its own, so that lanes do not wait for each other. Vectors wait in
+// `at` and `values` until there are enough of them.
 template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
     static constexpr bool LIGHT = false;
     static constexpr int SLOTS = REDUCTION == PER_GAP ? (COUNT ? COUNT + 2 : MOST + 2) : 2 * (2 * MOST + 3);
@@ -162,18 +164,24 @@ template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
     const Table<C>& table;
     const C low = table.levels[0], high = table.levels[table.count], width = (high - low) / std::max(1, rule.segments);
     const int slots = slots_of(rule);
-    C columns[WIDTH<C>][SLOTS];
+    static constexpr int MOST_WAITING = 8 * WIDTH<C>;
+    C columns[WIDTH<C>][SLOTS], values[MOST_WAITING];
+    Whole<C> at[MOST_WAITING];
+    int waiting = 0;
 
     Scattered(const Rule& rule, const Table<C>& table) : rule(rule), table(table) {
         for (auto& each : columns) std::fill(each, each + slots, C(0));
     }
     void add(Int<C> slot, Real<C> value) {
-        Whole<C> s[WIDTH<C>];
-        C v[WIDTH<C>];
-        store(s, slot);
-        store(v, value);
+        store(at + waiting, slot);
+        store(values + waiting, value);
+        if ((waiting += WIDTH<C>) == MOST_WAITING) add_waiting();
+    }
+    void add_waiting() {
+        for (int i = 0; i < waiting; i += WIDTH<C>)
 #pragma GCC unroll 16
-        for (int j = 0; j < WIDTH<C>; j++) columns[j][s[j]] += v[j];
+            for (int j = 0; j < WIDTH<C>; j++) columns[j][at[i + j]] += values[i + j];
+        waiting = 0;
     }
     Real<C> gradient(Real<C> x, Real<C> dy) {
         Int<C> below = x < low, above = x > high, inside = (x >= low) & (x <= high), slot;
@@ -193,7 +201,8 @@ template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
         }
         return input_gradient<C>(rule.ste, dy, x, low, high);
     }
-    void add_to(double* total) const {
+    void add_to(double* total) {
+        add_waiting();
         for (int s = 0; s < slots; s++)
             for (int j = 0; j < WIDTH<C>; j++) total[s] += columns[j][s];
     }
