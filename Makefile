@@ -4,12 +4,12 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Two tests at a time: most of them use one core. Proofs on clusters are a group, one at a time: they wait for many
-# processes, and several Rays on one machine find each other where an address is left out.
+# Two tests at a time: most of them use one core. Of the proofs one is on Slurm, which has the machine's other half: two
+# Slurms on it would have the same nodes and numbers of jobs.
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install search test check proofs long clean
+.PHONY: help install search test check proofs proofs-slurm proofs-others long clean
 
 help:
 	@echo "make search    install, prepare the digits, train a float network, search quantized ones from it"
@@ -43,10 +43,16 @@ check: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not slurm and not long"
 
 proofs: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "(slow or slurm) and not long" || [ $$? -eq 5 ]
+	$(MAKE) --no-print-directory -j2 --output-sync=line proofs-slurm proofs-others
+
+proofs-slurm:
+	$(BIN)/python -m pytest -m "slurm and not long" || [ $$? -eq 5 ]
+
+proofs-others:
+	$(BIN)/python -m pytest -m "slow and not slurm and not long" || [ $$? -eq 5 ]
 
 long: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --timeout 3600 -m long
+	$(BIN)/python -m pytest --timeout 3600 -m long
 
 clean:
 	rm -rf .venv data/digits runs/digits-float-0 runs/search-demo

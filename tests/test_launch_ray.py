@@ -32,7 +32,7 @@ from nulsq.run_directory import read_metrics, read_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "a b'$(touch x)"
-pytestmark = [pytest.mark.usefixtures("in_the_checkout"), pytest.mark.xdist_group("clusters"),
+pytestmark = [pytest.mark.usefixtures("in_the_checkout"),
               pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")]
 
 

@@ -19,7 +19,7 @@ from tests.slurm_cluster import cluster
 
 pytest.importorskip("ray")
 # Their own waits are bounded, and say what they waited for.
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parent.parent
 
 

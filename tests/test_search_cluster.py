@@ -19,7 +19,6 @@ from tune.cluster import check_fits, check_placement, environment, fits, open_cl
 pytest.importorskip("ray")
 from ray.tune import Callback  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("clusters")
 ROOT = Path(__file__).resolve().parent.parent
 
 # ---- what fits, as arithmetic
