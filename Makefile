@@ -4,8 +4,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Two tests at a time: most of them use one core. Of the proofs one is on Slurm, which has the machine's other half: two
-# Slurms on it would have the same nodes and numbers of jobs.
+# Two tests at a time: most of them use one core. Of the proofs, one on Slurm and one other: two Slurms on a machine
+# would have the same nodes and numbers of jobs.
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 

@@ -28,7 +28,14 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
                                          "post_grad_custom_post_pass": _GradientsInPlace()})
 
 
-class _InputsMadeAgain(CustomGraphPass):
+class _Pass(CustomGraphPass):
+    """Part of the key under which compiled graphs are kept: they are made again when this file changes."""
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
+
+
+class _InputsMadeAgain(_Pass):
     """What a quantizer takes (the batch norm's output) is not kept for backward but made again there.
 
     The partition keeps it otherwise, beside what the batch norm took and what the convolution takes: three tensors of
@@ -41,7 +48,7 @@ class _InputsMadeAgain(CustomGraphPass):
         met = set()
         for node in graph.find_nodes(op="call_function", target=torch.ops.nulsq.gradients.default):
             source = node.args[0]
-            if torch.Tag.pointwise not in getattr(source.target, "tags", ()):  # dear to make again
+            if not _pointwise(source):  # dear to make again
                 continue
             source.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             if source in met:
@@ -49,8 +56,9 @@ class _InputsMadeAgain(CustomGraphPass):
                     each.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             met.add(source)
 
-    def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+
+def _pointwise(node: torch.fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _between(source: torch.fx.Node, taken: torch.fx.Node | None) -> set[torch.fx.Node]:
@@ -58,7 +66,7 @@ def _between(source: torch.fx.Node, taken: torch.fx.Node | None) -> set[torch.fx
     found, left = set(), [taken]
     while left:
         node = left.pop()
-        if node is None or node is source or torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        if node is None or node is source or not _pointwise(node):
             continue
         if node not in found and statically_known_true(sym_eq(node.meta["val"].shape, source.meta["val"].shape)):
             found.add(node)
@@ -74,7 +82,7 @@ def _convolved(gradient: torch.fx.Node) -> torch.fx.Node | None:
     return found.args[1] if found.target is torch.ops.aten.convolution_backward.default else None
 
 
-class _GradientsInPlace(CustomGraphPass):
+class _GradientsInPlace(_Pass):
     """On the CPU a quantizer's dx takes the place of its dy, where that comes from a convolution and goes nowhere else:
     a new tensor is memory that is cold."""
 
@@ -91,14 +99,10 @@ class _GradientsInPlace(CustomGraphPass):
             for part in list(node.users):
                 if part.args[1] == 0:
                     part.replace_all_uses_with(dy)
+                    graph.erase_node(part)
                 else:
                     part.args = sums, part.args[1] - 1
-            for each in [part for part in node.users if not part.users]:
-                graph.erase_node(each)
             graph.erase_node(node)
-
-    def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
 
 
 def why_not(device: torch.device) -> str:

@@ -117,6 +117,23 @@ reduction: 2
 
 
 @pytest.fixture
+def slow(tmp_path, monkeypatch) -> Path:
+    """While this file is there, the quantizer `tests.slowed` sleeps: a run can be met in the middle."""
+    path = tmp_path / "slow"
+    path.touch()
+    monkeypatch.setenv("NULSQ_TEST_SLOW", str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def two_nodes():
+    """A real Slurm of two nodes on this machine."""
+    from tests.slurm_cluster import cluster
+    with cluster() as made:
+        yield made
+
+
+@pytest.fixture
 def in_the_checkout(monkeypatch) -> None:
     """Paths in the project's own configurations start from its root."""
     monkeypatch.chdir(Path(__file__).resolve().parent.parent)

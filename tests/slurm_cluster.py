@@ -138,6 +138,11 @@ class Slurm:
         self.wait(lambda: set(self.run("sinfo", "--noheader", "--format=%T").split()) == {"idle"}, "idle nodes", 60)
 
 
+def text_of(job) -> str:
+    """All that a job of `launch` has printed."""
+    return "".join(f"==> {path.name}\n{path.read_text()}" for path in sorted(job.path.glob("*.log")))
+
+
 @contextlib.contextmanager
 def cluster():
     """Start it and stop it. Skips where it cannot be had."""

@@ -14,7 +14,7 @@ from nulsq import checkpoint
 from nulsq.config import to_yaml
 from nulsq.run_directory import path_of, read_metrics, read_outcome
 from tests.runs import assert_same_state, last, numbers
-from tests.slurm_cluster import cluster
+from tests.slurm_cluster import text_of
 
 # Their own waits are bounded, and say what they waited for.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
@@ -22,26 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 5
 
 
-@pytest.fixture(scope="module")
-def two_nodes():
-    with cluster() as made:
-        yield made
-
-
 @pytest.fixture
 def queue(two_nodes):
     """The cluster, with nothing in its queue before and after."""
     yield two_nodes
     two_nodes.empty()
-
-
-@pytest.fixture
-def slow(tmp_path, monkeypatch) -> Path:
-    """While this file is there, the recipe's quantizer sleeps: a run can be met in the middle."""
-    path = tmp_path / "slow"
-    path.touch()
-    monkeypatch.setenv("NULSQ_TEST_SLOW", str(path))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +73,6 @@ def equals(run: Path, other: Path) -> None:
 
 def begun(run: Path, epochs: int = 1):
     return lambda: len(read_metrics(run)) >= epochs
-
-
-def text_of(job: jobs.Job) -> str:
-    return "".join(path.read_text() for path in sorted(job.path.glob("*.log")))
 
 
 def test_two_nodes_train_what_two_local_ranks_train(queue, recipe_of, local_run, site_file, tmp_path, capsys):

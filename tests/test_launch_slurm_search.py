@@ -15,18 +15,12 @@ from launch.site import Site
 from launch.work import Work
 from nulsq.config import to_yaml
 from nulsq.run_directory import read_metrics, read_outcome
-from tests.slurm_cluster import cluster
+from tests.slurm_cluster import text_of
 
 pytest.importorskip("ray")
 # Their own waits are bounded, and say what they waited for.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def two_nodes():
-    with cluster() as made:
-        yield made
 
 
 @pytest.fixture
@@ -48,6 +42,13 @@ grace: {overrides.get('optim__epochs', 3)}
     return make
 
 
+@pytest.fixture
+def site_file(tmp_path) -> Path:
+    path = tmp_path / "site.yaml"
+    path.write_text("kind: slurm\nhours: 0.5\nwarn: 30\npreflight: false\n")
+    return path
+
+
 def submit(file: Path, directory: Path, site: Site, verb: str = "search", **more) -> jobs.Job:
     """As `launch slurm search --submit`, without the check in a process of its own."""
     plan = {"name": file.stem, "recipe": str(file.with_name(f"{file.stem}-recipe.yaml")), "studies": ["2"], "trials": 2}
@@ -55,16 +56,8 @@ def submit(file: Path, directory: Path, site: Site, verb: str = "search", **more
                         **more)
 
 
-def text_of(job: jobs.Job) -> str:
-    return "".join(f"==> {path.name}\n{path.read_text()}" for path in sorted(job.path.glob("*.log")))
-
-
-def test_two_searches_at_once_each_on_a_ray_of_its_own_and_one_is_interrupted(two_nodes, search_file, tmp_path,
-                                                                              monkeypatch):
+def test_two_searches_at_once_each_on_a_ray_of_its_own_and_one_is_interrupted(two_nodes, search_file, slow):
     """Two Rays of two nodes each, on the same two nodes: they share neither ports nor folders nor tokens."""
-    slow = tmp_path / "slow"
-    slow.touch()
-    monkeypatch.setenv("NULSQ_TEST_SLOW", str(slow))
     site = Site(nodes=2, hours=0.5, warn=30, preflight=False, restarts=2)
     interrupted, first = search_file("first", quant__activation__quantizer="tests.slowed", optim__epochs=5)
     other, second = search_file("second")
@@ -98,11 +91,8 @@ def test_two_searches_at_once_each_on_a_ray_of_its_own_and_one_is_interrupted(tw
 
 
 @pytest.mark.long
-def test_a_part_of_ray_that_dies_ends_the_job(two_nodes, search_file, tmp_path, monkeypatch):
+def test_a_part_of_ray_that_dies_ends_the_job(two_nodes, search_file, slow):
     """The search is asked to stop and the job fails, with the reason: it does not wait for what never comes."""
-    slow = tmp_path / "slow"
-    slow.touch()
-    monkeypatch.setenv("NULSQ_TEST_SLOW", str(slow))
     file, directory = search_file("dies", quant__activation__quantizer="tests.slowed", optim__epochs=50)
     job = submit(file, directory, Site(nodes=2, hours=0.5, warn=30, preflight=False))
     two_nodes.wait(lambda: list(directory.glob("trials/*/*/metrics.jsonl")), "the first epoch of a trial")
@@ -112,13 +102,11 @@ def test_a_part_of_ray_that_dies_ends_the_job(two_nodes, search_file, tmp_path, 
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0") and "a part of Ray has ended" in text_of(job)
 
 
-def test_an_array_trains_the_trials_without_ray(two_nodes, search_file, capsys):
+def test_an_array_trains_the_trials_without_ray(two_nodes, search_file, site_file, capsys):
     """From the command line; one of them diverges, and is not put back."""
     file, directory = search_file("array", optim__epochs=2)
-    site = file.with_name("site.yaml")
-    site.write_text("kind: slurm\nhours: 0.5\nwarn: 30\npreflight: false\n")
-    assert launch(["slurm", "search", str(file), "points={mad: {lr: 1e12}}", "space.lr.high=1e13", "--site", str(site),
-                   "overrides={guard.rollbacks: 0}", "--array", "--at-once", "2", "--submit"]) == 0
+    assert launch(["slurm", "search", str(file), "points={mad: {lr: 1e12}}", "space.lr.high=1e13", "--site",
+                   str(site_file), "overrides={guard.rollbacks: 0}", "--array", "--at-once", "2", "--submit"]) == 0
     job = jobs.latest(directory)
     assert f"job {job.id}" in capsys.readouterr().out
     two_nodes.wait(lambda: slurm.state(job) == jobs.ENDED, "the end of the array")
@@ -130,15 +118,10 @@ def test_an_array_trains_the_trials_without_ray(two_nodes, search_file, capsys):
     assert f"slurm job {job.id}" in told
 
 
-def test_interrupted_tasks_of_an_array_come_back(two_nodes, search_file, tmp_path, monkeypatch):
+def test_interrupted_tasks_of_an_array_come_back(two_nodes, search_file, site_file, slow):
     """Both at once. The last task of an array has the array's own id, which names them all."""
-    slow = tmp_path / "slow"
-    slow.touch()
-    monkeypatch.setenv("NULSQ_TEST_SLOW", str(slow))
     file, directory = search_file("tasks", quant__activation__quantizer="tests.slowed", optim__epochs=4)
-    site = file.with_name("site.yaml")
-    site.write_text("kind: slurm\nhours: 0.5\nwarn: 30\npreflight: false\n")
-    assert launch(["slurm", "search", str(file), "--site", str(site), "--array", "--submit"]) == 0
+    assert launch(["slurm", "search", str(file), "--site", str(site_file), "--array", "--submit"]) == 0
     job = jobs.latest(directory)
     runs = [directory / f"trials/2/{number:03d}" for number in (0, 1)]
     two_nodes.wait(lambda: all(len(read_metrics(run)) >= 1 for run in runs), "the first epoch of both")

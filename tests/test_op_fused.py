@@ -329,20 +329,24 @@ def test_without_a_compiler_plain_pytorch_serves_after_one_warning(tmp_path):
     assert "/nonexistent/c++" in done.stdout
 
 
-def test_a_compiler_that_fails_says_why(tmp_path, monkeypatch):
-    broken = tmp_path / "c++"
+@pytest.fixture
+def no_library(tmp_path, monkeypatch):
+    """Nothing is compiled yet: the folder that is looked into."""
+    monkeypatch.setenv("NULSQ_CACHE", str(tmp_path))
+    cpu._library.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    cpu._library.cache_clear()
+
+
+def test_a_compiler_that_fails_says_why(no_library, monkeypatch):
+    broken = no_library / "c++"
     broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'fatal: no such header' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    monkeypatch.setenv("NULSQ_CACHE", str(tmp_path))
-    cpu._library.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="fatal: no such header"):
-            assert not cpu.available()
-    finally:
-        monkeypatch.undo()
-        cpu._library.cache_clear()
-    assert list(tmp_path.glob("*.so")) == []
+    with pytest.warns(UserWarning, match="fatal: no such header"):
+        assert not cpu.available()
+    assert list(no_library.glob("*.so")) == []
 
 
 def test_the_compiled_kernel_is_kept(tmp_path, monkeypatch):
@@ -357,26 +361,19 @@ def _only_version(command, options, run=subprocess.run):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of an x86-64")
 @pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx2"])
-def test_a_processor_with_narrower_vectors_gives_the_same(without, tmp_path, monkeypatch):
+def test_a_processor_with_narrower_vectors_gives_the_same(without, no_library, monkeypatch):
     """Compiled for an older one than this."""
     monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, without))
-    monkeypatch.setenv("NULSQ_CACHE", str(tmp_path))
-    cpu._library.cache_clear()
-    try:
-        if platform.machine() != "x86_64":
-            pytest.skip("not an x86-64")
-        assert cpu.available()
-        for name in METHODS:
-            for bits in (2, 3, 4):
-                test_numbers_at_thresholds_ends_and_beyond_equal_the_oracle(name, bits)
-                quantizer = ready(name, bits)
-                assert_equal_to_oracle(quantizer, *tensors(3, 20_001, seed=bits))
-                assert_equal_to_oracle(quantizer, *tensors(3, 20_001, seed=bits, dtype=torch.float64))
-    finally:
-        monkeypatch.undo()
-        cpu._library.cache_clear()
-    assert list(tmp_path.glob("*.so"))
+    assert cpu.available()
+    for name in METHODS:
+        for bits in (2, 3, 4):
+            test_numbers_at_thresholds_ends_and_beyond_equal_the_oracle(name, bits)
+            quantizer = ready(name, bits)
+            assert_equal_to_oracle(quantizer, *tensors(3, 20_001, seed=bits))
+            assert_equal_to_oracle(quantizer, *tensors(3, 20_001, seed=bits, dtype=torch.float64))
+    assert list(no_library.glob("*.so"))
 
 
 def test_the_smallest_table_there_is():

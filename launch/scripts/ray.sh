@@ -35,8 +35,8 @@ all_live() {
 }
 
 "${ray[@]}" start --head --node-ip-address="$address" --port="$port" --ray-client-server-port="$((port + 1))" \
-    --dashboard-port="$((port + 2))" --dashboard-agent-listen-port="$((port + 3))" --dashboard-host="$listen" --temp-dir="$RAY_TMPDIR" \
-    "${common[@]}" >>"$folder/$SLURM_JOB_ID-ray-head-$first.log" 2>&1 &
+    --dashboard-port="$((port + 2))" --dashboard-agent-listen-port="$((port + 3))" --dashboard-host="$listen" \
+    --temp-dir="$RAY_TMPDIR" "${common[@]}" >>"$folder/$SLURM_JOB_ID-ray-head-$first.log" 2>&1 &
 parts+=($!)
 tries=0
 until (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null; do
@@ -90,7 +90,7 @@ finish # before the job may go back into the queue: Slurm gives it few seconds t
 trap - EXIT
 say "the search ended with exit code $ended"
 if [[ -n $lost ]]; then
-    nodes_answer || put_back "a node does not answer"
+    put_back_if_crashed
     exit 1
 fi
 if ((ended == 99)); then put_back saved; fi

@@ -12,5 +12,5 @@ if [[ $(stamp) != "$before" ]]; then outcome=$("$python" -m launch.batch outcome
 say "ended with exit code $ended, outcome ${outcome:-not written}"
 if [[ $outcome == saved ]]; then put_back saved; fi
 if [[ -n $asked && -z $outcome ]]; then put_back "not begun"; fi
-if ((ended)) && [[ $outcome != diverged ]]; then nodes_answer || put_back "a node does not answer"; fi
+if ((ended)) && [[ $outcome != diverged ]]; then put_back_if_crashed; fi
 exit "$ended"

@@ -122,16 +122,6 @@ in_ranks() {
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout="$warn" -m "$@"
 }
 
-# Whether every node still runs what it is given: Slurm notices a crashed one only after minutes, its peers at once.
-nodes_answer() {
-    if ((SLURM_NNODES == 1)); then return; fi # this script runs there
-    for _ in 1 2; do
-        timeout -k 10 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true && return
-        sleep 5
-    done
-    return 1
-}
-
 # Put the job back into the queue, unless it was told to stop, is being cancelled, or has come back often enough.
 put_back() { # WHY
     if [[ -e $launch/stop ]]; then
@@ -150,13 +140,24 @@ put_back() { # WHY
     exit 99
 }
 
+# After a failure: does every node still run what it is given? Slurm notices a crashed one only after minutes.
+put_back_if_crashed() {
+    if ((SLURM_NNODES == 1)); then return; fi # this script runs there
+    for _ in 1 2; do
+        timeout -k 10 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true &&
+            return
+        sleep 5
+    done
+    put_back "a node does not answer"
+}
+
 if [[ -n $scratch ]]; then
     export NULSQ_SCRATCH="$scratch"
     on_each_node "$python" -m launch.stage "$data" "$scratch"
     ended=$?
     if [[ -n $asked ]]; then put_back "not begun"; fi
     if ((ended)); then
-        nodes_answer || put_back "a node does not answer"
+        put_back_if_crashed
         say "the data could not be copied to $scratch: see $folder/$SLURM_JOB_ID-*.log"
         exit 1
     fi
@@ -167,7 +168,7 @@ if ((preflight)); then
     ended=$?
     if [[ -n $asked ]]; then put_back "not begun"; fi
     if ((ended)); then
-        nodes_answer || put_back "a node does not answer"
+        put_back_if_crashed
         say "preflight failed: see $folder/$SLURM_JOB_ID-*.log"
         exit 4
     fi
@@ -188,5 +189,5 @@ if [[ $(stamp) != "$before" ]]; then outcome=$("$python" -m launch.batch outcome
 say "ended with exit code $ended, outcome ${outcome:-not written}"
 if [[ $outcome == saved ]]; then put_back saved; fi
 if [[ -n $asked && -z $outcome ]]; then put_back "not begun"; fi
-if ((ended)) && [[ $outcome != diverged ]]; then nodes_answer || put_back "a node does not answer"; fi
+if ((ended)) && [[ $outcome != diverged ]]; then put_back_if_crashed; fi
 exit "$ended"

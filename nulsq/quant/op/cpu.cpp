@@ -4,9 +4,9 @@
 // and Clang share: one text for AVX2, AVX-512 and NEON. What makes it quick:
 //
 //   index     up to CHAIN thresholds: compare and select, a few instructions for a whole vector. 15 thresholds, and 7
-//             where a vector holds 16 numbers, by halves, with vectors as tables. More: equal buckets say how many thresholds lie below x's bucket, and only those
-//             inside it are compared. x and thresholds go to buckets by one rounded, monotone function, so the answer
-//             is exact.
+//             where a vector holds 16 numbers, by halves, with vectors as tables. More: equal buckets say how many
+//             thresholds lie below x's bucket, and only those inside it are compared. x and thresholds go to buckets
+//             by one rounded, monotone function, so the answer is exact.
 //   ties      x >= t is x > the float just below t: one kind of comparison for both.
 //   sums      up to MASKED gaps: an accumulator each. Else every lane adds at its slot in a column of its own, some
 //             vectors later: what was stored as a vector a moment ago is slow to read as numbers.
