@@ -73,7 +73,13 @@ def test_an_address_that_is_none_is_an_error(address):
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def slow(tmp_path_factory) -> Path:
+    """While this file is there, the quantizer `tests.slowed` sleeps, on all nodes."""
+    return tmp_path_factory.mktemp("cluster") / "slow"
+
+
+@pytest.fixture(scope="module")
+def cluster(slow):
     """Two nodes of one core each and a head without; this process has joined it."""
     import ray._private.authentication_test_utils as authentication
     from ray.cluster_utils import Cluster
@@ -81,7 +87,8 @@ def cluster():
     with authentication.authentication_env_guard():
         authentication.set_auth_mode("token")
         authentication.set_env_auth_token(secrets.token_hex(32))
-        os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+        os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0",
+                       "NULSQ_TEST_SLOW": str(slow)}
         authentication.reset_auth_token_state()  # tests before this one may have imported Ray, which reads them then
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True,
                                                              "dashboard_host": "127.0.0.1"})
@@ -185,12 +192,14 @@ def test_a_stopped_trial_of_two_workers_makes_room_for_the_next(tune_trials, sho
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_trial_whose_node_is_lost_continues_on_another(cluster, tune_trials, short, float_run, tmp_path):
+def test_a_trial_whose_node_is_lost_continues_on_another(cluster, tune_trials, short, float_run, tmp_path, slow):
+    """Its process outlives its node for a moment: the next epoch is slow until the trial is told of again."""
     from ray.util.state import list_actors
 
     from tune import trial
 
-    recipe = short("lost", model__init_from=str(float_run), optim__epochs=4)
+    recipe = short("lost", model__init_from=str(float_run), optim__epochs=4,
+                   quant__activation__quantizer="tests.slowed")
     before = []
 
     def lose_the_node(number, epoch):
@@ -199,7 +208,10 @@ def test_a_trial_whose_node_is_lost_continues_on_another(cluster, tune_trials, s
                         if actor.class_name.endswith("ImplicitFunc"))  # Tune's name for a trial of a function
             (node,) = (node for node in cluster.worker_nodes if node.node_id == actor.node_id)
             before.extend(read_metrics(tmp_path / "trials/s/000"))
+            slow.write_text("1")
             cluster.remove_node(node, allow_graceful=False)
+        elif epoch == 1:
+            slow.unlink(missing_ok=True)
 
     grid, told = tune_trials(trial.run, {"cpu": 1}, recipe, [{}], at_result=lose_the_node)
     assert not grid.errors and len(before) == 2
