@@ -145,7 +145,8 @@ def test_a_node_that_goes_down_ends_the_step_and_the_run_comes_back(queue, recip
 
 
 def test_a_node_that_crashes_ends_the_step_and_the_run_comes_back(queue, recipe_of, local_run, site_file, slow):
-    """Slurm would notice after five minutes. The other node's ranks fail before that, and the job is put back."""
+    """Slurm would notice after five minutes. The other node's ranks fail before that, and the job is put back; again if
+    the next attempt gets a signal that was meant for the one before."""
     path, run = recipe_of("crash")
     job = submit(path, run, load_site(site_file))
     queue.wait(begun(run), "the first epoch")
@@ -153,6 +154,19 @@ def test_a_node_that_crashes_ends_the_step_and_the_run_comes_back(queue, recipe_
     queue.wait(lambda: "a node does not answer; back into the queue" in text_of(job), "the requeue")
     slow.unlink()
     queue.run("slurmd", "-N", "n2")
+    assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
+    assert int(queue.job(job.id)["Restarts"]) >= 1
+    equals(run, local_run)
+
+
+def test_ranks_that_are_killed_from_outside_come_back(queue, recipe_of, local_run, site_file, slow):
+    """As Slurm does that repeats, to the second attempt's step 0, what it could not tell a crashed node's."""
+    path, run = recipe_of("killed")
+    job = submit(path, run, load_site(site_file))
+    queue.wait(begun(run), "the first epoch")
+    queue.run("scancel", "--signal=KILL", f"{job.id}.0")
+    queue.wait(lambda: "killed from outside; back into the queue" in text_of(job), "the requeue")
+    slow.unlink()
     assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
     assert queue.job(job.id)["Restarts"] == "1"
     equals(run, local_run)

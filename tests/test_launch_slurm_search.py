@@ -2,7 +2,10 @@
 of trials without Ray."""
 
 import json
+import os
 import re
+import signal
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -92,14 +95,25 @@ def test_two_searches_at_once_each_on_a_ray_of_its_own_and_one_is_interrupted(tw
 
 @pytest.mark.long
 def test_a_part_of_ray_that_dies_ends_the_job(two_nodes, search_file, slow):
-    """The search is asked to stop and the job fails, with the reason: it does not wait for what never comes."""
+    """The search is asked to stop and the job fails, with the reason: it does not wait for what never comes. What is
+    killed from outside, Slurm's step and not a process of Ray's, is put back."""
     file, directory = search_file("dies", quant__activation__quantizer="tests.slowed", optim__epochs=50)
     job = submit(file, directory, Site(nodes=2, hours=0.5, warn=30, preflight=False))
     two_nodes.wait(lambda: list(directory.glob("trials/*/*/metrics.jsonl")), "the first epoch of a trial")
     steps = two_nodes.run("squeue", "--noheader", "--steps", f"--jobs={job.id}", "--format=%i %j").splitlines()
     two_nodes.run("scancel", "--signal=KILL", next(step.split()[0] for step in steps if "ray-nodes" in step))
+    two_nodes.wait(lambda: "killed from outside; back into the queue" in text_of(job), "the requeue")
+    def raylets():
+        return [int(process.name) for process in two_nodes.processes("SLURMD_NODENAME=n2")
+                if (process / "comm").read_text() == "raylet\n"]
+
+    two_nodes.wait(lambda: "restart 1" in text_of(job) and raylets(), "the second attempt's Ray")
+    time.sleep(5)
+    for process in raylets():
+        os.kill(process, signal.SIGKILL)
     ended = two_nodes.ended(job.id)
-    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0") and "a part of Ray has ended" in text_of(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), text_of(job)
+    assert text_of(job).count("a part of Ray has ended") == 2
 
 
 def test_an_array_trains_the_trials_without_ray(two_nodes, search_file, site_file, capsys):

@@ -29,9 +29,16 @@ finish() {
     rm -rf "$RAY_AUTH_TOKEN_PATH" "$RAY_TMPDIR"
 }
 trap finish EXIT
+gone='' # the exit code of the part that ended first
 all_live() {
     local part
-    for part in "${parts[@]}"; do kill -0 "$part" 2>/dev/null || return 1; done
+    for part in "${parts[@]}"; do
+        if ! kill -0 "$part" 2>/dev/null; then
+            wait "$part"
+            gone=$?
+            return 1
+        fi
+    done
 }
 
 "${ray[@]}" start --head --node-ip-address="$address" --port="$port" --ray-client-server-port="$((port + 1))" \
@@ -90,7 +97,7 @@ finish # before the job may go back into the queue: Slurm gives it few seconds t
 trap - EXIT
 say "the search ended with exit code $ended"
 if [[ -n $lost ]]; then
-    put_back_if_crashed
+    put_back_unless_its_own "$gone"
     exit 1
 fi
 if ((ended == 99)); then put_back saved; fi

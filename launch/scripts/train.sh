@@ -12,5 +12,9 @@ if [[ $(stamp) != "$before" ]]; then outcome=$("$python" -m launch.batch outcome
 say "ended with exit code $ended, outcome ${outcome:-not written}"
 if [[ $outcome == saved ]]; then put_back saved; fi
 if [[ -n $asked && -z $outcome ]]; then put_back "not begun"; fi
-if ((ended)) && [[ $outcome != diverged ]]; then put_back_if_crashed; fi
+case $outcome in
+finished) exit 0 ;; # all is written, whatever became of a rank after that
+diverged) ;;
+*) if ((ended)); then put_back_unless_its_own "$ended"; fi ;;
+esac
 exit "$ended"

@@ -137,8 +137,11 @@ put_back() { # WHY
     exit 99
 }
 
-# After a failure: does every node still run what it is given? Slurm notices a crashed one only after minutes.
-put_back_if_crashed() {
+# After a failure: was it the cluster's? Signals that the job has not asked for are: Slurm repeats what it told a crashed
+# node, by the step's number, and the job's next attempt has the same. And does every node still run what it is given?
+# Slurm notices a crashed one only after minutes.
+put_back_unless_its_own() { # EXIT_CODE
+    if (($1 == 128 + 9 || $1 == 128 + 15)); then put_back "killed from outside"; fi
     if ((SLURM_NNODES == 1)); then return; fi # this script runs there
     for _ in 1 2; do
         timeout -k 10 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true &&
@@ -154,7 +157,7 @@ if [[ -n $scratch ]]; then
     ended=$?
     if [[ -n $asked ]]; then put_back "not begun"; fi
     if ((ended)); then
-        put_back_if_crashed
+        put_back_unless_its_own "$ended"
         say "the data could not be copied to $scratch: see $folder/$SLURM_JOB_ID-*.log"
         exit 1
     fi
@@ -165,7 +168,7 @@ if ((preflight)); then
     ended=$?
     if [[ -n $asked ]]; then put_back "not begun"; fi
     if ((ended)); then
-        put_back_if_crashed
+        put_back_unless_its_own "$ended"
         say "preflight failed: see $folder/$SLURM_JOB_ID-*.log"
         exit 4
     fi
@@ -203,9 +206,16 @@ finish() {
     rm -rf "$RAY_AUTH_TOKEN_PATH" "$RAY_TMPDIR"
 }
 trap finish EXIT
+gone='' # the exit code of the part that ended first
 all_live() {
     local part
-    for part in "${parts[@]}"; do kill -0 "$part" 2>/dev/null || return 1; done
+    for part in "${parts[@]}"; do
+        if ! kill -0 "$part" 2>/dev/null; then
+            wait "$part"
+            gone=$?
+            return 1
+        fi
+    done
 }
 
 "${ray[@]}" start --head --node-ip-address="$address" --port="$port" --ray-client-server-port="$((port + 1))" \
@@ -264,7 +274,7 @@ finish # before the job may go back into the queue: Slurm gives it few seconds t
 trap - EXIT
 say "the search ended with exit code $ended"
 if [[ -n $lost ]]; then
-    put_back_if_crashed
+    put_back_unless_its_own "$gone"
     exit 1
 fi
 if ((ended == 99)); then put_back saved; fi
