@@ -8,8 +8,9 @@
 //             thresholds lie below x's bucket, and only those inside it are compared. x and thresholds go to buckets
 //             by one rounded, monotone function, so the answer is exact.
 //   ties      x >= t is x > the float just below t: one kind of comparison for both.
-//   sums      up to MASKED gaps: an accumulator each. Else every lane adds at its slot in a column of its own, some
-//             vectors later: what was stored as a vector a moment ago is slow to read as numbers.
+//   sums      up to MASKED gaps: an accumulator each. Else what lies inside the range is put aside, packed, and each
+//             lane adds it at its slot in a column of its own, many vectors later: what was stored as a vector a
+//             moment ago is slow to read as numbers.
 //   order     pieces of PIECE elements are summed in the type of computation, the pieces in double and in order: the
 //             same numbers for any number of threads.
 
@@ -108,14 +109,14 @@ template <class C> struct Uniform {
     }
 };
 
-// Slots of the sums: 0 below the range, the last of (gaps or cells) + 2 above it; PER_CELL has one more for what belongs
-// nowhere, and as many again for the moments.
+// Slots of the sums: 0 below the range, the last of (gaps or cells) + 2 above it; PER_CELL has as many again for the
+// moments.
 int slots_of(const Rule& rule) {
     switch (rule.reduction) {
         case NO_SUMS: return 0;
         case TOTAL: return 3;
         case PER_GAP: return rule.thresholds + 2;
-        default: return 2 * (rule.thresholds + rule.segments + 3);
+        default: return 2 * (rule.thresholds + rule.segments + 2);
     }
 }
 
@@ -155,56 +156,71 @@ template <class C, int COUNT, int GAPS> struct Masked {
     }
 };
 
-// Sums at their slots: every lane has a column of its own, so that lanes do not wait for each other. Vectors wait in
-// `at` and `values` until there are enough of them.
+// Sums at their slots: every lane has a column of its own, so that lanes do not wait for each other. What lies inside the
+// range is put aside first, packed, then looked up and added in full vectors: half of what a folded ReLU gets does not.
 template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
-    static constexpr bool LIGHT = false;
-    static constexpr int SLOTS = REDUCTION == PER_GAP ? (COUNT ? COUNT + 2 : MOST + 2) : 2 * (2 * MOST + 3);
+    static constexpr bool LIGHT = true;
+    static constexpr int SLOTS = REDUCTION == PER_GAP ? (COUNT ? COUNT + 2 : MOST + 2) : 2 * (2 * MOST + 2);
+    static constexpr int ROOM = 1024;
     const Rule& rule;
     const Table<C>& table;
     const C low = table.levels[0], high = table.levels[table.count], width = (high - low) / std::max(1, rule.segments);
-    const int slots = slots_of(rule);
-    static constexpr int MOST_WAITING = 8 * WIDTH<C>;
-    C columns[WIDTH<C>][SLOTS], values[MOST_WAITING];
-    Whole<C> at[MOST_WAITING];
+    const int slots = slots_of(rule), ends = REDUCTION == PER_GAP ? slots : slots / 2, above_all = ends - 1;
+    C columns[WIDTH<C>][SLOTS], xs[ROOM + WIDTH<C>], dys[ROOM + WIDTH<C>];
+    Whole<C> at[ROOM + WIDTH<C>];
+    Real<C> below{}, lowest{}, above{};
     int waiting = 0;
 
     Scattered(const Rule& rule, const Table<C>& table) : rule(rule), table(table) {
         for (auto& each : columns) std::fill(each, each + slots, C(0));
     }
-    void add(Int<C> slot, Real<C> value) {
-        store(at + waiting, slot);
-        store(values + waiting, value);
-        if ((waiting += WIDTH<C>) == MOST_WAITING) add_waiting();
-    }
-    void add_waiting() {
-        for (int i = 0; i < waiting; i += WIDTH<C>)
-#pragma GCC unroll 16
-            for (int j = 0; j < WIDTH<C>; j++) columns[j][at[i + j]] += values[i + j];
-        waiting = 0;
-    }
     Real<C> gradient(Real<C> x, Real<C> dy) {
-        Int<C> below = x < low, above = x > high, inside = (x >= low) & (x <= high), slot;
-        Real<C> y = look_up<COUNT, true>(table, x, slot);
-        if constexpr (REDUCTION == PER_GAP) {
-            slot -= x > y;
-            add(slot, below | above ? dy : where<C>(inside, (y - x) * dy));
-        } else {
-            const int cells = table.count + rule.segments, nowhere = cells + 2, moments = cells + 3;
-            Int<C> number = __builtin_convertvector(
-                where<C>(inside, clamp<C>((x - low) / width, 0, rule.segments - 1)), Int<C>);
-            Real<C> start = low + __builtin_convertvector(number, Real<C>) * width;
-            slot += number + 1;
-            slot = inside ? slot : below ? Int<C>{} : above ? Int<C>{} + (cells + 1) : Int<C>{} + nowhere;
-            add(slot, dy);
-            add(slot + moments, (x - start) * dy);
+        const Int<C> inside = (x > low) & (x <= high);
+        add_where(below, x < low, dy);
+        if (REDUCTION == PER_CELL) add_where(lowest, x == low, dy);
+        add_where(above, x > high, dy);
+        store(xs + waiting, pack<C>(x, inside));
+        store(dys + waiting, pack<C>(dy, inside));
+        waiting += lanes_in<C>(inside);
+        if (waiting >= ROOM) {
+            add_waiting(ROOM);
+            waiting -= ROOM;
+            store(xs, load(xs + ROOM));
+            store(dys, load(dys + ROOM));
         }
         return input_gradient<C>(rule.ste, dy, x, low, high);
     }
+    void add_waiting(int count) {
+        for (int i = 0; i < count; i += WIDTH<C>) {
+            Real<C> x = load(xs + i), dy = load(dys + i);
+            Int<C> slot;
+            Real<C> y = look_up<COUNT, true>(table, x, slot);
+            if constexpr (REDUCTION == PER_GAP) {
+                slot -= x > y;
+                store(dys + i, (y - x) * dy);
+            } else {
+                Int<C> number = __builtin_convertvector(clamp<C>((x - low) / width, 0, rule.segments - 1), Int<C>);
+                slot += number + 1;
+                store(xs + i, (x - (low + __builtin_convertvector(number, Real<C>) * width)) * dy);
+            }
+            store(at + i, slot);
+        }
+        add_at_slots(dys, 0, count);
+        if (REDUCTION == PER_CELL) add_at_slots(xs, ends, count);
+    }
+    void add_at_slots(const C* values, int first, int count) {
+        for (int i = 0; i < count; i += WIDTH<C>)
+#pragma GCC unroll 16
+            for (int j = 0; j < WIDTH<C>; j++) columns[j][first + at[i + j]] += values[i + j];
+    }
     void add_to(double* total) {
-        add_waiting();
-        for (int s = 0; s < slots; s++)
-            for (int j = 0; j < WIDTH<C>; j++) total[s] += columns[j][s];
+        store(xs + waiting, all<C>(low));
+        store(dys + waiting, Real<C>{});
+        add_waiting(waiting);
+        for (int j = 0; j < WIDTH<C>; j++) {
+            for (int s = 0; s < slots; s++) total[s] += columns[j][s];
+            total[0] += below[j], total[1] += lowest[j], total[above_all] += above[j];
+        }
     }
 };
 
@@ -308,7 +324,7 @@ template <class S, class C> void run(const Call& call) {
         if (rule.reduction == PER_CELL) {
             for (int m = 0; m < cells; m++) {
                 doffset[c * cells + m] = total[1 + m];
-                dslope[c * cells + m] = total[cells + 4 + m];
+                dslope[c * cells + m] = total[cells + 3 + m];
             }
         } else if (rule.uniform) {                             // its errors are in steps already
             dgaps[c * gap_count] = total[1];

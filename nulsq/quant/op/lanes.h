@@ -83,6 +83,43 @@ template <> inline Real<float> pick<float>(Real<float> table, Int<float> index) 
 }
 #endif
 
+// The lanes of a mask from the front on, behind them anything; how many they are.
+template <class C> inline Real<C> pack(Real<C> v, Int<C> mask) {
+    C from[WIDTH<C>], to[WIDTH<C>];
+    Whole<C> kept[WIDTH<C>];
+    store(from, v);
+    store(kept, mask);
+    for (int j = 0, n = 0; j < WIDTH<C>; n -= int(kept[j++])) to[n] = from[j];
+    return load(to);
+}
+template <class C> inline int lanes_in(Int<C> mask) {
+    int n = 0;
+    for (int j = 0; j < WIDTH<C>; j++) n -= int(mask[j]);
+    return n;
+}
+#ifdef __AVX512F__
+inline __mmask16 bits_of(Int<float> mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask); }
+template <> inline Real<float> pack<float>(Real<float> v, Int<float> mask) {
+    return (Real<float>)_mm512_maskz_compress_ps(bits_of(mask), (__m512)v);
+}
+template <> inline int lanes_in<float>(Int<float> mask) { return __builtin_popcount(bits_of(mask)); }
+#elif defined(__AVX2__)
+struct Order {                                                 // by the bits of a mask: which lanes, from the front on
+    alignas(32) int32_t lanes[256][8];
+    constexpr Order() : lanes() {
+        for (int mask = 0; mask < 256; mask++)
+            for (int j = 0, n = 0; j < 8; j++)
+                if (mask >> j & 1) lanes[mask][n++] = j;
+    }
+};
+constexpr Order ORDER;
+inline unsigned bits_of(Int<float> mask) { return unsigned(_mm256_movemask_ps((__m256)mask)); }
+template <> inline Real<float> pack<float>(Real<float> v, Int<float> mask) {
+    return pick<float>(v, load(ORDER.lanes[bits_of(mask)]));
+}
+template <> inline int lanes_in<float>(Int<float> mask) { return __builtin_popcount(bits_of(mask)); }
+#endif
+
 template <class C> inline Real<C> clamp(Real<C> v, C low, C high) {    // NaN stays NaN
     v = v < all<C>(low) ? all<C>(low) : v;
     return v > all<C>(high) ? all<C>(high) : v;
