@@ -1,14 +1,16 @@
 """The instruments of the measurements: what they report is what happened."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from bench import bandwidth, quantizers, step
+from bench import bandwidth, kernels, quantizers, step
 from bench.counts import compilations, graph_breaks, operations, peak_bytes, synchronizations
 from bench.timing import interleaved, ratios, row, table, timed_row, write_json
+from nulsq.quant.op import cpu
 
 
 def test_sides_take_turns_and_ratios_are_those_of_a_round():
@@ -139,3 +141,15 @@ def test_every_way_to_store_photographs_is_timed_beside_pillow(tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [each["name"] for each in rows] == [*loader.STORED, loader.BASE] and rows[-1]["ratio"] == 1.0
     assert all(each["cold"] > 0 and each["megabytes"] > 0 and each["images_per_second"] > 0 for each in rows)
+
+
+@pytest.mark.skipif(not (Path(kernels.ROOT) / ".git").exists(), reason="no git checkout")
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler on this machine")
+def test_another_commits_kernel_is_called_in_turn(tmp_path, capsys):
+    assert kernels.main(["HEAD", "--methods", "nulsq", "--bits", "4", "--rounds", "2", "--json",
+                         str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(each["setting"], each["rounds"]) for each in rows] == [("forward", 2), ("backward", 2)]
+    assert kernels.library_of("HEAD", tmp_path)._name.startswith(str(tmp_path))
+    assert kernels.main(["no-such-commit"]) == 2
+    assert "COMMIT no-such-commit" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 from nulsq.optim import learning_rate
 from nulsq.run_directory import TIMES, path_of, read_metrics, read_recipe
 from nulsq.train import train
+from tests.runs import numbers
 from tests.searches import every_result_once, search
 from tune import journal
 
@@ -50,6 +51,25 @@ def test_every_trial_ran_and_some_were_stopped(done):
         assert (row["status"] == "finished") == bool(list(Path(row["run"]).glob("checkpoints/*.pt")))
         bits = float(row["quant.bits"])
         assert bits < float(row["average_bits"]) < bits + 2  # the 8-bit edges are in it
+
+
+@pytest.mark.slow
+def test_a_process_trains_many_trials_and_leaves_the_next_nothing(search_file, tmp_path):
+    """One trial at a time, so that both searches ask the same of the rungs: the same numbers as with a process each."""
+    settings = ["concurrent=1", "studies.activation.values=[nulsq]", "studies.bits.values=[2]"]
+    processes = {}
+    for reuse in ("true", "false"):
+        ended = search(search_file, f"dir={tmp_path}/{reuse}", f"reuse={reuse}", *settings)
+        assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+        processes[reuse] = {event["key"]: event["process"] for event in journal.events(tmp_path / reuse)
+                            if event["event"] == "result"}
+    one, other = tmp_path / "true", tmp_path / "false"
+    assert len(set(processes["false"].values())) == len(processes["false"]) == 4
+    assert len(set(processes["true"].values())) == 1
+    assert (one / "rungs").read_text() == (other / "rungs").read_text()
+    assert json.loads((one / "rungs").read_text())["stopped"]
+    for key in processes["true"]:
+        assert numbers(one / "trials" / key) == numbers(other / "trials" / key)
 
 
 def test_each_finalist_is_trained_again_with_another_seed(done):

@@ -219,6 +219,7 @@ def _fit(search: Search, folder: SearchDirectory, course: Course, seconds: float
     """Run the trials on Ray, for so many seconds at most. Returns whether all of them ended."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial's run directory has its own logs
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Watch says what happens
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")  # a stopped trial's end, before the next takes over
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     began = time.monotonic()
     with open_cluster(search.address, search.workers, search.nodes, search.patience), contextlib.ExitStack() as cleanup:
@@ -267,7 +268,7 @@ def _tuner(search, folder, course, most):
             scheduler=StratifiedAsha(full_epochs(search), grace=search.grace, reduction=search.reduction,
                                      metric=search.metric, mode=search.mode, file=folder / "rungs"),
             num_samples=2 * course.budget(),  # the searcher says when it is at the end
-            max_concurrent_trials=most,
+            max_concurrent_trials=most, reuse_actors=search.reuse and search.workers == 1,
             trial_name_creator=_trial_name, trial_dirname_creator=_trial_name,
         ),
         run_config=ray.tune.RunConfig(

@@ -19,7 +19,8 @@ from tune.space import Search
 ARRAY = "array"
 # Settings that may change between the parts of a search: they do not enter what it finds. What the recipe says is
 # compared, wherever it lies.
-FREE = {"dir", "recipe", "concurrent", "retries", "hours", "cpus", "address", "nodes", "patience", "wandb", "mlflow"}
+FREE = {"dir", "recipe", "concurrent", "reuse", "retries", "hours", "cpus", "address", "nodes", "patience", "wandb",
+        "mlflow"}
 
 
 class SearchDirectory:

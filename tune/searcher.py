@@ -58,7 +58,8 @@ class StudySearcher(Searcher):
         self.course.result(key, result["epoch"], score)
         if (key, result["epoch"]) not in self.heard:  # a trial that goes on tells its epochs again
             self.heard.add((key, result["epoch"]))
-            journal.event(self.folder, "result", key, epoch=result["epoch"], score=score, seconds=result["seconds"])
+            journal.event(self.folder, "result", key, epoch=result["epoch"], score=score, seconds=result["seconds"],
+                          node=result.get("hostname"), process=result.get("pid"))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if result:  # the one that the scheduler answered with STOP is told here alone

@@ -102,6 +102,8 @@ class Search:
     cpus: float = setting(1, "CPU cores of a process", above=0)
     gpus: float = setting(0, "GPUs of a process; fractions allowed with one process", low=0)
     concurrent: int | None = setting(None, "trials at once; default: as many as the cores and GPUs allow", low=1)
+    reuse: bool = setting(True, "a process that has ended a trial takes the next one, with one process per trial: it "
+                          "starts in a second; false: a new process for each")
     retries: int = setting(1, "times that a crashed trial is started again", low=0)
     hours: float | None = setting(None, "time budget; when it is used up the search stops and shows what it has, with "
                                   "more hours it goes on", above=0)

@@ -24,9 +24,11 @@ from nulsq.quant.op.layout import gradient_buffers, laid_like, laid_out
 from nulsq.quant.op.oracle import STE_RULES, Rule, Table
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "table.h", "lanes.h")]
-# Without -ffast-math: NaN has to stay NaN, and no sum may be taken apart. The rest lets comparisons become masks.
+# Without -ffast-math: NaN has to stay NaN, and no sum may be taken apart. Where a loop lies is worth a tenth of a pass,
+# and would change with every line of the source. The rest lets comparisons become masks.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
-         "-fopenmp", "-fPIC", "-shared", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-unknown-pragmas")
+         "-falign-loops=64", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi", "-Wno-ignored-attributes",
+         "-Wno-unknown-pragmas")
 COMPILERS = ("c++", "g++", "clang++")
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 REDUCTIONS = ("none", "total", "per_gap", "per_cell")
