@@ -4,11 +4,12 @@
 
 Both are compiled here with the flags of nulsq/quant/op/cpu.py and called in turn on the same tensors, a batch
 norm's output of 128 x 16 x 32 x 32, channels last, whose ReLU is left to the quantizer. Ratios are this kernel's time
-over that one's. A commit from before `Call` in cpu.cpp last changed cannot be called from here.
+over that one's.
 """
 
 import ctypes
 import itertools
+import re
 import subprocess
 from pathlib import Path
 from unittest import mock
@@ -25,13 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def library_of(commit: str, folder: Path) -> ctypes.CDLL:
-    """That commit's kernel. Raises InputError where git has no such commit with one."""
+    """That commit's kernel. Raises InputError where git has no such commit with one, or it is called otherwise."""
     for source in cpu.SOURCES:
         name = f"{commit}:{source.relative_to(ROOT).as_posix()}"
         shown = subprocess.run(["git", "show", name], cwd=ROOT, capture_output=True, text=True)
         if shown.returncode:
             raise InputError(f"COMMIT {commit}: {shown.stderr.strip().splitlines()[0]}")
         (folder / source.name).write_text(shown.stdout)
+    for name, source in (("Call", "cpu.cpp"), ("Rule", "table.h")):
+        theirs, ours = (re.search(rf"^struct {name} {{.*?^}};", path.read_text(), re.S | re.M)
+                        for path in (folder / source, cpu.SOURCES[0].with_name(source)))
+        if theirs is None or theirs.group() != ours.group():
+            raise InputError(f"COMMIT {commit}: its kernel is called with another {name} ({source}) than this one's")
     with mock.patch.multiple(cpu, SOURCES=[folder / source.name for source in cpu.SOURCES]), \
             mock.patch.dict("os.environ", {"NULSQ_CACHE": str(folder)}):
         library = ctypes.CDLL(str(cpu._compiled()))

@@ -1,6 +1,7 @@
 """Jobs on a real Slurm of two nodes: they train what `launch local` trains, and come back after whatever ends them."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -215,6 +216,24 @@ def test_a_run_that_fails_is_not_put_back(queue, recipe_of, site_file, tmp_path)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), text_of(job)
     assert read_outcome(run)["outcome"] == "diverged" and "outcome diverged" in text_of(job)
     assert list(job.path.glob(f"{job.id}-*.log")) and not (Path.cwd() / "PWNED").exists()
+
+
+def test_a_node_with_a_broken_python_fails_the_job(queue, recipe_of, site_file, tmp_path):
+    """The other node's ranks, which wait for it, are ended by srun: that is nobody from outside, and not put back."""
+    path, run = recipe_of("broken")
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/bash
+if [[ $* == *torch.distributed.run* ]]; then
+    if [[ $SLURMD_NODENAME == n1 ]]; then sleep 2; exit 3; fi
+    exec sleep 100
+fi
+exec {sys.executable} "$@"
+""")
+    python.chmod(0o755)
+    job = submit(path, run, load_site(site_file, [f"python={python}"]))
+    ended = queue.ended(job.id)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), text_of(job)
+    assert "task 0: Exited with exit code 3" in text_of(job) and "task 1: Terminated" in text_of(job)
 
 
 def test_what_preflight_finds_wrong_ends_the_job_before_it_trains(queue, recipe_of, site_file):

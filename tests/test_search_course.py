@@ -84,6 +84,19 @@ def test_what_was_interrupted_goes_on_first_and_once():
     assert again.next().key not in {trial.key for trial in first}
 
 
+def test_what_no_process_has_taken_is_given_out_again():
+    course = Course(load_search(DEMO, ["retries=1"]), [])
+    first = course.next()
+    course.end(first.key, course.failure(first.key))
+    assert course.status[first.key] == "waiting" and course.next() == first
+    course.begun.add(first.key)
+    assert course.failure(first.key) == "failed"  # somebody had it, as often as Tune would try
+    course.end(first.key, "waiting")
+    assert course.next() == first and course.failure(first.key) == "failed"  # lost twice
+    second = course.next()
+    assert second.key != first.key and course.failure(second.key) == "waiting"
+
+
 def test_finalists_are_repeated_once_all_trials_of_their_study_have_ended():
     search = load_search(DEMO, ["trials=5", "finalists=2", "repeats=2", "studies.activation.values=[lsq]"])
     course = Course(search, [])

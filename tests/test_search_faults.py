@@ -97,6 +97,20 @@ def test_a_trial_that_dies_does_not_end_the_search(search_file, tmp_path):
     assert order == [(what, f"lsq_2/{number:03d}") for number in (0, 1) for what in ("start", "end")]
 
 
+@pytest.mark.slow
+def test_a_trial_that_cannot_be_taken_over_is_given_out_again(search_file, tmp_path, monkeypatch):
+    """A stopped trial takes six seconds to end, its process has one of them until it is to have the next trial."""
+    monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "1")
+    ended = search(search_file, f"dir={tmp_path}/out", "concurrent=1", "repeats=0", "studies.bits.values=[2]",
+                   "studies.activation.values=[tests.lingering]")
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    rows = list(csv.DictReader((tmp_path / "out" / "trials.csv").open()))
+    assert {row["status"] for row in rows} == {"finished", "stopped"} and len(rows) == 3
+    refused = [event for event in journal.events(tmp_path / "out") if event["event"] == "error"]
+    assert refused and all("is still ending the one before, after 1 s" in event["reason"] for event in refused)
+    every_result_once(tmp_path / "out")
+
+
 @pytest.mark.long
 def test_a_search_whose_time_is_used_up_shows_what_it_has_and_goes_on_with_more(search_file, tmp_path):
     arguments = [search_file, f"dir={tmp_path}/out", "trials=1", "repeats=0", "studies.bits.values=[2]",

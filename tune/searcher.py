@@ -66,11 +66,11 @@ class StudySearcher(Searcher):
             self.on_trial_result(trial_id, result)
         key = self.keys[trial_id]
         path = directory(self.folder, key)
-        status = "failed" if error else read_outcome(path)["outcome"]
+        status = self.course.failure(key) if error else read_outcome(path)["outcome"]
         if status != "diverged" and key in read_stopped(self.folder):
             status = "stopped"
         elif status not in ENDED:
-            status = "waiting"  # it did not end by itself: the search is being interrupted
+            status = "waiting"  # it did not end by itself: the search is being interrupted, or nobody had begun it
         if status in ("stopped", "diverged"):
             remove_checkpoints(path)
         journal.event(self.folder, "end", key, status=status)

@@ -6,6 +6,7 @@
     3. once all trials of a study have ended: its finalists again with other seeds, studies taking turns as well
 """
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,8 @@ class Course:
         self.status = {row.trial.key: "waiting" if row.status not in ENDED or row.status == "failed" else row.status
                        for row in rows}
         self.warm = {name: [] for name in self.studies} | (warm or {})
+        self.begun: set[str] = set()  # what a process has taken since it was given out
+        self.lost = Counter()  # how often what was given out was not
 
     def next(self) -> Trial | None:
         """The next trial, new or interrupted, now counted as running; None where there is none at the moment."""
@@ -41,6 +44,7 @@ class Course:
             self.trials[trial.key] = trial
             self.curves.setdefault(trial.key, [])
             self.status[trial.key] = "running"
+            self.begun.discard(trial.key)
         return trial
 
     @property
@@ -62,6 +66,14 @@ class Course:
 
     def end(self, key: str, status: str) -> None:
         self.status[key] = status
+
+    def failure(self, key: str) -> str:
+        """The status of a trial that Tune gives up: failed; or waiting, to be given out again, where no process has
+        taken it (the one that was to take it over has died), as often as the search says (`retries`)."""
+        if key in self.begun:
+            return "failed"
+        self.lost[key] += 1
+        return "waiting" if self.lost[key] <= self.search.retries else "failed"
 
     def told(self, study: str) -> list[Told]:
         """What TPE hears: this study's trials, in their order, then those of the search that it starts from."""

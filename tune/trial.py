@@ -5,7 +5,8 @@ Ray keeps or forgets, and a trial that is started again continues from it. `tune
 processes.
 
 With `reuse` a process that has ended a trial takes the next one: it has Python, torch and the loaders' compiled code
-already. `train` leaves no thread and no setting behind, this module no memory and nothing compiled.
+already. `train` leaves no thread and no setting behind. A trial that was stopped waits in `report` until then; what it
+holds, memory and its run directory, is free when the next one begins.
 """
 
 import gc
@@ -26,6 +27,7 @@ def run(config: dict[str, Any]) -> None:
     `config` holds `trial` (study, number, key, repeat, overrides), `recipe`, `metric`, `cpus`, `gpus`, `workers`, the
     search's `directory`, and the `folder` that relative paths of recipes start from.
     """
+    _clear()
     os.chdir(config["folder"])
     recipe = recipe_of(config)
     wait_until_free(config)
@@ -37,17 +39,28 @@ def run(config: dict[str, Any]) -> None:
     # report that was under way when a search was killed may never have arrived.
     for result in told_before(config):
         ray.tune.report(result)
-    try:
-        train(recipe, report=report, quiet=True)
-    finally:  # out of `report` comes a SystemExit, where the trial is stopped
-        _clear()
+    train(recipe, report=report, quiet=True)
 
 
 def _clear():
-    """What the next trial in this process should not find: memory, and shapes that torch.compile has seen too many of.
+    """What the trial before may have left in this process: memory, and shapes that torch.compile has seen too many of.
     What it has compiled is on disk."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+class TakesOver:
+    """Part of the class that Tune makes of `run`."""
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Raises RuntimeError where the trial before does not end: Tune tells nobody of a False."""
+        if not super().reset_config(new_config):
+            raise RuntimeError("the process that was to take this trial over is still ending the one before, after "
+                               f"{os.environ.get('TUNE_FUNCTION_THREAD_TIMEOUT_S')} s")
+        return True
+
+
+run.__mixins__ = (TakesOver,)

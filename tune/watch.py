@@ -31,6 +31,7 @@ class Watch(Callback):
         self._table()
 
     def on_trial_start(self, iteration, trials, trial, **info):
+        self.course.begun.add(trial.config["trial"]["key"])
         self._say(trial, "started")
 
     def on_trial_result(self, iteration, trials, trial, result, **info):

@@ -54,6 +54,7 @@ until (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null; do
     sleep 0.5
 done
 if ((SLURM_NNODES > 1)); then
+    since_now
     srun --nodes="$((SLURM_NNODES - 1))" --ntasks="$((SLURM_NNODES - 1))" --ntasks-per-node=1 --exclude="$first" \
         --kill-on-bad-exit=1 --open-mode=append --output="$logs/$SLURM_JOB_ID-ray-%n-%N.log" --job-name=ray-nodes \
         "${ray[@]}" start --address="$address:$port" "${common[@]}" &

@@ -12,9 +12,5 @@ if [[ $(stamp) != "$before" ]]; then outcome=$("$python" -m launch.batch outcome
 say "ended with exit code $ended, outcome ${outcome:-not written}"
 if [[ $outcome == saved ]]; then put_back saved; fi
 if [[ -n $asked && -z $outcome ]]; then put_back "not begun"; fi
-case $outcome in
-finished) exit 0 ;; # all is written, whatever became of a rank after that
-diverged) ;;
-*) if ((ended)); then put_back_unless_its_own "$ended"; fi ;;
-esac
+if ((ended)) && [[ $outcome != diverged ]]; then put_back_unless_its_own "$ended"; fi
 exit "$ended"

@@ -95,8 +95,13 @@ await() {
     wait "$1"
 }
 
+# What srun says of tasks that end comes into this job's own log. `since_now`: from here on it is the next step's.
+log=$(readlink -f "/proc/$$/fd/2") since=0
+since_now() { since=$(stat --format=%s "$log" 2>/dev/null || echo 0); }
+
 on_each_node() { # COMMAND: once on every node, output appended to a log for each; not at all once asked to stop
     if [[ -n $asked ]]; then return 143; fi
+    since_now
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 \
         --open-mode=append --output="$logs/$SLURM_JOB_ID-%n-%N.log" "$@" &
     child=$!
@@ -137,11 +142,15 @@ put_back() { # WHY
     exit 99
 }
 
-# After a failure: was it the cluster's? Signals that the job has not asked for are: Slurm repeats what it told a crashed
-# node, by the step's number, and the job's next attempt has the same. And does every node still run what it is given?
-# Slurm notices a crashed one only after minutes.
+# After a failure: was it the cluster's? Slurm repeats what it could not tell a crashed node's step, by the step's number,
+# and the job's next attempt has the same. A task that was killed before any other had ended by itself was killed from
+# outside: once one has failed, srun ends the others. And does every node still run what it is given? Slurm notices a
+# crashed one only after minutes.
 put_back_unless_its_own() { # EXIT_CODE
-    if (($1 == 128 + 9 || $1 == 128 + 15)); then put_back "killed from outside"; fi
+    if (($1 == 128 + 9 || $1 == 128 + 15)) && awk '/^srun: error: .*: tasks? [-0-9,]+: / {
+        found = /: (Killed|Terminated)$/; exit } END { exit !found }' <(tail -c "+$((since + 1))" "$log"); then
+        put_back "killed from outside"
+    fi
     if ((SLURM_NNODES == 1)); then return; fi # this script runs there
     for _ in 1 2; do
         timeout -k 10 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true &&
@@ -231,6 +240,7 @@ until (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null; do
     sleep 0.5
 done
 if ((SLURM_NNODES > 1)); then
+    since_now
     srun --nodes="$((SLURM_NNODES - 1))" --ntasks="$((SLURM_NNODES - 1))" --ntasks-per-node=1 --exclude="$first" \
         --kill-on-bad-exit=1 --open-mode=append --output="$logs/$SLURM_JOB_ID-ray-%n-%N.log" --job-name=ray-nodes \
         "${ray[@]}" start --address="$address:$port" "${common[@]}" &
