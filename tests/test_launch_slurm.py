@@ -145,6 +145,7 @@ def test_a_node_that_goes_down_ends_the_step_and_the_run_comes_back(queue, recip
     equals(run, local_run)
 
 
+@pytest.mark.long
 def test_a_node_that_crashes_ends_the_step_and_the_run_comes_back(queue, recipe_of, local_run, site_file, slow):
     """Slurm would notice after five minutes. The other node's ranks fail before that, and the job is put back; again if
     the next attempt gets a signal that was meant for the one before."""

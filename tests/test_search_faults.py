@@ -97,7 +97,7 @@ def test_a_trial_that_dies_does_not_end_the_search(search_file, tmp_path):
     assert order == [(what, f"lsq_2/{number:03d}") for number in (0, 1) for what in ("start", "end")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_trial_that_cannot_be_taken_over_is_given_out_again(search_file, tmp_path, monkeypatch):
     """A stopped trial takes six seconds to end, its process has one of them until it is to have the next trial."""
     monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "1")
