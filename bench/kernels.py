@@ -40,9 +40,7 @@ def library_of(commit: str, folder: Path) -> ctypes.CDLL:
             raise InputError(f"COMMIT {commit}: its kernel is called with another {name} ({source}) than this one's")
     with mock.patch.multiple(cpu, SOURCES=[folder / source.name for source in cpu.SOURCES]), \
             mock.patch.dict("os.environ", {"NULSQ_CACHE": str(folder)}):
-        library = ctypes.CDLL(str(cpu._compiled()))
-    library.nulsq_run.argtypes, library.nulsq_run.restype = [ctypes.POINTER(cpu._Call)], None
-    return library
+        return cpu.loaded(cpu._compiled())
 
 
 def measure(library: ctypes.CDLL, methods: list[str], bits: list[int], rounds: int) -> list[dict]:

@@ -1,7 +1,6 @@
 """The instruments of the measurements: what they report is what happened."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -143,7 +142,7 @@ def test_every_way_to_store_photographs_is_timed_beside_pillow(tmp_path):
     assert all(each["cold"] > 0 and each["megabytes"] > 0 and each["images_per_second"] > 0 for each in rows)
 
 
-@pytest.mark.skipif(not (Path(kernels.ROOT) / ".git").exists(), reason="no git checkout")
+@pytest.mark.skipif(not (kernels.ROOT / ".git").exists(), reason="no git checkout")
 @pytest.mark.skipif(not cpu.available(), reason="no C++ compiler on this machine")
 def test_another_commits_kernel_is_called_in_turn(tmp_path, capsys):
     assert kernels.main(["HEAD", "--methods", "nulsq", "--bits", "4", "--rounds", "2", "--json",

@@ -31,7 +31,7 @@ class Watch(Callback):
         self._table()
 
     def on_trial_start(self, iteration, trials, trial, **info):
-        self.course.begun.add(trial.config["trial"]["key"])
+        self.course.begun.add(trial.config["trial"]["key"])  # Tune tells a searcher only of results and ends
         self._say(trial, "started")
 
     def on_trial_result(self, iteration, trials, trial, result, **info):

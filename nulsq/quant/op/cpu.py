@@ -105,12 +105,17 @@ def _ties(rule):
 @functools.cache
 def _library():
     try:
-        library = ctypes.CDLL(str(_compiled()))
+        return loaded(_compiled())
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn("no compiled quantizers on this machine, plain PyTorch serves (slower, same numbers): "
                       + " / ".join(detail[:3]), stacklevel=2)
         return None
+
+
+def loaded(path: Path) -> ctypes.CDLL:
+    """A compiled kernel, ready to be called. Raises OSError where it cannot be loaded."""
+    library = ctypes.CDLL(str(path))
     library.nulsq_run.argtypes = [ctypes.POINTER(_Call)]
     library.nulsq_run.restype = None
     return library

@@ -102,7 +102,6 @@ inline __mmask16 bits_of(Int<float> mask) { return _mm512_test_epi32_mask((__m51
 template <> inline Real<float> pack<float>(Real<float> v, Int<float> mask) {
     return (Real<float>)_mm512_maskz_compress_ps(bits_of(mask), (__m512)v);
 }
-template <> inline int lanes_in<float>(Int<float> mask) { return __builtin_popcount(bits_of(mask)); }
 #elif defined(__AVX2__)
 struct Order {                                                 // by the bits of a mask: which lanes, from the front on
     alignas(32) int32_t lanes[256][8];
@@ -117,6 +116,8 @@ inline unsigned bits_of(Int<float> mask) { return unsigned(_mm256_movemask_ps((_
 template <> inline Real<float> pack<float>(Real<float> v, Int<float> mask) {
     return pick<float>(v, load(ORDER.lanes[bits_of(mask)]));
 }
+#endif
+#ifdef __AVX2__                                                // AVX-512 has it, too
 template <> inline int lanes_in<float>(Int<float> mask) { return __builtin_popcount(bits_of(mask)); }
 #endif
 
