@@ -18,8 +18,8 @@ from nulsq.config import load_recipe
 from nulsq.data import Normalize, build_loaders
 from nulsq.errors import Parser, exit_on_input_error
 from nulsq.prepare import prepare
-from nulsq.quant.init import INITIALIZERS
 from nulsq.quant.policy import quantizable
+from nulsq.quant.settings import INITIALIZERS
 from nulsq.quant.statistics import Statistics
 from nulsq.quantizers import get_quantizer
 from nulsq.validate import first_batches

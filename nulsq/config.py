@@ -15,12 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nulsq.errors import InputError, require
-from nulsq.quant.base import GRAD_SCALES
-from nulsq.quant.init import INITIALIZERS
-from nulsq.quant.layers import NORMALIZATIONS
-from nulsq.quant.op.oracle import STE_RULES
-from nulsq.quant.policy import FLOAT, PRESETS
-from nulsq.quantizers import get_quantizer
+from nulsq.quant.settings import FLOAT, GRAD_SCALES, INITIALIZERS, NORMALIZATIONS, PRESETS, STE_RULES
+from nulsq.quantizers import available, get_quantizer
 from nulsq.recipe import Data, Distill, Guard, Model, Optim, Quant, Recipe, Run, setting
 
 __all__ = ["Data", "Distill", "Guard", "Model", "Optim", "Quant", "Recipe", "Run", "check_names", "describe",
@@ -63,13 +59,15 @@ def check_names(recipe: Recipe) -> None:
 
     Raises InputError; nothing has been read from disk by then.
     """
-    allowed = {"init": tuple(INITIALIZERS), "grad_scale": GRAD_SCALES, "ste": STE_RULES, "preset": PRESETS,
+    allowed = {"init": INITIALIZERS, "grad_scale": GRAD_SCALES, "ste": STE_RULES, "preset": PRESETS,
                "normalization": NORMALIZATIONS}
     for key, value in flatten(recipe.quant, "quant").items():
         name = key.rpartition(".")[2]
         if value is None or ".options" in key:
             continue
-        if name == "quantizer" and value != FLOAT:
+        if name == "quantizer" and value in (FLOAT, *available()):
+            continue
+        if name == "quantizer":
             try:
                 get_quantizer(value)
             except ValueError as error:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from nulsq.config import Recipe
+from nulsq.duration import duration
 from nulsq.quant.step import quantizers_of
 from nulsq.quant.swap import summary
 from nulsq.state import TrainState
@@ -86,11 +87,3 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-def duration(seconds: float) -> str:
-    """90 -> 1m30s, 7200 -> 2h00m"""
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"

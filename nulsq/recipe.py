@@ -6,8 +6,7 @@ Reading one from YAML, overriding, checking and writing it: `nulsq.config`, wher
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nulsq.quant.oscillation import OscillationSettings
-from nulsq.quant.policy import Policy
+from nulsq.quant.settings import OscillationSettings, Policy
 
 
 def setting(default: Any, help: str, *, low=None, high=None, above=None):

@@ -22,8 +22,6 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from nulsq._version import __version__
 from nulsq.config import Recipe, differences, load, to_yaml
 from nulsq.errors import InputError
@@ -159,6 +157,8 @@ def write_synced(path: Path, data: bytes | memoryview) -> None:
 
 def describe_code() -> str:
     """Versions of the code, of Python and of the packages, the command, the variables of its environment that count."""
+    import torch  # a run has it; who only reads run directories does without
+
     versions = []
     for package in PACKAGES:
         try:

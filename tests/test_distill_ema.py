@@ -17,7 +17,8 @@ from nulsq.ema import WeightAverage
 from nulsq.errors import InputError
 from nulsq.evaluate import evaluate_run
 from nulsq.loss import distillation, task_loss
-from nulsq.quant.oscillation import Oscillations, OscillationSettings
+from nulsq.quant.oscillation import Oscillations
+from nulsq.quant.settings import OscillationSettings
 from nulsq.run_directory import path_of, read_lines, read_metrics
 from nulsq.train import train
 from nulsq.weights import read_weights

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import nulsq
-from nulsq.quant.policy import LayerRule, Policy, SideRule
+from nulsq.quant.settings import LayerRule, Policy, SideRule
 
 pytestmark = pytest.mark.skipif(goldens.DIRECTORY is None, reason="NULSQ_GOLDENS names no directory of vectors")
 

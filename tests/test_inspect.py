@@ -20,7 +20,8 @@ from nulsq.config import to_yaml
 from nulsq.inspect.__main__ import main
 from nulsq.inspect.cost import cost_of
 from nulsq.inspect.fidelity import SAMPLE, Fidelity
-from nulsq.quant.oscillation import Oscillations, OscillationSettings
+from nulsq.quant.oscillation import Oscillations
+from nulsq.quant.settings import OscillationSettings
 from nulsq.quant.statistics import Statistics
 from nulsq.run_directory import path_of
 

@@ -69,6 +69,34 @@ def test_importing_nulsq_needs_torch_alone():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("module", ["nulsq", "nulsq.command_line", "nulsq.run_directory", "tune.search", "tune.status",
+                                    "tune.trial", "launch.__main__"])
+def test_what_trains_nothing_does_not_wait_for_torch(module):
+    """Nor keep it: the process of a search lives as long as its trials."""
+    code = f"import sys, importlib; importlib.import_module({module!r}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_editors_and_the_interpreter_see_the_same_names():
+    import nulsq
+    tree = ast.parse((ROOT / "nulsq/__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    shown = {alias.name: node.module for node in block.body for alias in node.names}
+    assert shown | {"__version__": "nulsq._version"} == {
+        name: nulsq._HOME.get(name, "nulsq._version") for name in nulsq.__all__}
+    for name, module in shown.items():
+        assert getattr(nulsq, name) is getattr(importlib.import_module(module), name)
+    assert set(nulsq.__all__) <= set(dir(nulsq))
+    with pytest.raises(AttributeError, match="no attribute 'quantise_'"):
+        nulsq.quantise_  # noqa: B018
+
+
+def test_every_name_of_an_initializer_has_its_function():
+    from nulsq.quant import init, settings
+    assert tuple(init.BY_NAME) == settings.INITIALIZERS
+
+
 @pytest.mark.parametrize(("missing", "code", "extra"), [
     ("omegaconf", "from nulsq.config import *; load(Recipe)", "train"),
     ("timm", "from nulsq.models import *; build_model('timm:resnet18', 10)", "train"),

@@ -12,7 +12,7 @@ from test_methods import DEFINITIONS
 from torch.nn import functional as F
 
 import nulsq
-from nulsq.quant.policy import Policy, SideRule
+from nulsq.quant.settings import Policy, SideRule
 
 
 def by_the_formula(quantizer):

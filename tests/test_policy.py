@@ -11,7 +11,8 @@ from nulsq.command_line import parse, parser
 from nulsq.config import load_recipe
 from nulsq.errors import InputError
 from nulsq.models import build_model, is_float, network
-from nulsq.quant.policy import LayerRule, Policy, SideRule, quantizable, roles
+from nulsq.quant.policy import quantizable, roles
+from nulsq.quant.settings import LayerRule, Policy, SideRule
 
 ROOT = Path(__file__).resolve().parent.parent
 W2A2 = ROOT / "configs/recipes/digits/w2a2.yaml"

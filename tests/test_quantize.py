@@ -8,7 +8,7 @@ from torch import nn
 
 import nulsq
 from nulsq.quant.init import HALF_NORMAL_STEP, NORMAL_STEP
-from nulsq.quant.policy import LayerRule, Policy, SideRule
+from nulsq.quant.settings import LayerRule, Policy, SideRule
 from nulsq.quant.statistics import Statistics
 
 

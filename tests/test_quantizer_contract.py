@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nulsq
-from nulsq.quant.init import INITIALIZERS
+from nulsq.quant.settings import INITIALIZERS
 from nulsq.quant.statistics import Statistics
 
 CHANNELS = 4

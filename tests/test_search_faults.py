@@ -38,6 +38,8 @@ def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
         while not list(tmp_path.glob("out/trials/*/*/metrics.jsonl")) and time.monotonic() < deadline:
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.2)
+        # it waits for trials, for days perhaps, and has not loaded what they compute with
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
         process.send_signal(number)
         code = process.wait(timeout=120)
         assert code == (-9 if number == signal.SIGKILL else 99), (tmp_path / "log").read_text()[-3000:]

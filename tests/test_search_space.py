@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,3 +178,33 @@ def test_a_diverged_trial_has_the_worst_score_and_enters_no_rung(tmp_path):
     trial = SimpleNamespace(config={"trial": {"study": "good", "key": "good/000", "repeat": 0, "stratum": "good"}})
     assert asha.on_trial_result(None, trial, {"epoch": 1, "val_top1": 0.0, "diverged": True}) == STOP
     assert json.loads(asha.file.read_text())["rungs"] == {}
+
+
+# ---- what is checked before a search starts, in a process of its own
+
+
+def apart(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", f"import os, sys\nfrom tune.apart import apart\n{code}"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_function_is_called_in_a_process_of_its_own():
+    done = apart("print(apart('os', 'getpid') != os.getpid(), apart('os.path', 'join', 'a', 'b'))\n"
+                 "apart('builtins', 'print', 'a download')\n"
+                 "apart('importlib', 'reload', 1)")
+    assert done.stdout == "True a/b\n"  # a program may read it
+    assert done.stderr.startswith("a download\n")
+    assert "TypeError: reload() argument must be a module" in done.stderr
+
+
+def test_input_that_cannot_be_used_and_a_process_that_dies_are_told_apart():
+    done = apart("try: apart('nulsq.config', 'load_recipe', 'nowhere.yaml')\n"
+                 "except Exception as error: print(type(error).__name__, error)\n"
+                 "apart('os', '_exit', 7)")
+    assert done.stdout == "InputError no file nowhere.yaml\n"
+    assert "RuntimeError: the process of os._exit ended with exit code 7" in done.stderr
+
+
+def test_where_torch_is_loaded_already_it_is_called_right_here():
+    done = apart("import torch\nprint(apart('os', 'getpid') == os.getpid())")
+    assert done.stdout == "True\n"

@@ -24,10 +24,10 @@ from nulsq.config import to_yaml
 from nulsq.errors import InputError, Parser, exit_on_input_error
 from nulsq.run_directory import path_of, write_atomically
 from tune import journal
+from tune.check import check
 from tune.cost import network_cost
 from tune.reporting import recipe_of
 from tune.results import Row, collect, read_stopped
-from tune.search import check_recipes
 from tune.search_directory import ARRAY, SearchDirectory
 from tune.space import Search, Trial, full_epochs, load_search, studies
 from tune.studies import Course, warm_rows
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     if stopped:
         raise InputError(f"tune.search has stopped trials early in {folder.path} ({', '.join(stopped[:3])}), an array "
                          "trains all to their end; choose another dir")
-    check_recipes(search)
+    check(search)
     warm = warm_rows(search)
     with folder:
         recipes = write(search, folder.path.resolve(), warm)

@@ -4,32 +4,34 @@
     bytes          packed weights, other parameters and what the quantizers keep
 """
 
-import torch
-
 from nulsq.config import Recipe
-from nulsq.data import DataSet
-from nulsq.inspect.cost import cost_of
-from nulsq.models import network
-from nulsq.quant.calibrate import calibrate_
-from nulsq.quant.step import quantizers_of
+
+KNOWN: dict[str, dict[str, float]] = {}  # what `tune.check` has measured in another process is added
 
 
 def network_cost(recipe: Recipe) -> dict[str, float]:
-    """{"average_bits", "bytes"} of the recipe's network. One pass of one image; recipes of the same network and bits
-    share it."""
+    """{"average_bits", "bytes"} of the recipe's network: one pass of one image.
+
+    Recipes of the same network, bits and data share it. What is not known yet is measured here, with torch.
+    """
+    same = repr((recipe.model, recipe.quant, recipe.data.path, recipe.data.size, recipe.data.eval_size))
+    if same not in KNOWN:
+        KNOWN[same] = _measure(recipe)
+    return dict(KNOWN[same])
+
+
+def _measure(recipe):
+    import torch  # the search's own process does without, see `tune.apart`
+
+    from nulsq.data import DataSet
+    from nulsq.inspect.cost import cost_of
+    from nulsq.models import network
+    from nulsq.quant.calibrate import calibrate_
+    from nulsq.quant.step import quantizers_of
+
     data = DataSet(recipe.data.path)
     size = data.manifest.size or recipe.data.eval_size or recipe.data.size
-    same = repr((recipe.model, recipe.quant, len(data.classes), size))
-    if same not in _KNOWN:
-        _KNOWN[same] = _cost(recipe, len(data.classes), size)
-    return dict(_KNOWN[same])
-
-
-_KNOWN: dict[str, dict[str, float]] = {}
-
-
-def _cost(recipe, classes, size):
-    model = network(recipe, classes, start=False)
+    model = network(recipe, len(data.classes), start=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images = torch.randn(2, 3, size, size)

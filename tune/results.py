@@ -16,12 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nulsq.errors import InputError
-from nulsq.evaluate import evaluate_run, read_evaluation
 from nulsq.run_directory import read_metrics, read_outcome
-from nulsq.world import World
 from tune import journal
 from tune.reporting import WORST, directory
 from tune.space import Search, Trial, studies
@@ -147,6 +143,11 @@ def winners(search: Search, rows: list[Row]) -> dict[str, Finalist]:
 
 def evaluate_winners(winners: dict[str, Finalist]) -> dict[str, list[dict[str, Any]]]:
     """Study -> each of the winner's seeds once on the test images; an earlier call's results are not measured again."""
+    import torch  # not before: a search needs it for nothing else
+
+    from nulsq.evaluate import evaluate_run, read_evaluation
+    from nulsq.world import World
+
     here = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return {study: [read_evaluation(row.path) or evaluate_run(row.path, here=here)
                     for row in winner.rows if row.finished] for study, winner in winners.items()}
@@ -161,6 +162,8 @@ def read_evaluations(winners: dict[str, Finalist]) -> dict[str, list[dict[str, A
 def _measured(row: Row) -> dict[str, Any] | None:
     """Of a folder that was copied without its checkpoints the file is believed as it is: whether it belongs to the
     run's last checkpoint cannot be told."""
+    from nulsq.evaluate import read_evaluation
+
     try:
         return read_evaluation(row.path)
     except InputError:

@@ -27,16 +27,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nulsq.config import describe
-from nulsq.distill import build_teacher
+from nulsq.duration import duration
 from nulsq.errors import InputError, Parser, exit_on_input_error, missing
-from nulsq.progress import duration
-from nulsq.train import prepare
-from nulsq.world import World
-from tune import journal, results
-from tune.cluster import check_fits, check_placement, fits, open_cluster
+from tune import cost, journal, results
+from tune.apart import apart
+from tune.cluster import check_fits, check_placement, open_cluster
 from tune.reporting import directory
 from tune.results import remove_checkpoints
 from tune.search_directory import SearchDirectory
@@ -88,10 +84,11 @@ def _main(arguments) -> int:
     if not folder.finished or more:
         # Libraries may say on stdout what they download; there a program reads its line, and nothing else.
         with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-            _check(search)
+            gpus, costs = apart("tune.check", "check", search)
+            cost.KNOWN |= costs
             warm = warm_rows(search)
         if not arguments.json:
-            print(plan(search), flush=True)
+            print(plan(search, gpus), flush=True)
     if arguments.dry_run:
         if arguments.json:
             print(json.dumps(outline(search, folder)))
@@ -110,8 +107,8 @@ def _interrupt(*_):
     raise KeyboardInterrupt
 
 
-def plan(search: Search) -> str:
-    """Studies, rungs, trials and the budget in epochs."""
+def plan(search: Search, gpus: int) -> str:
+    """Studies, rungs, trials and the budget in epochs; `gpus` that this machine has."""
     lines = [f"search {search.name} in {search.directory}: {len(studies(search))} studies of {search.trials} trials, "
              f"ranked by {search.metric} on the holdout"]
     most, least, full = 0, 0.0, full_epochs(search)
@@ -133,7 +130,7 @@ def plan(search: Search) -> str:
         lines.append(f"then the best {search.finalists} of each study with {search.repeats} more seeds")
     lines.append(f"budget: at most {most} epochs, about {round(least)} or more with early stopping"
                  + (f"; {search.hours:g} hours" if search.hours else ""))
-    if torch.cuda.is_available() and not search.gpus:
+    if gpus and not search.gpus:
         lines.append("trials run on the CPU although there is a GPU: set gpus=1, or a fraction")
     return "\n".join(lines)
 
@@ -200,21 +197,6 @@ def show(search: Search, folder: SearchDirectory, finished: bool = True) -> int:
     return 0
 
 
-def _check(search):
-    if search.address == "local":  # of a cluster only its nodes know
-        fits([(len(os.sched_getaffinity(0)), torch.cuda.device_count())], search.cpus, search.gpus, search.workers)
-    check_recipes(search)
-
-
-def check_recipes(search: Search) -> None:
-    """Build each study's network and open its data. Raises InputError for what cannot be trained."""
-    here = World(0, search.workers, torch.device("cpu"))
-    for study in studies(search):
-        recipe = base_recipe(search, study.overrides)
-        data, _, _ = prepare(recipe, here)
-        build_teacher(recipe, len(data.classes), here)
-
-
 def _fit(search: Search, folder: SearchDirectory, course: Course, seconds: float | None) -> bool:
     """Run the trials on Ray, for so many seconds at most. Returns whether all of them ended."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial's run directory has its own logs
@@ -249,7 +231,6 @@ def _tuner(search, folder, course, most):
     import ray.tune
 
     from tune import trial, workers
-    from tune.cost import network_cost
     from tune.scheduler import StratifiedAsha
     from tune.searcher import StudySearcher
     from tune.watch import Watch
@@ -264,7 +245,7 @@ def _tuner(search, folder, course, most):
         trainable,
         tune_config=ray.tune.TuneConfig(
             search_alg=StudySearcher(course, folder, common,
-                                     lambda each: network_cost(base_recipe(search, each.overrides))),
+                                     lambda each: cost.network_cost(base_recipe(search, each.overrides))),
             scheduler=StratifiedAsha(full_epochs(search), grace=search.grace, reduction=search.reduction,
                                      metric=search.metric, mode=search.mode, file=folder / "rungs"),
             num_samples=2 * course.budget(),  # the searcher says when it is at the end

@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from nulsq.duration import duration
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.progress import duration
 from tune import journal
 from tune.reporting import directory
 from tune.results import Row, collect, ranked

@@ -15,9 +15,7 @@ import sys
 from typing import Any
 
 import ray.tune
-import torch
 
-from nulsq.train import train
 from tune.reporting import as_result, recipe_of, told_before, wait_until_free
 
 
@@ -27,6 +25,8 @@ def run(config: dict[str, Any]) -> None:
     `config` holds `trial` (study, number, key, repeat, overrides), `recipe`, `metric`, `cpus`, `gpus`, `workers`, the
     search's `directory`, and the `folder` that relative paths of recipes start from.
     """
+    from nulsq.train import train  # with torch: the search's own process, which refers to `run`, does without
+
     _clear()
     os.chdir(config["folder"])
     recipe = recipe_of(config)
@@ -45,6 +45,8 @@ def run(config: dict[str, Any]) -> None:
 def _clear():
     """What the trial before may have left in this process: memory, and shapes that torch.compile has seen too many of.
     What it has compiled is on disk."""
+    import torch
+
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()

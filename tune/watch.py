@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ray.tune import Callback
 
-from nulsq.progress import duration
+from nulsq.duration import duration
 from tune import journal
 from tune.status import elapsed, table
 from tune.studies import Course

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from nulsq.inspect.cost import Cost, LayerCost, cost_of, layers_of
 from nulsq.inspect.fidelity import Fidelity
 from nulsq.quant.modes import in_evaluation
-from nulsq.quant.oscillation import OscillationSettings
 from nulsq.quant.policy import roles
+from nulsq.quant.settings import OscillationSettings
 
 
 @dataclass

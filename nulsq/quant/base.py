@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from nulsq.quant.histogram import LARGEST
-from nulsq.quant.init import INITIALIZERS, SMALLEST_STEP, initial_step
+from nulsq.quant.init import SMALLEST_STEP, initial_step
 from nulsq.quant.lloyd_max import best_step, lloyd_max
 from nulsq.quant.op import Rule, Table, encode, fake_quantize
-from nulsq.quant.op.oracle import STE_RULES
+from nulsq.quant.settings import GRAD_SCALES, INITIALIZERS, STE_RULES
 from nulsq.quant.statistics import Statistics
 
 ROLES = ("weight", "activation")
-GRAD_SCALES = ("none", "lsq", "channels", "batch")
 
 
 class Quantizer(nn.Module):
@@ -59,7 +58,7 @@ class Quantizer(nn.Module):
                  init: str = "nmse", grad_scale: str = "none", ste: str | None = None):
         super().__init__()
         _one_of("role", role, ROLES)
-        _one_of("init", init, tuple(INITIALIZERS))
+        _one_of("init", init, INITIALIZERS)
         _one_of("grad_scale", grad_scale, GRAD_SCALES)
         _one_of("ste", self.ste if ste is None else ste, STE_RULES)
         if role == "weight":

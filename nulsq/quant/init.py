@@ -47,9 +47,9 @@ def const(statistics: Statistics, qp: int, role: str, signed: bool) -> Tensor:
     return torch.full_like(statistics.count, CLIP_RANGE[role] / max(qp, 1))
 
 
-INITIALIZERS = {"nmse": nmse, "lsq": lsq, "const": const, "lloyd_max": nmse}
+BY_NAME = {"nmse": nmse, "lsq": lsq, "const": const, "lloyd_max": nmse}
 
 
 def initial_step(name: str, statistics: Statistics, qp: int, role: str, signed: bool) -> Tensor:
     """The common initial step size, float64, [] or [C], at least SMALLEST_STEP."""
-    return INITIALIZERS[name](statistics, qp, role, signed).clamp(min=SMALLEST_STEP)
+    return BY_NAME[name](statistics, qp, role, signed).clamp(min=SMALLEST_STEP)

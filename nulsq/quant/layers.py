@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from nulsq.quant.base import Quantizer
 from nulsq.quant.op import requantized
-
-NORMALIZATIONS = ("none", "wn", "lwn")
+from nulsq.quant.settings import NORMALIZATIONS
 
 
 class _Quantized:

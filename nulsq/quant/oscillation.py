@@ -28,59 +28,12 @@ Both start at a share `start` of training; lambda rises from 0 and the threshold
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from nulsq.quant.layers import QuantConv2d, QuantLinear
-
-
-@dataclass(frozen=True)
-class OscillationSettings:
-    """What is done about oscillating weights; as it stands, nothing."""
-
-    track: bool = field(default=False, metadata={
-        "help": "count weights that oscillate between levels; dampening and freezing imply it"})
-    momentum: float = field(default=0.01, metadata={
-        "help": "of one step in the oscillation frequency and in the average level", "above": 0, "high": 1})
-    dampening: float = field(default=0.0, metadata={
-        "help": "final weight of the loss that pulls weights to their levels; 0: none", "low": 0})
-    aggregate: Literal["kernel_mean", "sum", "mean"] = field(default="kernel_mean", metadata={
-        "help": "of that loss over a layer; kernel_mean: sum over output channels, mean over the rest"})
-    freeze_threshold: float | None = field(default=None, metadata={
-        "help": "freeze weights that oscillate more often; none: never. At least 2 momentum", "above": 0, "high": 1})
-    freeze_final: float | None = field(default=None, metadata={
-        "help": "what the threshold falls to at the end; default: it stays", "above": 0, "high": 1})
-    start: float = field(default=0.25, metadata={
-        "help": "share of training before dampening and freezing start", "low": 0, "high": 0.999})
-    max_bits: int = field(default=4, metadata={"help": "weights of more bits are left alone", "low": 1, "high": 8})
-    oscillating_above: float = field(default=0.005, metadata={
-        "help": "frequency from which the log calls a weight oscillating", "low": 0, "high": 1})
-
-    @property
-    def on(self) -> bool:
-        return self.track or self.dampening > 0 or self.freeze_threshold is not None
-
-    def check(self) -> None:
-        """Raises ValueError for settings that contradict each other."""
-        first, final, least = self.freeze_threshold, self.freeze_final, 2 * self.momentum
-        if first is None and final is not None:
-            raise ValueError(f"oscillation.freeze_final = {final} needs oscillation.freeze_threshold")
-        if not self.on and self != OscillationSettings():
-            raise ValueError("oscillation settings change nothing while nothing is tracked: set oscillation.track, "
-                             ".dampening or .freeze_threshold")
-        if first is None:
-            return
-        for key, value in (("freeze_threshold", first), ("freeze_final", first if final is None else final)):
-            if value < least:
-                raise ValueError(f"oscillation.{key} = {value}, allowed: at least 2 oscillation.momentum = {least:g}, "
-                                 "since one oscillation lifts the frequency by the momentum and freezing is for good; "
-                                 "raise it or lower the momentum")
-        if final is not None and final > first:
-            raise ValueError(f"oscillation.freeze_final = {final}, allowed: at most oscillation.freeze_threshold = "
-                             f"{first}: the threshold falls")
+from nulsq.quant.settings import OscillationSettings
 
 
 class OscillationTracker(nn.Module):

@@ -7,7 +7,8 @@ from torch import nn
 
 from nulsq.quant.base import Quantizer
 from nulsq.quant.layers import QUANTIZED
-from nulsq.quant.policy import FLOAT, Policy, SideRule, roles
+from nulsq.quant.policy import resolve, roles
+from nulsq.quant.settings import FLOAT, Policy, SideRule
 from nulsq.quantizers import get_quantizer
 
 LAYERS = (nn.Conv2d, nn.Linear)
@@ -31,7 +32,7 @@ def quantize_(model: nn.Module, policy: Policy | None = None, *, shares: int = 1
         raise ValueError("the model is quantized already; build a float one and call quantize_ once")
     if not isinstance(shares, int) or shares < 1:
         raise ValueError(f"shares = {shares!r}, allowed: whole numbers from 1")
-    plan = (policy or Policy()).resolve(model)
+    plan = resolve(policy or Policy(), model)
     swapped = {}
     for name, (weight, activation) in plan.items():
         layer = model.get_submodule(name)

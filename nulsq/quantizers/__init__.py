@@ -3,8 +3,10 @@
 import difflib
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
-from nulsq.quant.base import Quantizer
+if TYPE_CHECKING:  # names are there without torch, see nulsq/__init__.py
+    from nulsq.quant.base import Quantizer
 
 
 def available() -> tuple[str, ...]:
@@ -12,12 +14,14 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
-def get_quantizer(name: str) -> type[Quantizer]:
+def get_quantizer(name: str) -> "type[Quantizer]":
     """The `Quantizer` class of `nulsq/quantizers/NAME.py`, or of your own module `my_lab.my_quantizer`.
 
     Raises ValueError, with the near miss, for a name that does not exist, or for a module without exactly one
     quantizer in it.
     """
+    from nulsq.quant.base import Quantizer
+
     path = name if "." in name else f"{__name__}.{name}"
     try:
         module = importlib.import_module(path)

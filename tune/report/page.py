@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from nulsq._version import __version__
-from nulsq.progress import duration
+from nulsq.duration import duration
 from nulsq.run_directory import write_atomically
 from tune.report.figures import COSTS, Picture, curves, pareto, size, timeline
 from tune.report.findings import Findings

@@ -3,7 +3,7 @@
 import json
 import time
 
-from nulsq.progress import duration
+from nulsq.duration import duration
 from tune.report.figures import Picture, size
 from tune.report.findings import Findings
 from tune.report.history import History, places, saving

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from nulsq.quant.op.layout import gradient_buffers, laid_like, laid_out
-from nulsq.quant.op.oracle import STE_RULES, Rule, Table
+from nulsq.quant.op.oracle import Rule, Table
+from nulsq.quant.settings import STE_RULES
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "table.h", "lanes.h")]
 # Without -ffast-math: NaN has to stay NaN, and no sum may be taken apart. Where a loop lies is worth a tenth of a pass,

@@ -61,9 +61,6 @@ class Rule(NamedTuple):
     relu: bool = False  # x counts as max(x, 0): the ReLU before the quantizer is left to this operation
 
 
-STE_RULES = ("clip", "clip_open", "half", "none")
-
-
 def encode(x: Tensor, table: Table, rule: Rule) -> Tensor:
     """Level index of each element, by the very comparisons that `fake_quantize` makes. int64, shape of x."""
     x, table = prepared(x, table, rule)

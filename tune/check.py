@@ -1,0 +1,34 @@
+"""What is checked of a search before it starts: each study's network is built and its data opened.
+
+This needs torch: `tune.search` calls it through `tune.apart`.
+"""
+
+import os
+
+import torch
+
+from nulsq.distill import build_teacher
+from nulsq.prepare import prepare
+from nulsq.world import World
+from tune.cluster import fits
+from tune.cost import KNOWN, network_cost
+from tune.space import Search, base_recipe, studies
+
+
+def check(search: Search) -> tuple[int, dict[str, dict[str, float]]]:
+    """GPUs of this machine, and the costs of the studies' networks as `tune.cost` keeps them.
+
+    Nothing of torch or of this module in what is returned: whoever reads it would import that.
+
+    Raises InputError for what cannot be trained.
+    """
+    gpus = torch.cuda.device_count()
+    if search.address == "local":  # of a cluster only its nodes know
+        fits([(len(os.sched_getaffinity(0)), gpus)], search.cpus, search.gpus, search.workers)
+    here = World(0, search.workers, torch.device("cpu"))
+    for study in studies(search):
+        recipe = base_recipe(search, study.overrides)
+        data, _, _ = prepare(recipe, here)
+        build_teacher(recipe, len(data.classes), here)
+        network_cost(recipe)
+    return gpus, dict(KNOWN)
