@@ -254,17 +254,18 @@ def _tuner(search, folder, course, most):
         ),
         run_config=ray.tune.RunConfig(
             name=f"session-{session}", storage_path=str(folder / "ray"), verbose=0,
-            callbacks=[Watch(course, folder), *_loggers(search)],
+            callbacks=[Watch(course, folder), *_loggers(search, folder)],
             failure_config=ray.tune.FailureConfig(max_failures=search.retries),
         ),
     )
 
 
-def _loggers(search):
+def _loggers(search, folder):
     """Ray's own callbacks for the services that people keep their experiments in."""
     if search.wandb:
         from ray.air.integrations.wandb import WandbLoggerCallback
-        yield WandbLoggerCallback(project=search.wandb, group=search.name, excludes=["config"])
+        # `dir`: by default its files are in Ray's temporary folder, and what Tune copies of them may lack the end
+        yield WandbLoggerCallback(project=search.wandb, group=search.name, excludes=["config"], dir=str(folder))
     if search.mlflow:
         from ray.air.integrations.mlflow import MLflowLoggerCallback
         yield MLflowLoggerCallback(tracking_uri=search.mlflow, experiment_name=search.name)
