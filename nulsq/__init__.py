@@ -37,6 +37,8 @@ __all__ = ["LayerRule", "OscillationSettings", "Oscillations", "Policy", "Quanti
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("quant", "quantizers"):
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found = getattr(importlib.import_module(_HOME[name]), name)

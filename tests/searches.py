@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from nulsq.config import Recipe, load, to_yaml
@@ -151,6 +152,27 @@ def search(*arguments, timeout=500) -> subprocess.CompletedProcess:
     """A search by its command."""
     return subprocess.run([sys.executable, "-m", "tune.search", *map(str, arguments)], cwd=ROOT, timeout=timeout,
                           capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+
+
+class Odd(Exception):
+    """Takes other arguments than it has, so it can be pickled and not be made again."""
+
+    def __init__(self, one, other):
+        super().__init__(f"{one} and {other}")
+
+
+def fail(one, other):
+    raise Odd(one, other)
+
+
+def linger(folder: str) -> None:
+    """A minute of work with a file that is there as long as it takes; called in another process."""
+    file = Path(folder) / "unfinished"
+    file.touch()
+    try:
+        time.sleep(60)
+    finally:
+        file.unlink()
 
 
 def every_result_once(out: Path) -> None:

@@ -76,6 +76,13 @@ def test_an_array_has_the_very_trials_that_the_search_draws(made, tmp_path, sear
         assert recipe == recipe_of(configuration) and recipe.run.dir == run
 
 
+def test_an_array_is_drawn_where_none_of_its_tasks_would_fit(made, tmp_path, capsys):
+    """On a login node."""
+    assert array.main([made.file, f"dir={tmp_path}/out", "warm_start=null", "gpus=8", "cpus=512"]) == 0
+    assert searching.main([made.file, f"dir={tmp_path}/here", "warm_start=null", "gpus=8", "--dry-run"]) == 2
+    assert "gpus" in capsys.readouterr().err
+
+
 def test_the_same_command_writes_the_same_files_and_another_search_none(made, tmp_path, capsys):
     assert made.printed.endswith("\n6\n") and f"python -m tune.search {made.file}" in made.printed
     before = files_of(made.out)

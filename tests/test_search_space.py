@@ -2,8 +2,10 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,7 +196,8 @@ def test_a_function_is_called_in_a_process_of_its_own():
                  "apart('importlib', 'reload', 1)")
     assert done.stdout == "True a/b\n"  # a program may read it
     assert done.stderr.startswith("a download\n")
-    assert "TypeError: reload() argument must be a module" in done.stderr
+    # where it was raised is told, too
+    assert "TypeError: reload() argument must be a module" in done.stderr and "in reload" in done.stderr
 
 
 def test_input_that_cannot_be_used_and_a_process_that_dies_are_told_apart():
@@ -203,6 +206,28 @@ def test_input_that_cannot_be_used_and_a_process_that_dies_are_told_apart():
                  "apart('os', '_exit', 7)")
     assert done.stdout == "InputError no file nowhere.yaml\n"
     assert "RuntimeError: the process of os._exit ended with exit code 7" in done.stderr
+
+
+def test_an_error_that_cannot_be_raised_elsewhere_says_what_it_was():
+    done = apart("apart('tests.searches', 'fail', 'a', 'b')")
+    assert "RuntimeError: Odd: a and b" in done.stderr and "in fail" in done.stderr
+
+
+def test_a_signal_during_the_check_ends_both_processes(tmp_path):
+    """Written aside and removed at the end, as a library would do it."""
+    code = ("import signal, sys\nfrom tune.apart import apart\n"
+            "def interrupt(*_): raise KeyboardInterrupt\n"
+            "signal.signal(signal.SIGUSR1, interrupt)\n"
+            "try: apart('tests.searches', 'linger', sys.argv[1])\n"
+            "except KeyboardInterrupt: sys.exit(99)")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 99 and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_torch_is_loaded_already_it_is_called_right_here():

@@ -24,7 +24,7 @@ from nulsq.config import to_yaml
 from nulsq.errors import InputError, Parser, exit_on_input_error
 from nulsq.run_directory import path_of, write_atomically
 from tune import journal
-from tune.check import check
+from tune.apart import apart
 from tune.cost import network_cost
 from tune.reporting import recipe_of
 from tune.results import Row, collect, read_stopped
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     if stopped:
         raise InputError(f"tune.search has stopped trials early in {folder.path} ({', '.join(stopped[:3])}), an array "
                          "trains all to their end; choose another dir")
-    check(search)
+    apart("tune.check", "check_recipes", search)
     warm = warm_rows(search)
     with folder:
         recipes = write(search, folder.path.resolve(), warm)

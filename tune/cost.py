@@ -12,7 +12,8 @@ KNOWN: dict[str, dict[str, float]] = {}  # what `tune.check` has measured in ano
 def network_cost(recipe: Recipe) -> dict[str, float]:
     """{"average_bits", "bytes"} of the recipe's network: one pass of one image.
 
-    Recipes of the same network, bits and data share it. What is not known yet is measured here, with torch.
+    Recipes of the same network, bits and data share it. What is not known yet is measured here, with torch: in a
+    search whose space has settings of the network.
     """
     same = repr((recipe.model, recipe.quant, recipe.data.path, recipe.data.size, recipe.data.eval_size))
     if same not in KNOWN:
@@ -21,7 +22,7 @@ def network_cost(recipe: Recipe) -> dict[str, float]:
 
 
 def _measure(recipe):
-    import torch  # the search's own process does without, see `tune.apart`
+    import torch  # else the search's own process does without, see `tune.apart`
 
     from nulsq.data import DataSet
     from nulsq.inspect.cost import cost_of

@@ -6,6 +6,7 @@ uninterrupted one would have drawn from the same results. Random and quasi-rando
 of every study has the same one, so studies are compared on the same hyperparameters.
 """
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tune.apart import apart
 from tune.reporting import WORST
 from tune.space import Search, Trial
 
@@ -55,14 +57,25 @@ def random(search: Search, number: int) -> dict[str, Any]:
 
 def quasirandom(search: Search, number: int) -> dict[str, Any]:
     """Point `number` of a scrambled Sobol sequence (Owen 1998), a dimension per sampler in the order of the file."""
-    from torch.quasirandom import SobolEngine
-
     if not search.space:
         return {}
-    point = SobolEngine(len(search.space), scramble=True, seed=search.seed).draw(number + 1)[number].tolist()
+    count = max(64, 1 << number.bit_length())  # not one by one: each time may be a process
+    point = _sobol(len(search.space), search.seed, count)[number]
     # Scrambled points may reach 1.0 in float32; a quantile is below it.
     return {name: sampler.draw(min(u, 1 - 2**-24)) for (name, sampler), u in zip(search.space.items(), point,
                                                                                strict=True)}
+
+
+@functools.cache
+def _sobol(dimensions: int, seed: int, count: int) -> list[list[float]]:
+    return apart("tune.draws", "sobol", dimensions, seed, count)
+
+
+def sobol(dimensions: int, seed: int, count: int) -> list[list[float]]:
+    """The first points of a scrambled Sobol sequence, each in [0, 1]^dimensions. torch's, hence called apart."""
+    from torch.quasirandom import SobolEngine
+
+    return SobolEngine(dimensions, scramble=True, seed=seed).draw(count).tolist()
 
 
 def tpe(search: Search, study: str, number: int, told: list[Told]) -> dict[str, Any]:

@@ -16,6 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nulsq.config import load_recipe
+from nulsq.run_directory import read_metrics
+
 WORST = {"val_top1": 0.0, "val_loss": 1e9}  # the score of a trial that diverged
 
 
@@ -31,9 +34,6 @@ def run_directory(config: dict[str, Any]) -> Path:
 
 def recipe_of(config: dict[str, Any]):
     """The trial's recipe: the search's, the trial's overrides, and what is a trial's own."""
-    # Imported here and below: nulsq brings torch, and the process that only starts workers can do without.
-    from nulsq.config import load_recipe
-
     own = {"run.dir": str(run_directory(config)), "run.threads": max(1, int(config["cpus"]))}
     if not config["gpus"]:
         own["run.device"] = "cpu"  # Ray hides no GPU from a process that asked for none
@@ -69,8 +69,7 @@ def told_before(config: dict[str, Any]) -> list[dict[str, Any]]:
     path = run_directory(config)
     if not path.is_dir():
         return []
-    from nulsq import checkpoint
-    from nulsq.run_directory import read_metrics
+    from nulsq import checkpoint  # with torch, which only a trial has
 
     newest = checkpoint.newest(path)
     done = checkpoint.load(newest)["epoch"] if newest is not None else 0

@@ -82,11 +82,9 @@ def _main(arguments) -> int:
                              "starts it or goes on")
     search = dataclasses.replace(folder.search, trials=folder.search.trials + more)
     if not folder.finished or more:
-        # Libraries may say on stdout what they download; there a program reads its line, and nothing else.
-        with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-            gpus, costs = apart("tune.check", "check", search)
-            cost.KNOWN |= costs
-            warm = warm_rows(search)
+        gpus, costs = apart("tune.check", "check", search, not arguments.dry_run)
+        cost.KNOWN |= costs
+        warm = warm_rows(search)
         if not arguments.json:
             print(plan(search, gpus), flush=True)
     if arguments.dry_run:
@@ -264,8 +262,9 @@ def _loggers(search, folder):
     """Ray's own callbacks for the services that people keep their experiments in."""
     if search.wandb:
         from ray.air.integrations.wandb import WandbLoggerCallback
-        # `dir`: by default its files are in Ray's temporary folder, and what Tune copies of them may lack the end
-        yield WandbLoggerCallback(project=search.wandb, group=search.name, excludes=["config"], dir=str(folder))
+        # By default its files are in Ray's temporary folder, and what Tune copies of them may lack the end.
+        yield WandbLoggerCallback(project=search.wandb, group=search.name, excludes=["config"],
+                                  dir=os.environ.get("WANDB_DIR") or str(folder))
     if search.mlflow:
         from ray.air.integrations.mlflow import MLflowLoggerCallback
         yield MLflowLoggerCallback(tracking_uri=search.mlflow, experiment_name=search.name)

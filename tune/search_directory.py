@@ -5,6 +5,7 @@
     rungs                      ASHA's rungs, with every result     extended              trials that --extend added
     finished                   there when all trials have ended    ray/                  what Tune writes: not read
     array/                     a recipe per trial (tune.array)     launch/               a batch job's script and logs
+    wandb/                     what W&B keeps, where it is used
     trials.csv, trials.parquet, leaderboard.txt, studies/, report/   the results
 """
 
