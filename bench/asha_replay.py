@@ -27,16 +27,18 @@ import json
 import math
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from bench import command
 from bench.simulator import Curve, Found, Patience, Run, affordable, judge, simulate
 from bench.timing import machine, scratch
 from nulsq.errors import InputError, Parser, exit_on_input_error
 from tune.scheduler import StratifiedAsha
+from tune.space import rungs
 
 STRATIFIED, MIXED, RANDOM, FULL = "stratified ASHA", "plain ASHA, mixed", "random search", "all in full"
 REGRET, SHARE = 0.3, 0.25  # targets of the median: points, share of the full budget
@@ -162,14 +164,18 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def described(curves: list[Curve], epochs: int) -> list[dict]:
-    """Per study: how many configurations, how many diverge, and how hard the best one is to find."""
+def described(curves: list[Curve], epochs: int, milestones: Iterable[int] = ()) -> list[dict]:
+    """Per study: how many configurations, how many diverge, and how hard the best one is to find: how near others come,
+    and what scores at milestones say of the end, as Spearman's rank correlation over those that do not diverge."""
     found = []
     for study in dict.fromkeys(curve.study for curve in curves):
         own = [curve for curve in curves if curve.study == study]
         finals = [curve.final(epochs) for curve in own]
+        ranks = pd.DataFrame([curve.scores for curve in own if len(curve.scores) == epochs]).rank()
         found.append({"study": study, "configurations": len(own), "best": max(finals),
                       "median": float(np.median(finals)), "near": sum(max(finals) - each <= REGRET for each in finals),
+                      "agreement": {epoch: round(float(ranks[epoch - 1].corr(ranks[epochs - 1])), 3)
+                                    for epoch in milestones},
                       "diverge": sum(len(curve.scores) < epochs for curve in own)})
     return found
 
@@ -178,12 +184,14 @@ def heading(recorded: dict, studies: list[dict], arguments) -> str:
     """What was replayed, in words."""
     images = f"{recorded['subset']} training images" if recorded.get("subset") else "all training images"
     lines = [f"Replayed: {recorded['metric']} on the holdout ({recorded['holdout']}) of {recorded['model']}, "
-             f"{recorded['epochs']} epochs of {images}, {recorded['recipe']}.",
+             f"{recorded['epochs']} epochs of {images}, {recorded['recipe']} with {recorded.get('overrides', {})}.",
              f"{arguments.replays} replays, {arguments.workers} workers, grace {arguments.grace}, reduction "
              f"{arguments.reduction}, seed {arguments.seed}."]
     lines += [f"Study {each['study']}: {each['configurations']} configurations end at {each['best']:.2f} at best and "
               f"{each['median']:.2f} at the median; {each['near']} within {REGRET:g} points of the best, "
-              f"{each['diverge']} diverge." for each in studies]
+              f"{each['diverge']} diverge. Rank correlation with the end: "
+              + ", ".join(f"{rho:.2f} after epoch {epoch}" for epoch, rho in each["agreement"].items()) + "."
+              for each in studies]
     return "\n".join(lines)
 
 
@@ -268,7 +276,7 @@ def main(argv: list[str]) -> int:
         epochs = recorded["epochs"]
         if arguments.grace >= epochs:
             raise InputError(f"--grace {arguments.grace}, allowed: below the {epochs} epochs of a trial")
-        studies = described(curves, epochs)
+        studies = described(curves, epochs, rungs(epochs, arguments.grace, arguments.reduction))
         found = replay(curves, epochs, arguments)
         rows = [row(each["study"], name, found[name][each["study"]]) for each in studies for name in found]
         print(f"{heading(recorded, studies, arguments)}\n\n{table(rows)}")

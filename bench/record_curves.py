@@ -54,7 +54,8 @@ def curves(search: Search, runs: Path) -> dict:
                       "seconds": round(sum(line["seconds"] for line in lines), 1)})
     recipe = load_recipe(search.recipe, search.overrides)
     return {"metric": search.metric, "epochs": recipe.optim.epochs, "recipe": search.recipe,
-            "model": recipe.model.name, "holdout": recipe.data.holdout, "subset": recipe.data.subset, "trials": found}
+            "overrides": search.overrides, "model": recipe.model.name,
+            "holdout": recipe.data.holdout, "subset": recipe.data.subset, "trials": found}
 
 
 @exit_on_input_error

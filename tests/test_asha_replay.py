@@ -195,6 +195,13 @@ def test_what_was_replayed_is_said_and_everything_is_written(tmp_path, capsys):
     assert "python -m bench.record_curves" in capsys.readouterr().err
 
 
+def test_what_early_scores_say_of_the_end_is_their_rank_correlation():
+    curves = [Curve("2", n, (float(n), float(-n), 3.0 * n)) for n in range(5)] + [Curve("2", 5, (99.0,))]
+    study, = asha_replay.described(curves, 3, [1, 2])
+    assert study["agreement"] == {1: 1.0, 2: -1.0}  # the one that diverges in its second epoch has no end
+    assert (study["configurations"], study["diverge"], study["best"]) == (6, 1, 12.0)
+
+
 # ---- many trials
 
 
