@@ -73,8 +73,9 @@ class Clocked:
 # ---- replays
 
 
-def load(path: Path) -> tuple[dict, list[Curve]]:
-    """A recording: what it is of, and its curves, each cut before its first score that is no number."""
+def load(path: Path, raw: bool = False) -> tuple[dict, list[Curve]]:
+    """A recording: what it is of, and its curves, each cut before its first score that is no number; `raw`: those of
+    the weights as they are, beside their average."""
     try:
         recorded = json.loads(path.read_text())
     except FileNotFoundError:
@@ -85,10 +86,13 @@ def load(path: Path) -> tuple[dict, list[Curve]]:
     if metric != "val_top1":
         raise InputError(f"--curves: {path} has metric {metric}, allowed: val_top1 (regret is in its points)")
     trials = recorded.pop("trials")
+    if raw and not any("raw" in trial for trial in trials):
+        raise InputError(f"--raw: {path} has one score an epoch (it was recorded without optim.ema_decay)")
     epochs = [trial["seconds"] / len(trial["curve"]) for trial in trials if trial["curve"]]
     curves = []
     for trial in trials:
-        scores = itertools.takewhile(lambda score: score is not None and math.isfinite(score), trial["curve"])
+        scores = itertools.takewhile(lambda score: score is not None and math.isfinite(score),
+                                     trial.get("raw", []) if raw else trial["curve"])
         # one that diverged in its first epoch has no line to take the time from
         seconds = trial["seconds"] / len(trial["curve"]) if trial["curve"] else float(np.mean(epochs))
         curves.append(Curve(trial["study"], trial["number"], tuple(scores), seconds))
@@ -247,6 +251,7 @@ def decisions_table(rows: list[dict]) -> str:
 def parser() -> Parser:
     made = Parser(prog="python -m bench.asha_replay", description=__doc__)
     made.add_argument("--curves", type=Path, default=Path("bench/data/curves.json"), help="recording (%(default)s)")
+    made.add_argument("--raw", action="store_true", help="scores of the weights as they are, not of their average")
     made.add_argument("--replays", type=int, default=200, help="(%(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of the order of configurations (%(default)s)")
     made.add_argument("--workers", type=int, default=8, help="trials at a time (%(default)s)")
@@ -272,7 +277,7 @@ def main(argv: list[str]) -> int:
             rows = decisions(curves, arguments, None) + decisions(curves, arguments, folder)
         print(f"{len(curves)} trials in {STUDIES} studies, {LONG} epochs, random curves\n\n{decisions_table(rows)}")
     else:
-        recorded, curves = load(arguments.curves)
+        recorded, curves = load(arguments.curves, arguments.raw)
         epochs = recorded["epochs"]
         if arguments.grace >= epochs:
             raise InputError(f"--grace {arguments.grace}, allowed: below the {epochs} epochs of a trial")

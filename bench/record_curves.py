@@ -49,8 +49,10 @@ def curves(search: Search, runs: Path) -> dict:
     found = []
     for trial in listed(search):
         lines = read_metrics(runs / trial.key)
+        raw = f"raw_{search.metric}"  # of the weights as they are, where their average is what counts
         found.append({"study": trial.study, "number": trial.number, "drawn": trial.drawn,
                       "curve": [line[search.metric] for line in lines],
+                      **({"raw": [line[raw] for line in lines]} if any(raw in line for line in lines) else {}),
                       "seconds": round(sum(line["seconds"] for line in lines), 1)})
     recipe = load_recipe(search.recipe, search.overrides)
     return {"metric": search.metric, "epochs": recipe.optim.epochs, "recipe": search.recipe,

@@ -189,6 +189,10 @@ def test_what_was_replayed_is_said_and_everything_is_written(tmp_path, capsys):
         [(study, search) for study in "24" for search in (STRATIFIED, MIXED, RANDOM, FULL)]
     assert all(len(row["replays"]["regret"]) == 2 for row in written["rows"])
     assert asha_replay.load(tmp_path / "curves.json")[1][3].scores == (1.0,)
+    assert asha_replay.main([*argv, "--raw"]) == 2 and "recorded without optim.ema_decay" in capsys.readouterr().err
+    trials[0]["raw"] = [2.0, 3.0]
+    (tmp_path / "curves.json").write_text(json.dumps(recorded))
+    assert [curve.scores for curve in asha_replay.load(tmp_path / "curves.json", raw=True)[1][:2]] == [(2.0, 3.0), ()]
     (tmp_path / "curves.json").write_text(json.dumps(recorded | {"metric": "val_loss"}))
     assert asha_replay.main(argv) == 2 and "allowed: val_top1" in capsys.readouterr().err
     assert asha_replay.main(["--curves", str(tmp_path / "none.json")]) == 2
