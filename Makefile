@@ -40,16 +40,16 @@ test: .venv/installed check
 
 check: .venv/installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not slurm and not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 20 -m "not slow and not slurm and not long"
 
 proofs: .venv/installed
 	$(MAKE) --no-print-directory -j2 --output-sync=line proofs-slurm proofs-others
 
 proofs-slurm:
-	$(BIN)/python -m pytest -m "slurm and not long" || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest --durations 20 -m "slurm and not long" || [ $$? -eq 5 ]
 
 proofs-others:
-	$(BIN)/python -m pytest -m "slow and not slurm and not long" || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest --durations 20 -m "slow and not slurm and not long" || [ $$? -eq 5 ]
 
 long: .venv/installed
 	$(BIN)/python -m pytest --timeout 3600 -m long
