@@ -255,7 +255,8 @@ def parser() -> Parser:
     made.add_argument("--replays", type=int, default=200, help="(%(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of the order of configurations (%(default)s)")
     made.add_argument("--workers", type=int, default=8, help="trials at a time (%(default)s)")
-    made.add_argument("--reduction", type=int, default=3, help="1 of so many goes on at a rung (%(default)s)")
+    made.add_argument("--reduction", type=int, default=4,
+                      help="1 of so many goes on at a rung (%(default)s, Ray's own)")
     made.add_argument("--grace", type=int, default=1, help="first rung, in epochs (%(default)s)")
     made.add_argument("--decisions", action="store_true",
                       help="instead: speed and memory of the scheduler, in minutes")

@@ -1,6 +1,6 @@
 """Learning curves of every trial of a search, none stopped early: what bench.asha_replay replays.
 
-    python -m bench.record_curves                                      # 2.4 hours of training, in two processes
+    python -m bench.record_curves                                      # an hour on two cores, in two processes
     python -m bench.record_curves --search configs/search/curves.yaml --processes 2 --json bench/data/curves.json
 
 Trains the float network that the trials start from, then every trial to its end with `nulsq.train`, in runs/curves.
