@@ -21,6 +21,12 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """What a test has set, or a command that it has called, is not the next one's: two threads round differently."""
+    torch.set_num_threads(1)
+
+
 def pytest_addoption(parser):
     parser.addoption("--quantizer", default=None, help="run the contract tests on a quantizer module of your own")
 
