@@ -1,6 +1,6 @@
 """What a search costs beside its trials: time in which none computes, a trial's start, memory beside the workers.
 
-    python -m bench.search_overhead                                    # 8 trials of half a minute, two at a time
+    python -m bench.search_overhead                                    # 8 trials of a minute, two at a time
     python -m bench.search_overhead configs/search/curves.yaml trials=4 dir=runs/overhead
     python -m bench.search_overhead --folder runs/search-demo          # of a search that has run: no memory
 
