@@ -41,9 +41,10 @@ def test_quantizer_equals_reference(case):
     for key in keys:
         found = goldens.parameter(quantizer, key).grad
         wanted = goldens.tensor(store, f"{name}/dparam/{key}")
-        # Sums that cancel, in float32: the vectors' own distance from float64 is up to 4e-6 of the largest (LCQ 4 bits)
-        # and what exp is rounded to differs between processors.
-        torch.testing.assert_close(found, wanted.view(found.shape), rtol=1e-4, atol=5e-6 * float(wanted.abs().max()))
+        # LCQ's pass through a softmax, whose sums cancel: a vector is 4.4e-6 of its largest away from float64, and what
+        # exp is rounded to differs between processors.
+        rounding = (5e-6 if case["quantizer"] == "LCQ" else 1e-6) * float(wanted.abs().max())
+        torch.testing.assert_close(found, wanted.view(found.shape), rtol=1e-4, atol=rounding)
 
 
 @pytest.mark.parametrize("case", _params(wanted=True))
