@@ -31,7 +31,7 @@ from nulsq.metrics import Counters
 from nulsq.models import network
 from nulsq.optim import Optimizers
 from nulsq.quant.calibrate import calibrate_
-from nulsq.quant.fold_relu import fold_relu_
+from nulsq.quant.fold import fold_
 from nulsq.quant.op import force
 from nulsq.quant.step import quantizers_of
 from nulsq.world import World
@@ -77,7 +77,7 @@ class Step:
         self.labels = torch.randint(0, classes, (batch,), generator=draw)
         if quantizers_of(self.model):
             calibrate_(self.model, [self.images])
-            fold_relu_(self.model)
+            fold_(self.model)
         self.model.train()
         self.stepped = self.model
         if setting in ("compiled", "traced", "bf16", "preresnet18", "memory"):

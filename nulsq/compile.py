@@ -36,25 +36,32 @@ class _Pass(CustomGraphPass):
 
 
 class _InputsMadeAgain(_Pass):
-    """What a quantizer takes (the batch norm's output) is not kept for backward but made again there.
+    """What a quantizer takes is not kept for backward but made again there, where that is a matter of elements.
 
-    The partition keeps it otherwise, beside what the batch norm took and what the convolution takes: three tensors of
-    an activation's size where a float network keeps two. Forward then never writes it either. Where two convolutions
-    read one activation, each through a quantizer of its own, what one of them takes (the one that backward meets later)
-    is made again, too.
+    The partition keeps it otherwise, beside what the operation before took and what the convolution takes: three
+    tensors of an activation's size where a float network keeps two. Forward then never writes it either. Where two
+    convolutions read one activation, each through a quantizer of its own, what one of them takes (the one that backward
+    meets later) is made again, too; also where the quantizers do a batch norm's work, and take what a convolution gave.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         met = set()
         for node in graph.find_nodes(op="call_function", target=torch.ops.nulsq.gradients.default):
-            source = node.args[0]
-            if not _pointwise(source):  # dear to make again
+            source, taken = node.args[0], _convolved(node.args[1])
+            if _behind_batch_norm(node):
+                again = {taken} if taken is not None and taken.target is torch.ops.nulsq.quantize.default else set()
+            elif _pointwise(source):  # else dear to make again
+                source.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+                again = _between(source, taken)  # or the comparisons are kept in its place
+            else:
                 continue
-            source.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-            if source in met:
-                for each in _between(source, _convolved(node.args[1])):  # or the comparisons are kept in its place
-                    each.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            for each in again if source in met else ():
+                each.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             met.add(source)
+
+
+def _behind_batch_norm(node: torch.fx.Node) -> bool:
+    return isinstance(node.args[-1], torch.fx.Node)  # the last argument is the batch norm's shift, or the rule's `relu`
 
 
 def _pointwise(node: torch.fx.Node) -> bool:

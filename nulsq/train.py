@@ -37,7 +37,7 @@ from nulsq.prepare import prepare
 from nulsq.progress import Progress
 from nulsq.quant.batch_norm import freeze_batch_norm_
 from nulsq.quant.calibrate import calibrate_
-from nulsq.quant.fold_relu import fold_relu_
+from nulsq.quant.fold import fold_
 from nulsq.quant.oscillation import shares
 from nulsq.quant.step import quantizers_of
 from nulsq.quant.swap import summary
@@ -110,7 +110,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     asked = Asked(stop, here, run.path)
     if resumed is None and quantizers_of(model):
         _calibrate(recipe, here, model, loaders, normalize, progress, asked)
-    fold_relu_(model)
+    fold_(model)
     if here.size > 1 and device.type == "cuda":
         model = sync_batch_norm(model)
     oscillations = track_oscillations(recipe, model)

@@ -13,6 +13,7 @@ from nulsq.loss import backward
 from nulsq.metrics import Counters
 from nulsq.models import network
 from nulsq.optim import Optimizers
+from nulsq.quant.fold import fold_
 from nulsq.quant.op import available, force
 
 SMALL = """
@@ -83,6 +84,7 @@ def losses(recipe, images, labels, form, *, kind=torch.float32, compiled=False, 
     with force(form):
         model = network(recipe, 10, start=False)
         nulsq.calibrate_(model, [images[0]])
+        fold_(model)
         model.to(kind).train()
         stepped = nulsq.compile.compiled(model, torch.device("cpu")) if compiled else model
         optimizers, counters, found = Optimizers(model, recipe.optim), Counters(torch.device("cpu")), []

@@ -71,7 +71,10 @@ class Quantizer(nn.Module):
         if role == "activation" and channels is not None:
             raise ValueError(f"{self.name()}: per-channel steps are defined for weights only, not for activations")
         self.bits, self.role, self.channels = bits, role, channels
-        self.relu = False  # whether the ReLU before it is left to it, see `nulsq.quant.fold_relu`
+        # The batch norm before it (in a tuple: it stays the network's module) and the ReLU, where `nulsq.quant.fold`
+        # leaves them to it
+        self.batch_norm: tuple[nn.Module, ...] = ()
+        self.relu = False
         self.shares = 1  # how many inputs of this size make the global batch: ranks x micro-batches
         self.init, self.grad_scale = init, grad_scale
         self.ste = self.ste if ste is None else ste
@@ -113,7 +116,17 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._require_ready()
-        return fake_quantize(x, self.table(self._elements(x)), self.rule())
+        affine = None
+        for norm in self.batch_norm:
+            x, affine = norm.affine_of(x, self)
+        return fake_quantize(x, self.table(self._elements(x)), self.rule(), affine=affine)
+
+    def received(self, x: Tensor) -> Tensor:
+        """What is quantized of what `forward` is called with: x behind the batch norm and the ReLU left to it."""
+        for norm in self.batch_norm:
+            x, affine = norm.affine_of(x, self)
+            x = affine.of(x)
+        return x.relu() if self.relu else x
 
     def rule(self) -> Rule:
         return Rule(self.index, self.ste, self.reduction, self.codes, self.ties_up(), self.shift, self.segments,

@@ -46,7 +46,7 @@ class _Quantized:
         """Input and weight as the layer's product sees them."""
         quantizer = self.activation_quantizer
         if self.observer is not None:
-            x = x.relu() if quantizer is not None and quantizer.relu else x
+            x = x if quantizer is None else quantizer.received(x)
             self.observer(x)
             return x, self.weight
         if quantizer is not None:

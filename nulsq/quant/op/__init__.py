@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from nulsq.quant.op.eager import Eager
-from nulsq.quant.op.fused import available, fused, inline_forward, requantized
-from nulsq.quant.op.oracle import Oracle, Rule, Table, encode, scale_gradient
+from nulsq.quant.op.fused import available, fused, inline_forward, requantized, takes_affine
+from nulsq.quant.op.oracle import Affine, Oracle, Rule, Table, encode, scale_gradient
 
-__all__ = ["FORMS", "Rule", "Table", "available", "encode", "fake_quantize", "force", "inline_forward", "requantized",
-           "scale_gradient"]
+__all__ = ["FORMS", "Affine", "Rule", "Table", "available", "encode", "fake_quantize", "force", "inline_forward",
+           "requantized", "scale_gradient"]
 
 FORMS = {
     "oracle": lambda x, table, rule: Oracle.apply(x, *table, rule),
@@ -31,11 +31,20 @@ FORMS = {
 _forced: str | None = None
 
 
-def fake_quantize(x: Tensor, table: Table, rule: Rule, form: str | None = None) -> Tensor:
-    """x -> its level by `rule`; same shape and type. A 2-D table runs over dimension 0 of x. `form` forces one."""
+def fake_quantize(x: Tensor, table: Table, rule: Rule, form: str | None = None,
+                  affine: Affine | None = None) -> Tensor:
+    """x -> its level by `rule`; same shape and type. A 2-D table runs over dimension 0 of x. `form` forces one.
+
+    affine: what x goes through before that, of one pass with it where there is a kernel for both; per-tensor tables.
+    """
     if table.high is table.gaps:  # a clipping threshold; the compiler takes no tensor twice
         table = table._replace(high=table.high.view_as(table.high))
-    return FORMS[form or _forced or _choose(x, table)](x, table, rule)
+    form = form or _forced or _choose(x, table)
+    if affine is None:
+        return FORMS[form](x, table, rule)
+    if form == "fused" and takes_affine(x):
+        return fused(x, table, rule, affine)
+    return FORMS[form](affine.of(x), table, rule).to(x.dtype)
 
 
 def _choose(x, table):

@@ -20,12 +20,11 @@
 #include <vector>
 
 #include "lanes.h"
+#include "lines.h"
 #include "table.h"
 
 namespace {
 
-constexpr int64_t PIECE = 8192;
-constexpr int64_t AHEAD = 512;   // elements that memory is asked for in advance: by itself it is late
 constexpr int MASKED = 7;   // gaps with an accumulator each
 
 template <class C> constexpr bool by_halves(int count) {
@@ -224,43 +223,45 @@ template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
     }
 };
 
-// What both functions are called with, as cpu.py lays it out. Tables are [channels, ...] in the type of computation; x
-// and all that has its shape are in one order of memory with the channels outermost.
-struct Call {
-    Rule rule;
-    int storage, threads, gap_count;                           // storage: 0 float, 1 bfloat16, 2 double
-    int64_t channels, elements;                                // elements of a channel
-    const uint8_t* ties_up;
-    const void *gaps, *levels, *thresholds, *x, *dy;           // dy: null forward
-    void *out, *dgaps, *dlow, *dhigh, *doffset, *dslope;       // out: y or dx
-};
-
-// y (FORWARD) or dx and the sums of one piece.
+// y (FORWARD) or dx and the sums of one piece, the elements from `start` on.
 template <bool FORWARD, class Kind, class S, class C>
-void piece(const Rule& rule, const Table<C>& table, const S* x, const S* dy, S* out, int64_t count, double* total) {
+void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64_t start, int64_t count, const S* x,
+           const S* dy, S* out, double* total, double* line_total) {
     Kind kind(rule, table);
     const Real<C> floor = all<C>(rule.relu ? C(0) : std::numeric_limits<C>::quiet_NaN());  // nothing is below a NaN
-    auto step = [&](const S* x, const S* dy, S* out) {
-        Real<C> at = load(x);
-        at = at <= floor ? floor : at;
-        if constexpr (FORWARD) store(out, kind.level(at));
-        else store(out, at == floor ? Real<C>{} : kind.gradient(at, load(dy)));
-    };
-    int64_t i = 0;
-    for (; i + WIDTH<C> <= count; i += WIDTH<C>) {
-        if (Kind::LIGHT) {
-            __builtin_prefetch(x + i + AHEAD);
-            if (!FORWARD) __builtin_prefetch(dy + i + AHEAD);
-            __builtin_prefetch(out + i + AHEAD, 1);
-        }
-        step(x + i, dy + (FORWARD ? 0 : i), out + i);
-    }
-    if (i < count) {                                           // a zero gradient adds nothing
-        S rest[WIDTH<C>] = {}, beside[WIDTH<C>] = {}, done[WIDTH<C>];
-        std::copy(x + i, x + count, rest);
-        if (!FORWARD) std::copy(dy + i, dy + count, beside);
-        step(rest, beside, done);
-        std::copy(done, done + (count - i), out + i);
+    if (!lines.features) {
+        auto step = [&](const S* x, const S* dy, S* out) {
+            Real<C> at = load(x);
+            at = at <= floor ? floor : at;
+            if constexpr (FORWARD) store(out, kind.level(at));
+            else store(out, at == floor ? Real<C>{} : kind.gradient(at, load(dy)));
+        };
+        const int64_t rest = count % WIDTH<C>, full = count - rest;
+        vectors<FORWARD, Kind::LIGHT, C>(x, dy, out, count / WIDTH<C>, WIDTH<C>, WIDTH<C>, step);
+        if (rest) vectors<FORWARD, false, C>(x + full, FORWARD ? dy : dy + full, out + full, 1, WIDTH<C>, rest, step);
+    } else {
+        lines.stretches(start, count, [&](int64_t i, int64_t repeat, int64_t stride, int64_t lanes, int64_t channel) {
+            const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
+                          shift = lines.of(lines.shift, channel) - center * scale;
+            Real<C> turned{}, moved{};                         // what the lines' scale and shift get
+            auto step = [&](const S* x, const S* dy, S* out) {
+                const Real<C> taken = load(x);
+                Real<C> at = taken * scale + shift;
+                at = at <= floor ? floor : at;
+                if constexpr (FORWARD) store(out, kind.level(at));
+                else {
+                    const Real<C> dx = at == floor ? Real<C>{} : kind.gradient(at, load(dy));
+                    turned += dx * (taken - center);
+                    moved += dx;
+                    store(out, dx * scale);
+                }
+            };
+            vectors<FORWARD, Kind::LIGHT, C>(x + i, FORWARD ? dy : dy + i, out + i, repeat, stride, lanes, step);
+            if constexpr (!FORWARD) {
+                lines.add(line_total, channel, turned);
+                lines.add(line_total + lines.features, channel, moved);
+            }
+        });
     }
     if constexpr (!FORWARD) kind.add_to(total);
 }
@@ -288,8 +289,10 @@ template <bool FORWARD, class S, class C> auto choose(const Rule& rule) {
 
 template <class S, class C> void run(const Call& call) {
     const Rule& rule = call.rule;
-    const int64_t channels = call.channels, elements = call.elements, pieces = (elements + PIECE - 1) / PIECE;
-    const int slots = call.dy ? slots_of(rule) : 0;
+    const Lines<C> lines(call);
+    const int64_t channels = call.channels, elements = call.elements;
+    const int64_t size = lines.features ? lines.piece(PIECE) : PIECE, pieces = (elements + size - 1) / size;
+    const int slots = call.dy ? slots_of(rule) : 0, line_slots = call.dy ? 2 * call.features : 0;
     std::vector<Table<C>> tables(channels);
     for (int64_t c = 0; c < channels; c++) {
         tables[c].read(rule, (const C*)call.gaps + c * call.gap_count, (const C*)call.levels + c * (rule.thresholds + 1),
@@ -297,15 +300,21 @@ template <class S, class C> void run(const Call& call) {
         if (by_halves<C>(tables[c].count)) tables[c].sort_into_halves();
         if (tables[c].count > CHAIN && elements > 4 * Table<C>::BUCKETS) tables[c].sort_into_buckets();
     }
-    std::vector<double> partial(channels * pieces * slots, 0.0);
+    std::vector<double> partial(channels * pieces * slots, 0.0), line_partial(pieces * line_slots, 0.0);
     const auto work = call.dy ? choose<false, S, C>(rule) : choose<true, S, C>(rule);
     const S *x = (const S*)call.x, *dy = (const S*)call.dy;
     S* out = (S*)call.out;
 #pragma omp parallel for num_threads(call.threads) if (call.threads > 1 && channels * elements > 4 * PIECE)
     for (int64_t task = 0; task < channels * pieces; task++) {
-        const int64_t c = task / pieces, start = task % pieces * PIECE, at = c * elements + start;
-        work(rule, tables[c], x + at, dy ? dy + at : dy, out + at, std::min(PIECE, elements - start),
-             partial.data() + task * slots);
+        const int64_t c = task / pieces, start = task % pieces * size, at = c * elements + start;
+        work(rule, tables[c], lines, start, std::min(size, elements - start), x + at, dy ? dy + at : dy, out + at,
+             partial.data() + task * slots, line_partial.data() + task * line_slots);
+    }
+    for (int64_t s = 0; s < line_slots; s++) {
+        double total = 0;
+        for (int64_t piece = 0; piece < pieces; piece++) total += line_partial[piece * line_slots + s];
+        if (s < call.features) ((C*)call.dscale)[s] = total;
+        else ((C*)call.dshift)[s - call.features] = total;
     }
     if (!slots) return;
 
@@ -336,8 +345,13 @@ template <class S, class C> void run(const Call& call) {
 
 }  // namespace
 
-extern "C" void nulsq_run(const Call* call) {
-    if (call->storage == 0) run<float, float>(*call);
-    else if (call->storage == 1) run<BFloat16, float>(*call);
-    else run<double, double>(*call);
-}
+// by what x and all that has its shape are stored in
+#define FOR_EACH_STORAGE(name, function)                             \
+    extern "C" void name(const Call* call) {                         \
+        if (call->storage == 0) function<float, float>(*call);         \
+        else if (call->storage == 1) function<BFloat16, float>(*call); \
+        else function<double, double>(*call);                          \
+    }
+FOR_EACH_STORAGE(nulsq_run, run)
+FOR_EACH_STORAGE(nulsq_add_lines, add_lines)
+FOR_EACH_STORAGE(nulsq_moments, moments)

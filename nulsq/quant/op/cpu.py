@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nulsq.quant.op.layout import gradient_buffers, laid_like, laid_out
-from nulsq.quant.op.oracle import Rule, Table
+from nulsq.quant.op.layout import dense, gradient_buffers, laid_like, laid_out
+from nulsq.quant.op.oracle import Affine, Rule, Table
 from nulsq.quant.settings import STE_RULES
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "table.h", "lanes.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "lines.h", "table.h", "lanes.h")]
 # Without -ffast-math: NaN has to stay NaN, and no sum may be taken apart. Where a loop lies is worth a tenth of a pass,
 # and would change with every line of the source. The rest lets comparisons become masks.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
@@ -42,9 +42,10 @@ class _Rule(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _fields_ = ([("rule", _Rule)] + [(name, ctypes.c_int) for name in ("storage", "threads", "gap_count")]
-                + [(name, ctypes.c_int64) for name in ("channels", "elements")]
-                + [(name, ctypes.c_void_p) for name in ("ties_up", "gaps", "levels", "thresholds", "x", "dy", "out",
-                                                        "dgaps", "dlow", "dhigh", "doffset", "dslope")])
+                + [(name, ctypes.c_int64) for name in ("channels", "elements", "features", "plane")]
+                + [(name, ctypes.c_void_p) for name in ("ties_up", "gaps", "levels", "thresholds", "center", "scale",
+                                                        "shift", "x", "dy", "out", "dgaps", "dlow", "dhigh", "doffset",
+                                                        "dslope", "dscale", "dshift")])
 
 
 def available() -> bool:
@@ -52,41 +53,90 @@ def available() -> bool:
     return _library() is not None
 
 
-def quantize(x: Tensor, table: Table, rule: Rule) -> Tensor:
-    """y: the level of each element; shape, type and memory order of x."""
+def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> Tensor:
+    """y: the level of each element, behind `affine` if there is one; shape, type and memory order of x."""
     stored = x.dtype
-    x, table, call = _prepare(x, table, rule)
+    x, table, call, affine = _prepare(x, table, rule, affine)
     y = torch.empty_like(x)
     call.out = y.data_ptr()
     _library().nulsq_run(call)
     return y.to(stored)
 
 
-def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, over: bool = False) -> tuple[Tensor, ...]:
-    """dx and the gradients of gaps, low, high, offset and slope; empty where the rule's reduction has none.
+def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
+              over: bool = False) -> tuple[Tensor, ...]:
+    """dx and the gradients of gaps, low, high, offset and slope, empty where the rule's reduction has none; and, where
+    there is an affine map, of its scale and shift.
 
     over: dy is nobody else's, dx may take its memory: a fourth of what backward moves, from memory that is cold.
     """
-    stored, kind = x.dtype, table.gaps.dtype
-    x, table, call = _prepare(x, table, rule)
+    stored, kinds = x.dtype, [table.gaps.dtype] * 5 + [each.dtype for each in (affine or ())[1:]]
+    x, table, call, affine = _prepare(x, table, rule, affine)
     given, dy = dy, laid_like(dy, x)
-    dx, sums = dy if over or dy is not given else torch.empty_like(x), gradient_buffers(table, rule)
-    if not x.numel():
-        return dx.to(stored), *(each.zero_().to(kind) for each in sums)
-    call.dy, call.out = dy.data_ptr(), dx.data_ptr()
-    call.dgaps, call.dlow, call.dhigh, call.doffset, call.dslope = (each.data_ptr() for each in sums)
-    _library().nulsq_run(call)
-    return dx.to(stored), *(each.to(kind) for each in sums)
+    dx = dy if over or dy is not given else torch.empty_like(x)
+    sums = gradient_buffers(table, rule) + [torch.empty_like(each) for each in (affine or ())[1:]]
+    if x.numel():
+        call.dy, call.out = dy.data_ptr(), dx.data_ptr()
+        call.dgaps, call.dlow, call.dhigh, call.doffset, call.dslope = (each.data_ptr() for each in sums[:5])
+        if affine is not None:
+            call.dscale, call.dshift = (each.data_ptr() for each in sums[5:])
+        _library().nulsq_run(call)
+    else:
+        sums = [each.zero_() for each in sums]
+    return dx.to(stored), *(each.to(kind) for each, kind in zip(sums, kinds, strict=True))
 
 
-def _prepare(x, table, rule):
+def add_affine(dx: Tensor, x: Tensor, affine: Affine, over: bool = False) -> Tensor:
+    """dx + (x - center) * scale + shift, in the type of dx. over: dx is nobody else's, its memory may be taken."""
+    stored = dx.dtype
+    x, call = _plain(x)
+    given, dx = dx, laid_like(dx, x)
+    out = dx if over or dx is not given else torch.empty_like(x)
+    if x.numel():
+        call.dy, call.out = dx.data_ptr(), out.data_ptr()
+        affine = _lines(call, x, affine)
+        _library().nulsq_add_lines(call)
+    return out.to(stored)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (divided by the count) of each channel of x [N, C, ...]; float32, of a double in its type."""
+    x, call = _plain(x)
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, var = (torch.empty(x.shape[1], dtype=kind) for _ in range(2))
+    lines = _lines(call, x, Affine(x[0].flatten(1)[:, 0].to(kind), mean, var))
+    call.dscale, call.dshift = mean.data_ptr(), var.data_ptr()
+    _library().nulsq_moments(call)
+    del lines
+    return mean, var
+
+
+def _plain(x):
+    """x dense, in a type that the kernels read, and a call about it."""
+    x = dense(x)
+    x = x if x.dtype in STORAGE else x.to(torch.float32)
+    return x, _Call(storage=STORAGE[x.dtype], threads=torch.get_num_threads(), channels=1, elements=x.numel(),
+                    x=x.data_ptr())
+
+
+def _prepare(x, table, rule, affine):
     x, table, channels = laid_out(x, table, (torch.bfloat16,))
     call = _Call(rule=_switches(rule), storage=STORAGE[x.dtype], threads=torch.get_num_threads(),
                  gap_count=table.gaps.shape[-1], channels=channels, elements=x.numel() // channels,
                  ties_up=ctypes.addressof(_ties(rule)), gaps=table.gaps.data_ptr(), x=x.data_ptr())
     if rule.index == "table":
         call.levels, call.thresholds = table.levels.data_ptr(), table.thresholds.data_ptr()
-    return x, table, call
+    if affine is not None:
+        affine = _lines(call, x, Affine(*(each.to(table.gaps.dtype) for each in affine)))
+    return x, table, call, affine
+
+
+def _lines(call, x, affine):
+    """Tell the call what lies where; returns the tensors, which have to live as long as it."""
+    affine = Affine(*(each.contiguous() for each in affine))
+    call.features, call.plane = x.shape[1], x.stride(1)
+    call.center, call.scale, call.shift = (each.data_ptr() for each in affine)
+    return affine
 
 
 @functools.cache
@@ -117,8 +167,8 @@ def _library():
 def loaded(path: Path) -> ctypes.CDLL:
     """A compiled kernel, ready to be called. Raises OSError where it cannot be loaded."""
     library = ctypes.CDLL(str(path))
-    library.nulsq_run.argtypes = [ctypes.POINTER(_Call)]
-    library.nulsq_run.restype = None
+    for function in (library.nulsq_run, library.nulsq_add_lines, library.nulsq_moments):
+        function.argtypes, function.restype = [ctypes.POINTER(_Call)], None
     return library
 
 

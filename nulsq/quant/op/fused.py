@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from nulsq.quant.op import cpu, gpu, oracle, sole
 from nulsq.quant.op.layout import dense, gradient_buffers
-from nulsq.quant.op.oracle import Oracle, Rule, Table, sums_asked_for
+from nulsq.quant.op.oracle import Affine, Oracle, Rule, Table, sums_asked_for
 
 KERNELS = {"cpu": cpu, "cuda": gpu}
 _TABLE = "Tensor gaps, Tensor low, Tensor high, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
 _RULE = "str index, str ste, str reduction, int[] codes, bool[] ties_up, float shift, int segments, bool relu"
-_FIELDS = len(Table._fields)
+_AFFINE = "Tensor? center=None, Tensor? scale=None, Tensor? shift_by=None"  # behind a batch norm; on the CPU only
+_FIELDS, _SWITCHES = len(Table._fields), len(Rule._fields)
 MOST_INLINED = 15  # thresholds: the comparisons are unrolled
 
 
@@ -33,11 +34,19 @@ def available(device: str) -> bool:
     return device in KERNELS and KERNELS[device].available()
 
 
-def fused(x: Tensor, table: Table, rule: Rule) -> Tensor:
+def takes_affine(x: Tensor) -> bool:
+    """Whether `fused` has a kernel for x behind an affine map."""
+    return x.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
+
+
+def fused(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> Tensor:
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
-        return torch.ops.nulsq.quantize(x, *table, *rule)
-    function = Transformed if torch._C._are_functorch_transforms_active() else Fused
-    return function.apply(x, *table, rule)
+        if affine is None and len(rule.ties_up) <= MOST_INLINED:
+            return torch.ops.nulsq.quantize_inline(x, *table, *rule)
+        return torch.ops.nulsq.quantize(x, *table, *rule, *(affine or ()))
+    if torch._C._are_functorch_transforms_active():
+        return Transformed.apply(x, *table, rule)
+    return Fused.apply(x, *table, rule, *(affine or (None,) * 3))
 
 
 def requantized(y: Tensor) -> contextlib.AbstractContextManager:
@@ -64,31 +73,46 @@ def requantized(y: Tensor) -> contextlib.AbstractContextManager:
         if isinstance(kept, Tensor):
             return kept
         node, shape, stride = kept
-        x, *table = node.saved_tensors
         with torch.no_grad():
-            return KERNELS[x.device.type].quantize(x, Table(*table), node.rule).as_strided(shape, stride)
+            return _quantize(*node.saved_tensors[:_FIELDS + 1], node.rule, *node.saved_tensors[_FIELDS + 1:]
+                             ).as_strided(shape, stride)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class Fused(torch.autograd.Function):
-    """x -> its level by `rule`; shape, type and memory order of x."""
+    """x -> its level by `rule`, behind an affine map if there is one; shape, type and memory order of x."""
 
     @staticmethod
-    def forward(ctx, x, gaps, low, high, levels, thresholds, offset, slope, rule):
-        table = Table(gaps, low, high, levels, thresholds, offset, slope)
-        ctx.save_for_backward(x, *table)
+    def forward(ctx, x, gaps, low, high, levels, thresholds, offset, slope, rule, *affine):
+        table = gaps, low, high, levels, thresholds, offset, slope
+        ctx.save_for_backward(x, *table, *affine)
         ctx.rule = rule
-        return KERNELS[x.device.type].quantize(x, table, rule)
+        return _quantize(x, *table, rule, *affine)
 
     @staticmethod
     def backward(ctx, dy):
         x, *table = ctx.saved_tensors
-        rule = sums_asked_for(ctx.rule, ctx.needs_input_grad)
+        table, affine = Table(*table[:_FIELDS]), _affine(table[_FIELDS:])
+        rule = sums_asked_for(ctx.rule, ctx.needs_input_grad[:_FIELDS + 1])
         if x.device.type == "cpu":  # over dy, where autograd keeps it for nobody else
             over = not torch.is_grad_enabled() and sole.references(dy) == sole.references_alone()
-            return *_in_order(cpu.gradients(x, dy, Table(*table), rule, over)), None
-        return *_in_order(KERNELS[x.device.type].gradients(x, dy, Table(*table), rule)), None
+            found = cpu.gradients(x, dy, table, rule, affine, over)
+        else:
+            found = KERNELS[x.device.type].gradients(x, dy, table, rule)
+        dx, *rest = _in_order(found, affine)
+        return dx, *rest[:_FIELDS], None, *rest[_FIELDS:]
+
+
+def _quantize(x, *rest):
+    table, rule, affine = Table(*rest[:_FIELDS]), rest[_FIELDS], _affine(rest[_FIELDS + 1:])
+    if x.device.type == "cpu":
+        return cpu.quantize(x, table, rule, affine)
+    return KERNELS[x.device.type].quantize(x, table, rule)
+
+
+def _affine(tensors):
+    return None if tensors[0] is None else Affine(*tensors)
 
 
 class Transformed(Oracle):
@@ -102,52 +126,74 @@ class Transformed(Oracle):
     def backward(ctx, dy):
         x, *table = ctx.saved_tensors
         rule = sums_asked_for(ctx.rule, ctx.needs_input_grad)
-        return *_in_order(torch.ops.nulsq.gradients(x, dy, *table, *rule)), None
+        return *_in_order(torch.ops.nulsq.gradients(x, dy, *table, *rule))[:_FIELDS + 1], None
 
     @staticmethod
     def vmap(info, dims, x, *rest):
         return _quantize_batch(info, dims, x, *rest[:_FIELDS], *rest[_FIELDS])
 
 
-def _in_order(found):
-    """dx and the table's gradients, None where there is none, for the arguments x and table."""
+def _in_order(found, affine=None):
+    """Gradients of x, the table and the affine map, None where there is none, as their arguments stand."""
     dx, *sums = found
-    dgaps, dlow, dhigh, doffset, dslope = (each if each.numel() else None for each in sums)
-    return dx, dgaps, dlow, dhigh, None, None, doffset, dslope
+    dgaps, dlow, dhigh, doffset, dslope = (each if each.numel() else None for each in sums[:5])
+    lines = (None,) * 3 if affine is None else (-affine.scale * sums[6], sums[5], sums[6])
+    return dx, dgaps, dlow, dhigh, None, None, doffset, dslope, *lines
 
 
 # ---- operators of torch
 
 _library = torch.library.Library("nulsq", "DEF")
-_library.define(f"quantize(Tensor x, {_TABLE}, {_RULE}) -> Tensor")
-_library.define(f"gradients(Tensor x, Tensor dy, {_TABLE}, {_RULE}) -> "
-                "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"quantize(Tensor x, {_TABLE}, {_RULE}, {_AFFINE}) -> Tensor")
+# The same, of which Inductor may make comparisons: see `inline_forward`.
+_library.define(f"quantize_inline(Tensor x, {_TABLE}, {_RULE}, {_AFFINE}) -> Tensor")
+_library.define(f"gradients(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> "
+                "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 # The same with dx in the place of dy, for a compiler that knows whose dy is; on the CPU only, where it pays.
-_library.define(f"gradients_over(Tensor x, Tensor(a!) dy, {_TABLE}, {_RULE}) -> "
-                "(Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"gradients_over(Tensor x, Tensor(a!) dy, {_TABLE}, {_RULE}, {_AFFINE}) -> "
+                "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 def _read(arguments):
-    rule = Rule(*arguments[_FIELDS:])
-    return Table(*arguments[:_FIELDS]), rule._replace(codes=tuple(rule.codes), ties_up=tuple(rule.ties_up))
+    """Table, rule and affine map from an operator's arguments behind x or dy."""
+    rule = Rule(*arguments[_FIELDS:_FIELDS + _SWITCHES])
+    rule = rule._replace(codes=tuple(rule.codes), ties_up=tuple(rule.ties_up))
+    lines = arguments[_FIELDS + _SWITCHES:]
+    return Table(*arguments[:_FIELDS]), rule, _affine(lines) if lines else None
 
 
-for _device, _kernel in KERNELS.items():
-    _library.impl("quantize", lambda x, *rest, kernel=_kernel: kernel.quantize(x, *_read(rest)), _device.upper())
-    _library.impl("gradients", lambda x, dy, *rest, kernel=_kernel: kernel.gradients(x, dy, *_read(rest)),
-                  _device.upper())
+def _both(found, affine):
+    """The gradients of one kernel with two empty ones in the place of an affine map's where there is none."""
+    return (*found, *(found[0].new_empty(0) for _ in range(0 if affine else 2)))
+
+
+def _on_cpu(x, dy, *rest):
+    table, rule, affine = _read(rest)
+    return _both(cpu.gradients(x, dy, table, rule, affine), affine)
+
+
+def _on_gpu(x, dy, *rest):
+    table, rule, _ = _read(rest)
+    return _both(gpu.gradients(x, dy, table, rule), None)
 
 
 def _gradients_over(x, dy, *rest):
-    dx, *sums = cpu.gradients(x, dy, *_read(rest), over=True)
+    table, rule, affine = _read(rest)
+    dx, *sums = _both(cpu.gradients(x, dy, table, rule, affine, over=True), affine)
     if dx is not dy:  # another order of memory, or another type
         dy.copy_(dx)
     return tuple(sums)
 
 
+for _name in ("quantize", "quantize_inline"):
+    _library.impl(_name, lambda x, *rest: cpu.quantize(x, *_read(rest)), "CPU")
+    _library.impl(_name, lambda x, *rest: gpu.quantize(x, *_read(rest)[:2]), "CUDA")
+_library.impl("gradients", _on_cpu, "CPU")
+_library.impl("gradients", _on_gpu, "CUDA")
 _library.impl("gradients_over", _gradients_over, "CPU")
 
 
+@torch.library.register_fake("nulsq::quantize_inline", lib=_library)
 @torch.library.register_fake("nulsq::quantize", lib=_library)
 def _quantize_like(x, *rest):
     return torch.empty_like(dense(x))
@@ -155,41 +201,46 @@ def _quantize_like(x, *rest):
 
 @torch.library.register_fake("nulsq::gradients", lib=_library)
 def _gradients_like(x, dy, *rest):
-    return torch.empty_like(dense(x)), *gradient_buffers(*_read(rest))
+    return torch.empty_like(dense(x)), *_sums_like(x, dy, *rest)
 
 
 @torch.library.register_fake("nulsq::gradients_over", lib=_library)
 def _sums_like(x, dy, *rest):
-    return tuple(gradient_buffers(*_read(rest)))
+    table, rule, affine = _read(rest)
+    lines = [torch.empty_like(each) for each in affine[1:]] if affine else [table.gaps.new_empty(0)] * 2
+    return *gradient_buffers(table, rule), *lines
 
 
 def _keep(ctx, inputs, output):
     x, *rest = inputs
-    ctx.save_for_backward(x, *rest[:_FIELDS])
-    ctx.rule = rest[_FIELDS:]
+    ctx.rule = Rule(*rest[_FIELDS:_FIELDS + _SWITCHES])
+    ctx.save_for_backward(x, *rest[:_FIELDS], *rest[_FIELDS + _SWITCHES:])
 
 
 def _backward(ctx, dy):
     x, *table = ctx.saved_tensors
-    rule = sums_asked_for(Rule(*ctx.rule), ctx.needs_input_grad)
-    return *_in_order(torch.ops.nulsq.gradients(x, dy, *table, *rule)), *(None,) * len(Rule._fields)
+    affine = _affine(table[_FIELDS:])
+    rule = sums_asked_for(ctx.rule, ctx.needs_input_grad[:_FIELDS + 1])
+    found = torch.ops.nulsq.gradients(x, dy, *table[:_FIELDS], *rule, *table[_FIELDS:])
+    dx, *rest = _in_order(found, affine)
+    return dx, *rest[:_FIELDS], *(None,) * _SWITCHES, *rest[_FIELDS:]
 
 
-torch.library.register_autograd("nulsq::quantize", _backward, setup_context=_keep, lib=_library)
+for _name in ("quantize", "quantize_inline"):
+    torch.library.register_autograd(f"nulsq::{_name}", _backward, setup_context=_keep, lib=_library)
 
 
 @functools.cache
 def inline_forward() -> None:
-    """From now on Inductor takes the oracle's comparisons for forward: part of the batch norm before them, they need no
+    """From now on Inductor takes the oracle's comparisons for forward: part of what comes before them, they need no
     pass over memory of their own. Backward stays the kernel: Inductor's sums over a whole tensor are passes of theirs.
+    Behind an affine map, and of more than MOST_INLINED thresholds, both are the kernel.
     """
     from torch._inductor.decomposition import fast_random_decomps, register_decomposition
 
-    @register_decomposition([torch.ops.nulsq.quantize.default])
+    @register_decomposition([torch.ops.nulsq.quantize_inline.default])
     def quantize(x, *rest):
-        table, rule = _read(rest)
-        if len(rule.ties_up) > MOST_INLINED:
-            return NotImplemented
+        table, rule, _ = _read(rest)
         return oracle.quantize(x, table, rule)[0].to(x.dtype)
 
     fast_random_decomps.cache_clear()  # Inductor's copy of its table, if anything was compiled before
@@ -210,6 +261,7 @@ def _gradients_batch(info, dims, x, dy, *rest):
 
 
 torch.library.register_vmap("nulsq::quantize", _quantize_batch, lib=_library)
+torch.library.register_vmap("nulsq::quantize_inline", _quantize_batch, lib=_library)
 torch.library.register_vmap("nulsq::gradients", _gradients_batch, lib=_library)
 
 

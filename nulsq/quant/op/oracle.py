@@ -48,6 +48,22 @@ class Table(NamedTuple):
     slope: Tensor | None = None  # likewise
 
 
+class Affine(NamedTuple):
+    """What x goes through before it is quantized, where a batch norm is left to the operation: (x - center) * scale +
+    shift; [C] each, over dimension 1 of x. All three carry the gradient.
+    """
+
+    center: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """In plain PyTorch, as every kernel computes it: one multiplication and one addition, in the type of scale."""
+        shape = (-1, *[1] * (x.dim() - 2))
+        shift = self.shift - self.center * self.scale
+        return x.to(self.scale.dtype) * self.scale.view(shape) + shift.view(shape)
+
+
 class Rule(NamedTuple):
     """Static switches of a quantizer: plain Python values, so that a compiler specializes on them."""
 

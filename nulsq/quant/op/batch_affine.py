@@ -1,0 +1,49 @@
+"""A batch norm as an affine map of its input: what a quantizer behind it does on the way, without a pass of its own.
+
+    batch norm   (x - mean) / sqrt(var + eps) * weight + bias
+    Affine       (x - center) * scale + shift,  center = mean, scale = weight / sqrt(var + eps), shift = bias
+
+The statistics of a batch depend on x, so in backward they add to its gradient a further affine map of x, which is one
+pass over the gradient that the operation gave.
+"""
+
+import torch
+from torch import Tensor
+
+from nulsq.quant.op import cpu, sole
+from nulsq.quant.op.oracle import Affine
+
+
+def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Affine, Tensor, Tensor]:
+    """What a batch norm in training does to x [N, C, ...], on the CPU.
+
+    Returns x, to be mapped in its place (its gradient goes through the statistics, too), the map, and without gradient
+    the mean and the variance (of the batch: divided by its count) of each channel [C].
+    """
+    if torch.compiler.is_compiling():  # which has passes of its own to put the sums in
+        others = [d for d in range(x.dim()) if d != 1]
+        var, mean = torch.var_mean(x.to(weight.dtype), others, correction=0)
+        return x, Affine(mean, weight * (var + eps).rsqrt(), bias), mean.detach(), var.detach()
+    with torch.no_grad():
+        mean, var = cpu.moments(x)
+    x, center, scale = _BatchAffine.apply(x, weight, mean, var, eps)
+    return x, Affine(center, scale, bias), mean, var
+
+
+class _BatchAffine(torch.autograd.Function):
+    """x, weight, mean, var, eps -> x, center, scale; backward knows that mean and var are those of x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, mean, var, eps):
+        inverse = (var + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, inverse)
+        return x.view_as(x), mean.clone(), weight * inverse
+
+    @staticmethod
+    def backward(ctx, dx, dcenter, dscale):
+        x, weight, mean, inverse = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        # d inverse / d x = -inverse^3 (x - mean) / count,  d mean / d x = 1 / count
+        line = Affine(mean, dscale * weight * inverse**3 / -count, dcenter / count)
+        over = not torch.is_grad_enabled() and sole.references(dx) == sole.references_alone()
+        return cpu.add_affine(dx, x, line, over), dscale * inverse, None, None, None

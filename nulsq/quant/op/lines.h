@@ -1,0 +1,155 @@
+// How the kernels of cpu.cpp go over memory, and the batch norm before a quantizer: a line for each channel of x.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "lanes.h"
+#include "table.h"
+
+namespace {
+
+constexpr int64_t PIECE = 8192;
+constexpr int64_t AHEAD = 512;   // elements that memory is asked for in advance: by itself it is late
+
+// What all functions are called with, as cpu.py lays it out. Tables are [channels, ...] in the type of computation; x
+// and all that has its shape are in one order of memory with the channels outermost. Behind a batch norm there is one
+// table, and `features` lines: of dimension 1 of x, along which elements lie `plane` apart.
+struct Call {
+    Rule rule;
+    int storage, threads, gap_count;                           // storage: 0 float, 1 bfloat16, 2 double
+    int64_t channels, elements, features, plane;               // elements of a channel; features 0: no lines
+    const uint8_t* ties_up;
+    const void *gaps, *levels, *thresholds, *center, *scale, *shift, *x, *dy;  // dy: null forward
+    void *out, *dgaps, *dlow, *dhigh, *doffset, *dslope, *dscale, *dshift;     // out: y or dx
+};
+
+// A line for each channel of x: (x - center) scale + shift. A channel's elements lie together, `plane` by `plane`; or,
+// where that is 1, beside those of the other channels: channels last.
+template <class C> struct Lines {
+    int64_t features, plane;
+    std::vector<C> center, scale, shift;                       // with room for a vector from the last channel on
+
+    explicit Lines(const Call& call) : features(call.features), plane(call.plane) {
+        for (auto [to, from] : {std::pair(&center, call.center), {&scale, call.scale}, {&shift, call.shift}}) {
+            to->assign((const C*)from, (const C*)from + features);
+            to->resize(features + WIDTH<C>);
+        }
+    }
+    Real<C> of(const std::vector<C>& values, int64_t channel) const {
+        return plane == 1 ? load(values.data() + channel) : all<C>(values[channel]);
+    }
+    // About as many elements as asked for that can be walked by themselves: whole rows of channels.
+    int64_t piece(int64_t elements) const {
+        return plane == 1 ? std::max<int64_t>(1, elements / features) * features : elements;
+    }
+    // Calls each(at, repeat, stride, lanes, channel) for the stretches that make up the elements from `start` on: each
+    // is `repeat` vectors, `stride` elements apart, of one channel or of WIDTH channels beside each other.
+    template <class F> void stretches(int64_t start, int64_t count, F each) const {
+        if (plane == 1) {
+            for (int64_t c = 0; c < features; c += WIDTH<C>)
+                each(c, count / features, features, std::min<int64_t>(WIDTH<C>, features - c), c);
+            return;
+        }
+        for (int64_t i = 0; i < count;) {
+            const int64_t run = std::min(plane - (start + i) % plane, count - i), rest = run % WIDTH<C>;
+            const int64_t channel = (start + i) / plane % features;
+            if (run > rest) each(i, run / WIDTH<C>, WIDTH<C>, WIDTH<C>, channel);
+            if (rest) each(i + run - rest, 1, WIDTH<C>, rest, channel);
+            i += run;
+        }
+    }
+    void add(double* to, int64_t channel, Real<C> sums) const {
+        for (int64_t j = 0; j < WIDTH<C> && (plane > 1 || channel + j < features); j++)
+            to[plane == 1 ? channel + j : channel] += sums[j];
+    }
+};
+
+// `repeat` vectors of `lanes` elements each, `stride` apart. One that is not full is copied: beside it stand zeros, and
+// a zero gradient adds nothing.
+template <bool FORWARD, bool LIGHT, class C, class S, class F>
+inline void vectors(const S* x, const S* dy, S* out, int64_t repeat, int64_t stride, int64_t lanes, F step) {
+    for (int64_t i = 0; i < repeat * stride; i += stride) {
+        const S* beside = FORWARD ? dy : dy + i;
+        if (lanes == WIDTH<C>) {
+            if (LIGHT) {
+                __builtin_prefetch(x + i + AHEAD);
+                if (!FORWARD) __builtin_prefetch(beside + AHEAD);
+                __builtin_prefetch(out + i + AHEAD, 1);
+            }
+            step(x + i, beside, out + i);
+            continue;
+        }
+        S some[WIDTH<C>] = {}, some_beside[WIDTH<C>] = {}, done[WIDTH<C>];
+        std::copy(x + i, x + i + lanes, some);
+        if (!FORWARD) std::copy(beside, beside + lanes, some_beside);
+        step(some, some_beside, done);
+        std::copy(done, done + lanes, out + i);
+    }
+}
+
+// each(piece, start, count) for the pieces of x, several at a time.
+template <class C, class F> void by_pieces(const Call& call, const Lines<C>& lines, F each) {
+    const int64_t size = lines.piece(PIECE), pieces = (call.elements + size - 1) / size;
+#pragma omp parallel for num_threads(call.threads) if (call.threads > 1 && call.elements > 4 * PIECE)
+    for (int64_t piece = 0; piece < pieces; piece++)
+        each(piece, piece * size, std::min(size, call.elements - piece * size));
+}
+
+// out = dy + (x - center) scale + shift.
+template <class S, class C> void add_lines(const Call& call) {
+    const Lines<C> lines(call);
+    by_pieces(call, lines, [&](int64_t, int64_t start, int64_t count) {
+        lines.stretches(start, count, [&](int64_t i, int64_t repeat, int64_t stride, int64_t lanes, int64_t channel) {
+            const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
+                          shift = lines.of(lines.shift, channel);
+            i += start;
+            auto step = [&](const S* x, const S* dy, S* out) {
+                store(out, load(dy) + ((load(x) - center) * scale + shift));
+            };
+            vectors<false, true, C>((const S*)call.x + i, (const S*)call.dy + i, (S*)call.out + i, repeat, stride, lanes,
+                                    step);
+        });
+    });
+}
+
+// Mean (dscale) and variance (dshift) of each channel, from sums of x - center and of its square, where center is any
+// number like those of the channel.
+template <class S, class C> void moments(const Call& call) {
+    const Lines<C> lines(call);
+    const int64_t features = call.features, each = call.elements / features;
+    std::vector<double> partial((call.elements / lines.piece(PIECE) + 1) * 2 * features, 0.0), total(2 * features, 0.0);
+    by_pieces(call, lines, [&](int64_t piece, int64_t start, int64_t count) {
+        lines.stretches(start, count, [&](int64_t i, int64_t repeat, int64_t stride, int64_t lanes, int64_t channel) {
+            const Real<C> center = lines.of(lines.center, channel);
+            Real<C> sum{}, squares{};
+            const S* x = (const S*)call.x + start + i;
+            for (int64_t v = 0; v < repeat; v++, x += stride) {
+                Real<C> away;
+                if (lanes == WIDTH<C>) {
+                    __builtin_prefetch(x + AHEAD);
+                    away = load(x) - center;
+                } else {
+                    S some[WIDTH<C>] = {};
+                    std::copy(x, x + lanes, some);
+                    away = load(some) - center;
+                    for (int64_t j = lanes; j < WIDTH<C>; j++) away[j] = 0;
+                }
+                sum += away;
+                squares += away * away;
+            }
+            lines.add(partial.data() + piece * 2 * features, channel, sum);
+            lines.add(partial.data() + (piece * 2 + 1) * features, channel, squares);
+        });
+    });
+    for (size_t s = 0; s < partial.size(); s++) total[s % (2 * features)] += partial[s];
+    for (int64_t c = 0; c < features; c++) {
+        const double mean = total[c] / each;
+        ((C*)call.dscale)[c] = lines.center[c] + mean;
+        ((C*)call.dshift)[c] = std::max(0.0, total[features + c] / each - mean * mean);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,142 @@
+"""A batch norm as part of a quantizer's pass: kernels equal plain PyTorch on every layout and number of channels."""
+
+import pytest
+import torch
+from torch import nn
+
+import nulsq
+from nulsq.quant.op import Affine, available, cpu, fake_quantize, force
+from nulsq.quant.op.batch_affine import batch_affine
+from nulsq.quant.statistics import Statistics
+
+pytestmark = pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
+METHODS = ("lsq", "nulsq", "lcq", "apot", "uniq")
+# rows of channels: less than a vector, whole vectors, vectors and a rest; planes likewise; one piece and several
+SHAPES = [(4, 3, 5, 7), (2, 16, 9, 9), (3, 19, 31, 29), (2, 64, 17, 16), (5, 1, 8, 8), (40, 33, 1, 1)]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def tensors(shape, memory, dtype=torch.float32, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=draw).to(dtype).contiguous(memory_format=memory) for _ in range(2)]
+
+
+def lines(count, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(1)
+    values = (torch.randn(count, generator=draw), torch.rand(count, generator=draw) + 0.5,
+              torch.randn(count, generator=draw) / 2)
+    return Affine(*(each.to(dtype).requires_grad_() for each in values))
+
+
+def ready(name, bits, signed=False):
+    quantizer = nulsq.get_quantizer(name)(bits, "activation", signed=signed)
+    quantizer.reset_(Statistics.of(torch.randn(999, generator=torch.Generator().manual_seed(bits)).abs()))
+    return quantizer
+
+
+def outcome(quantizer, x, dy, affine, form, relu=True):
+    """y and the gradients of x, the map and the quantizer's parameters."""
+    x = x.detach().requires_grad_()
+    wanted = [x, *affine, *quantizer.parameters()]
+    y = fake_quantize(x, quantizer.table(), quantizer.rule()._replace(relu=relu), form, affine)
+    return y.detach(), torch.autograd.grad(y, wanted, dy)
+
+
+def assert_equal_to_oracle(quantizer, x, dy, affine, tolerance, relu=True):
+    (y, found), (wanted_y, wanted) = (outcome(quantizer, x, dy, affine, form, relu) for form in ("fused", "oracle"))
+    assert torch.equal(y, wanted_y) and y.stride() == x.stride() and y.dtype == x.dtype
+    assert found[0].stride() == x.stride() and found[0].dtype == x.dtype
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("memory", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_equals_the_oracle_on_every_shape(name, shape, memory):
+    """Levels bit for bit: kernel and plain PyTorch map x by the same multiplication and the same addition."""
+    for bits in (2, 3, 4):
+        for kind, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-12), (torch.bfloat16, 2**-7)):
+            quantizer, affine = ready(name, bits), lines(shape[1], torch.promote_types(kind, torch.float32))
+            quantizer = quantizer.double() if kind == torch.float64 else quantizer
+            assert_equal_to_oracle(quantizer, *tensors(shape, memory, kind), affine, tolerance)
+
+
+@pytest.mark.parametrize("ste", ["clip", "clip_open", "half", "none"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_every_straight_through_rule_with_and_without_a_relu(ste, signed):
+    for relu in (False, True):
+        quantizer = ready("nulsq", 3, signed).double()
+        quantizer.ste = ste
+        x, dy = tensors((3, 19, 31, 29), torch.channels_last, torch.float64)
+        assert_equal_to_oracle(quantizer, x, dy, lines(19, torch.float64), 1e-12, relu)
+
+
+def test_an_empty_batch_has_no_gradients():
+    quantizer, affine = ready("nulsq", 2), lines(5)
+    y, (dx, *rest) = outcome(quantizer, torch.empty(0, 5, 4, 4), torch.empty(0, 5, 4, 4), affine, "fused")
+    assert y.shape == dx.shape == (0, 5, 4, 4) and all(not each.any() for each in rest)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    quantizer, affine = ready("nulsq", 4), lines(24)
+    x, dy = tensors((8, 24, 31, 29), torch.channels_last)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        y, gradients = outcome(quantizer, x, dy, affine, "fused")
+        found.append([y, *gradients, *cpu.moments(x)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("memory", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_moments_are_mean_and_variance(shape, memory):
+    x = tensors(shape, memory)[0] * 3
+    for offset, tolerance in ((0, 5e-6), (1e4, 1e-5)):  # a mean three thousand times the deviation
+        moved = x + offset
+        var, mean = torch.var_mean(moved.double(), (0, 2, 3), correction=0)
+        found = cpu.moments(moved)
+        torch.testing.assert_close(found[0].double(), mean, rtol=1e-6, atol=3e-6)  # a millionth of the deviation
+        torch.testing.assert_close(found[1].double(), var, rtol=tolerance, atol=tolerance)
+        assert all(torch.equal(a, b) for a, b in zip(cpu.moments(moved.bfloat16()),
+                                                     cpu.moments(moved.bfloat16().float()), strict=True))
+
+
+@pytest.mark.parametrize("memory", LAYOUTS)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != (40, 33, 1, 1)], ids=str)
+def test_a_batchs_own_map_is_batch_norm(shape, memory):
+    """Output and all gradients, those through the statistics too."""
+    norm, (x, dy) = nn.BatchNorm2d(shape[1]).double(), tensors(shape, memory, torch.float64)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.uniform_(norm.bias)
+    x.requires_grad_()
+    wanted_y = norm(x)
+    wanted = torch.autograd.grad(wanted_y, [x, *norm.parameters()], dy)
+    mapped, affine, mean, var = batch_affine(x, norm.weight, norm.bias, norm.eps)
+    y = affine.of(mapped)
+    found = torch.autograd.grad(y, [x, *norm.parameters()], dy)
+    torch.testing.assert_close(y, wanted_y, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+    assert not mean.requires_grad and not var.requires_grad
+
+
+def test_a_gradient_that_somebody_holds_is_not_written_over():
+    quantizer, (x, dy) = ready("nulsq", 2), tensors((2, 16, 8, 8), torch.channels_last)
+    weight, bias, held = torch.ones(16, requires_grad=True), torch.zeros(16, requires_grad=True), dy.clone()
+    x.requires_grad_()
+    mapped, affine, *_ = batch_affine(x, weight, bias, 1e-5)
+    seen = []
+    mapped.register_hook(seen.append)
+    y = fake_quantize(mapped, quantizer.table(), quantizer.rule(), "fused", affine)
+    y.backward(dy)
+    kept = seen[0].clone()
+    assert torch.equal(dy, held)
+    with force("oracle"):  # the same again, by itself: what the hook saw is what it sees now
+        x.grad = None
+        mapped, affine, *_ = batch_affine(x, weight, bias, 1e-5)
+        mapped.register_hook(seen.append)
+        fake_quantize(mapped, quantizer.table(), quantizer.rule(), affine=affine).backward(dy)
+    torch.testing.assert_close(kept, seen[1])
+    torch.testing.assert_close(seen[0], seen[1])
