@@ -7,6 +7,7 @@ again. Where nothing can be compiled the run goes on without, with one warning.
 
 import operator
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils.checkpoint import CheckpointPolicy
 
+import nulsq.quant.op
 from nulsq.quant.op import inline_forward
 
 
@@ -29,10 +31,12 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _Pass(CustomGraphPass):
-    """Part of the key under which compiled graphs are kept: they are made again when this file changes."""
+    """Part of the key under which compiled graphs are kept: they are made again when this file changes, or one that
+    says what the operation's nodes mean. To torch an operator is its name."""
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        operation = Path(nulsq.quant.op.__file__).parent
+        return get_hash_for_files((__file__, *map(str, sorted(operation.glob("*.py")))))
 
 
 class _InputsMadeAgain(_Pass):

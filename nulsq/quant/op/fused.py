@@ -15,6 +15,7 @@ import functools
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from nulsq.quant.op import cpu, gpu, oracle, sole
 from nulsq.quant.op.layout import dense, gradient_buffers
@@ -26,6 +27,7 @@ _RULE = "str index, str ste, str reduction, int[] codes, bool[] ties_up, float s
 _AFFINE = "Tensor? center=None, Tensor? scale=None, Tensor? shift_by=None"  # behind a batch norm; on the CPU only
 _FIELDS, _SWITCHES = len(Table._fields), len(Rule._fields)
 MOST_INLINED = 15  # thresholds: the comparisons are unrolled
+SMALL, FEW = 2**17, 3  # elements and thresholds (each has a sum) of which a compiler's own backward is quicker
 
 
 @torch.compiler.assume_constant_result  # a compiler asks once and takes the answer for good
@@ -149,6 +151,8 @@ _library.define(f"quantize(Tensor x, {_TABLE}, {_RULE}, {_AFFINE}) -> Tensor")
 _library.define(f"quantize_inline(Tensor x, {_TABLE}, {_RULE}, {_AFFINE}) -> Tensor")
 _library.define(f"gradients(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> "
                 "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"gradients_inline(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> "
+                "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 # The same with dx in the place of dy, for a compiler that knows whose dy is; on the CPU only, where it pays.
 _library.define(f"gradients_over(Tensor x, Tensor(a!) dy, {_TABLE}, {_RULE}, {_AFFINE}) -> "
                 "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -188,8 +192,9 @@ def _gradients_over(x, dy, *rest):
 for _name in ("quantize", "quantize_inline"):
     _library.impl(_name, lambda x, *rest: cpu.quantize(x, *_read(rest)), "CPU")
     _library.impl(_name, lambda x, *rest: gpu.quantize(x, *_read(rest)[:2]), "CUDA")
-_library.impl("gradients", _on_cpu, "CPU")
-_library.impl("gradients", _on_gpu, "CUDA")
+for _name in ("gradients", "gradients_inline"):
+    _library.impl(_name, _on_cpu, "CPU")
+    _library.impl(_name, _on_gpu, "CUDA")
 _library.impl("gradients_over", _gradients_over, "CPU")
 
 
@@ -199,6 +204,7 @@ def _quantize_like(x, *rest):
     return torch.empty_like(dense(x))
 
 
+@torch.library.register_fake("nulsq::gradients_inline", lib=_library)
 @torch.library.register_fake("nulsq::gradients", lib=_library)
 def _gradients_like(x, dy, *rest):
     return torch.empty_like(dense(x)), *_sums_like(x, dy, *rest)
@@ -221,8 +227,10 @@ def _backward(ctx, dy):
     x, *table = ctx.saved_tensors
     affine = _affine(table[_FIELDS:])
     rule = sums_asked_for(ctx.rule, ctx.needs_input_grad[:_FIELDS + 1])
-    found = torch.ops.nulsq.gradients(x, dy, *table[:_FIELDS], *rule, *table[_FIELDS:])
-    dx, *rest = _in_order(found, affine)
+    small = (x.device.type == "cpu" and affine is None and len(rule.ties_up) <= FEW and rule.reduction != "per_cell"
+             and statically_known_true(x.numel() < SMALL))
+    gradients = torch.ops.nulsq.gradients_inline if small else torch.ops.nulsq.gradients
+    dx, *rest = _in_order(gradients(x, dy, *table[:_FIELDS], *rule, *table[_FIELDS:]), affine)
     return dx, *rest[:_FIELDS], *(None,) * _SWITCHES, *rest[_FIELDS:]
 
 
@@ -233,8 +241,9 @@ for _name in ("quantize", "quantize_inline"):
 @functools.cache
 def inline_forward() -> None:
     """From now on Inductor takes the oracle's comparisons for forward: part of what comes before them, they need no
-    pass over memory of their own. Backward stays the kernel: Inductor's sums over a whole tensor are passes of theirs.
-    Behind an affine map, and of more than MOST_INLINED thresholds, both are the kernel.
+    pass over memory of their own. Backward stays the kernel: Inductor's sums over a whole tensor are passes of theirs;
+    but of a small layer's weights these take less time than the call of a kernel. Behind an affine map, and of more
+    than MOST_INLINED thresholds, both are the kernel.
     """
     from torch._inductor.decomposition import fast_random_decomps, register_decomposition
 
@@ -242,6 +251,12 @@ def inline_forward() -> None:
     def quantize(x, *rest):
         table, rule, _ = _read(rest)
         return oracle.quantize(x, table, rule)[0].to(x.dtype)
+
+    @register_decomposition([torch.ops.nulsq.gradients_inline.default])
+    def gradients(x, dy, *rest):
+        table, rule, _ = _read(rest)
+        found = oracle.gradients(x, dy, table, rule)
+        return *(table.gaps.new_empty(0) if each is None else each for each in found), *table.gaps.new_empty(2, 0)
 
     fast_random_decomps.cache_clear()  # Inductor's copy of its table, if anything was compiled before
 
