@@ -8,6 +8,7 @@
 //             thresholds lie below x's bucket, and only those inside it are compared. x and thresholds go to buckets
 //             by one rounded, monotone function, so the answer is exact.
 //   ties      x >= t is x > the float just below t: one kind of comparison for both.
+//   relu      of a range that begins at zero, folded into its comparisons: FROM_ZERO.
 //   sums      up to MASKED gaps: an accumulator each. Else what lies inside the range is put aside, packed, and each
 //             lane adds it at its slot in a column of its own, many vectors later: what was stored as a vector a
 //             moment ago is slow to read as numbers.
@@ -25,7 +26,7 @@
 
 namespace {
 
-constexpr int MASKED = 7;   // gaps with an accumulator each
+template <class C> constexpr int MASKED = WIDTH<C> > 8 ? 15 : 7;  // gaps with an accumulator each
 
 template <class C> constexpr bool by_halves(int count) {
     return count == 15 ? PICKS<C> > 0 : count == 7 && PICKS<C> > 8;
@@ -82,7 +83,7 @@ template <class C> inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> at
 // ---- what is done with one vector of a piece, by kind of quantizer
 
 template <class C> struct Uniform {
-    static constexpr bool LIGHT = true;                        // waits for memory, not for arithmetic
+    static constexpr bool LIGHT = true, RELU = false;          // waits for memory, not for arithmetic; does the ReLU too
     const Rule& rule;
     const C step, shift = rule.shift, low = rule.low + shift, high = rule.high + shift;
     Real<C> below{}, error{}, above{};
@@ -119,13 +120,14 @@ int slots_of(const Rule& rule) {
     }
 }
 
-// Sums in one accumulator for each of GAPS gaps, or in one for all of them (GAPS = 1).
-template <class C, int COUNT, int GAPS> struct Masked {
-    static constexpr bool LIGHT = true;
+// Sums in one accumulator for each of GAPS gaps, or in one for all of them (GAPS = 1). Those of single gaps add up what
+// lies above each level, which is one comparison where "in this gap" is two; their differences are the gaps'.
+template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
+    static constexpr bool LIGHT = true, RELU = FROM_ZERO;
     const Rule& rule;
     const Table<C>& table;
     const C low = table.levels[0], high = table.levels[table.count];
-    Real<C> sums[GAPS + 2] = {};
+    Real<C> below{}, above{}, sums[GAPS] = {};
 
     Masked(const Rule& rule, const Table<C>& table) : rule(rule), table(table) {}
 
@@ -135,30 +137,32 @@ template <class C, int COUNT, int GAPS> struct Masked {
     }
     Real<C> gradient(Real<C> x, Real<C> dy) {
         if (rule.reduction != NO_SUMS) {
-            Int<C> gap{};                                      // gap k: above level k - 1, not above level k
-            Real<C> y = look_up<COUNT, GAPS != 1>(table, x, gap), error = (y - x) * dy;
-            add_where(sums[0], x < low, dy);
-            add_where(sums[GAPS + 1], x > high, dy);
-            if (GAPS == 1) add_where(sums[1], x >= low, where<C>(x <= high, error));
-            else {
-                add_where(gap, x > y, Int<C>{} + 1);
+            Int<C> unused;
+            Real<C> y = look_up<COUNT, false>(table, x, unused), error = (y - x) * dy;
+            if (!FROM_ZERO) add_where(below, x < low, dy);
+            add_where(above, x > high, dy);
+            error = where<C>(x <= high, error);
+            add_where(sums[0], FROM_ZERO ? x > low : x >= low, error);
 #pragma GCC unroll 15
-                for (int k = 1; k <= GAPS; k++) add_where(sums[k], gap == k, error);
-            }
+            for (int k = 1; k < GAPS; k++) add_where(sums[k], x > all<C>(table.levels[k]), error);
         }
-        return input_gradient<C>(rule.ste, dy, x, low, high);
+        if (FROM_ZERO && rule.ste == CLIP) return where<C>(x > low, where<C>(x <= high, dy));
+        Real<C> dx = input_gradient<C>(rule.ste, dy, x, low, high);
+        return FROM_ZERO ? where<C>(~(x <= low), dx) : dx;
     }
     void add_to(double* total) const {
         if (rule.reduction == NO_SUMS) return;
-        for (int s = 0; s < GAPS + 2; s++)
-            for (int j = 0; j < WIDTH<C>; j++) total[s] += sums[s][j];
+        for (int j = 0; j < WIDTH<C>; j++) {
+            total[0] += below[j], total[GAPS + 1] += above[j];
+            for (int k = 0; k < GAPS; k++) total[k + 1] += sums[k][j] - (k + 1 < GAPS ? double(sums[k + 1][j]) : 0);
+        }
     }
 };
 
 // Sums at their slots: every lane has a column of its own, so that lanes do not wait for each other. What lies inside the
 // range is put aside first, packed, then looked up and added in full vectors: half of what a folded ReLU gets does not.
 template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
-    static constexpr bool LIGHT = true;
+    static constexpr bool LIGHT = true, RELU = false;
     static constexpr int SLOTS = REDUCTION == PER_GAP ? (COUNT ? COUNT + 2 : MOST + 2) : 2 * (2 * MOST + 2);
     static constexpr int ROOM = 1024;
     const Rule& rule;
@@ -228,12 +232,14 @@ template <bool FORWARD, class Kind, class S, class C>
 void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64_t start, int64_t count, const S* x,
            const S* dy, S* out, double* total, double* line_total) {
     Kind kind(rule, table);
-    const Real<C> floor = all<C>(rule.relu ? C(0) : std::numeric_limits<C>::quiet_NaN());  // nothing is below a NaN
+    const bool relu = rule.relu && !Kind::RELU;
+    const Real<C> floor = all<C>(relu ? C(0) : std::numeric_limits<C>::quiet_NaN());  // nothing is below a NaN
     if (!lines.features) {
         auto step = [&](const S* x, const S* dy, S* out) {
             Real<C> at = load(x);
-            at = at <= floor ? floor : at;
+            if (!Kind::RELU) at = at <= floor ? floor : at;
             if constexpr (FORWARD) store(out, kind.level(at));
+            else if constexpr (Kind::RELU) store(out, kind.gradient(at, load(dy)));
             else store(out, at == floor ? Real<C>{} : kind.gradient(at, load(dy)));
         };
         const int64_t rest = count % WIDTH<C>, full = count - rest;
@@ -247,10 +253,11 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
             auto step = [&](const S* x, const S* dy, S* out) {
                 const Real<C> taken = load(x);
                 Real<C> at = taken * scale + shift;
-                at = at <= floor ? floor : at;
+                if (!Kind::RELU) at = at <= floor ? floor : at;
                 if constexpr (FORWARD) store(out, kind.level(at));
                 else {
-                    const Real<C> dx = at == floor ? Real<C>{} : kind.gradient(at, load(dy));
+                    Real<C> dx = kind.gradient(at, load(dy));
+                    if (!Kind::RELU) dx = at == floor ? Real<C>{} : dx;
                     turned += dx * (taken - center);
                     moved += dx;
                     store(out, dx * scale);
@@ -266,24 +273,25 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
     if constexpr (!FORWARD) kind.add_to(total);
 }
 
-template <bool FORWARD, class S, class C, int COUNT> auto choose_kind(const Rule& rule) {
+template <bool FORWARD, class S, class C, int COUNT, bool FROM_ZERO> auto choose_kind(const Rule& rule) {
     if constexpr (!FORWARD) {
-        constexpr bool few = COUNT > 0 && COUNT <= MASKED;
-        if (few && rule.reduction == PER_GAP) return piece<FORWARD, Masked<C, COUNT, few ? COUNT : 1>, S, C>;
+        constexpr bool few = COUNT > 0 && COUNT <= MASKED<C>;
+        if (few && rule.reduction == PER_GAP) return piece<FORWARD, Masked<C, COUNT, few ? COUNT : 1, FROM_ZERO>, S, C>;
         if (rule.reduction == PER_GAP) return piece<FORWARD, Scattered<C, COUNT, PER_GAP>, S, C>;
         if (rule.reduction == PER_CELL) return piece<FORWARD, Scattered<C, COUNT, PER_CELL>, S, C>;
     }
-    return piece<FORWARD, Masked<C, COUNT, 1>, S, C>;
+    return piece<FORWARD, Masked<C, COUNT, 1, FROM_ZERO>, S, C>;
 }
 
-template <bool FORWARD, class S, class C> auto choose(const Rule& rule) {
+template <bool FORWARD, class S, class C, bool FROM_ZERO = false> auto choose(const Rule& rule, bool from_zero) {
     if (rule.uniform) return piece<FORWARD, Uniform<C>, S, C>;
+    if (!FROM_ZERO && from_zero) return choose<FORWARD, S, C, true>(rule, true);
     switch (rule.thresholds) {                                 // all thresholds of 1, 2, 3 and 4 bits in registers
-        case 1: return choose_kind<FORWARD, S, C, 1>(rule);
-        case 3: return choose_kind<FORWARD, S, C, 3>(rule);
-        case 7: return choose_kind<FORWARD, S, C, 7>(rule);
-        case 15: return choose_kind<FORWARD, S, C, 15>(rule);
-        default: return choose_kind<FORWARD, S, C, 0>(rule);
+        case 1: return choose_kind<FORWARD, S, C, 1, FROM_ZERO>(rule);
+        case 3: return choose_kind<FORWARD, S, C, 3, FROM_ZERO>(rule);
+        case 7: return choose_kind<FORWARD, S, C, 7, FROM_ZERO>(rule);
+        case 15: return choose_kind<FORWARD, S, C, 15, FROM_ZERO>(rule);
+        default: return choose_kind<FORWARD, S, C, 0, FROM_ZERO>(rule);
     }
 }
 
@@ -294,14 +302,16 @@ template <class S, class C> void run(const Call& call) {
     const int64_t size = lines.features ? lines.piece(PIECE) : PIECE, pieces = (elements + size - 1) / size;
     const int slots = call.dy ? slots_of(rule) : 0, line_slots = call.dy ? 2 * call.features : 0;
     std::vector<Table<C>> tables(channels);
+    bool from_zero = rule.relu && !rule.uniform;
     for (int64_t c = 0; c < channels; c++) {
         tables[c].read(rule, (const C*)call.gaps + c * call.gap_count, (const C*)call.levels + c * (rule.thresholds + 1),
                        (const C*)call.thresholds + c * rule.thresholds, call.ties_up);
+        from_zero = from_zero && tables[c].levels[0] == 0;
         if (by_halves<C>(tables[c].count)) tables[c].sort_into_halves();
         if (tables[c].count > CHAIN && elements > 4 * Table<C>::BUCKETS) tables[c].sort_into_buckets();
     }
     std::vector<double> partial(channels * pieces * slots, 0.0), line_partial(pieces * line_slots, 0.0);
-    const auto work = call.dy ? choose<false, S, C>(rule) : choose<true, S, C>(rule);
+    const auto work = call.dy ? choose<false, S, C>(rule, from_zero) : choose<true, S, C>(rule, from_zero);
     const S *x = (const S*)call.x, *dy = (const S*)call.dy;
     S* out = (S*)call.out;
 #pragma omp parallel for num_threads(call.threads) if (call.threads > 1 && channels * elements > 4 * PIECE)
