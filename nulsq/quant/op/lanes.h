@@ -52,21 +52,20 @@ inline Int<float> load(const int32_t* from) { return load_as<Int<float>>(from); 
 inline Int<double> load(const int64_t* from) { return load_as<Int<double>>(from); }
 template <class V, class E> inline void store(E* to, V v) { memcpy(to, &v, sizeof v); }
 
+typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t HalfBits __attribute__((vector_size(VECTOR_BYTES / 2)));
+
 inline Real<float> load(const BFloat16* from) {
-    uint32_t wide[WIDTH<float>];
-    for (int j = 0; j < WIDTH<float>; j++) wide[j] = uint32_t(from[j].bits) << 16;
-    Real<float> v;
-    memcpy(&v, wide, sizeof v);
-    return v;
+    return (Real<float>)(__builtin_convertvector(load_as<HalfBits>(from), Bits) << 16);
 }
-inline void store(BFloat16* to, Real<float> v) {
-    uint32_t wide[WIDTH<float>];
-    memcpy(wide, &v, sizeof v);
-    for (int j = 0; j < WIDTH<float>; j++) {                   // to nearest, ties to even; a NaN stays one
-        uint32_t rounded = (wide[j] + 0x7fff + ((wide[j] >> 16) & 1)) >> 16;
-        to[j].bits = (wide[j] & 0x7fffffff) > 0x7f800000 ? uint16_t(wide[j] >> 16 | 0x40) : uint16_t(rounded);
-    }
+#ifdef __AVX512BF16__
+inline void store(BFloat16* to, Real<float> v) { store(to, _mm512_cvtneps_pbh((__m512)v)); }  // 1e-38 becomes zero
+#else
+inline void store(BFloat16* to, Real<float> v) {               // to nearest, ties to even; a NaN stays one
+    const Bits bits = (Bits)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    store(to, __builtin_convertvector(v == v ? rounded : bits >> 16 | 0x40, HalfBits));
 }
+#endif
 
 // A vector as a table of PICKS values, by the low bits of each index: one instruction. 0: there is none.
 template <class C> constexpr int PICKS = 0;
