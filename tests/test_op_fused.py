@@ -382,3 +382,24 @@ def test_the_smallest_table_there_is():
     rule = Rule("table", "clip", "per_gap", (0, 1), (False,))
     y = fake_quantize(torch.tensor([-1.0, 0.5, 0.6]), table, rule, "fused")
     assert y.tolist() == [0, 0, 1]
+
+
+def test_a_division_by_the_step_is_exact():
+    """The kernel multiplies by the reciprocal and corrects: next to every tie it has to fall to the side that x / step
+    falls to, and far beyond the range too."""
+    draw = torch.Generator().manual_seed(0)
+    for bits, signed in ((2, False), (3, True), (4, False), (8, True)):
+        quantizer = ready("lsq", bits, signed=signed)
+        low, high = quantizer.codes
+        ties = torch.arange(low - 2, high + 2) + 0.5
+        for step in torch.cat([torch.rand(40, generator=draw), torch.logspace(-7, 7, 15)]):
+            quantizer.step.data.fill_(step)
+            x, beside = ties * step, []
+            for toward in (-torch.inf, torch.inf):
+                moved = x
+                for _ in range(4):
+                    moved = moved.nextafter(torch.tensor(toward))
+                    beside.append(moved)
+            x = torch.cat([x, *beside, step * torch.randn(4096, generator=draw) * high,
+                           torch.tensor([torch.inf, -torch.inf, 3e38, -3e38, 1e-30, 0.0])])
+            assert_equal_to_oracle(quantizer, x, torch.ones_like(x))

@@ -82,26 +82,31 @@ template <class C> inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> at
 
 // ---- what is done with one vector of a piece, by kind of quantizer
 
-template <class C> struct Uniform {
-    static constexpr bool LIGHT = true, RELU = false;          // waits for memory, not for arithmetic; does the ReLU too
+template <class C, bool FROM_ZERO> struct Uniform {
+    static constexpr bool LIGHT = true;                        // waits for memory, not for arithmetic
+    static constexpr bool RELU = FROM_ZERO;                    // does the ReLU before it, too
     const Rule& rule;
-    const C step, shift = rule.shift, low = rule.low + shift, high = rule.high + shift;
+    const C step, inverse = 1 / step, far = 4 * MOST * step;   // far beyond the range, where codes may be anything
+    const C shift = rule.shift, low = rule.low + shift, high = rule.high + shift;
     Real<C> below{}, error{}, above{};
 
     Uniform(const Rule& rule, const Table<C>& table) : rule(rule), step(table.step) {}
 
+    Real<C> in_steps(Real<C> x) const { return quotient<C>(clamp<C>(x, -far, far), step, inverse); }
     Real<C> level(Real<C> x) const {
-        return (round_half_even<C>(clamp<C>(x / step - shift, rule.low, rule.high)) + shift) * step;
+        return (round_half_even<C>(clamp<C>(in_steps(x) - shift, rule.low, rule.high)) + shift) * step;
     }
     Real<C> gradient(Real<C> x, Real<C> dy) {
-        Real<C> at = x / step;
+        const Real<C> at = in_steps(x);
         if (rule.reduction != NO_SUMS) {
-            Real<C> nearest = round_half_even<C>(clamp<C>(at, low, high) - shift) + shift;
-            add_where(below, at < low, dy);
-            add_where(error, at >= low, where<C>(at <= high, (nearest - at) * dy));
+            const Real<C> nearest = round_half_even<C>(clamp<C>(at, low, high) - shift) + shift;
+            if (!FROM_ZERO) add_where(below, at < low, dy);
+            add_where(error, FROM_ZERO ? x > C(0) : at >= low, where<C>(at <= high, (nearest - at) * dy));
             add_where(above, at > high, dy);
         }
-        return input_gradient<C>(rule.ste, dy, at, low, high);
+        if (FROM_ZERO && rule.ste == CLIP) return where<C>(x > C(0), where<C>(at <= high, dy));
+        const Real<C> dx = input_gradient<C>(rule.ste, dy, at, low, high);
+        return FROM_ZERO ? where<C>(~(x <= C(0)), dx) : dx;
     }
     void add_to(double* total) const {
         if (rule.reduction == NO_SUMS) return;
@@ -283,9 +288,8 @@ template <bool FORWARD, class S, class C, int COUNT, bool FROM_ZERO> auto choose
     return piece<FORWARD, Masked<C, COUNT, 1, FROM_ZERO>, S, C>;
 }
 
-template <bool FORWARD, class S, class C, bool FROM_ZERO = false> auto choose(const Rule& rule, bool from_zero) {
-    if (rule.uniform) return piece<FORWARD, Uniform<C>, S, C>;
-    if (!FROM_ZERO && from_zero) return choose<FORWARD, S, C, true>(rule, true);
+template <bool FORWARD, class S, class C, bool FROM_ZERO> auto choose_range(const Rule& rule) {
+    if (rule.uniform) return piece<FORWARD, Uniform<C, FROM_ZERO>, S, C>;
     switch (rule.thresholds) {                                 // all thresholds of 1, 2, 3 and 4 bits in registers
         case 1: return choose_kind<FORWARD, S, C, 1, FROM_ZERO>(rule);
         case 3: return choose_kind<FORWARD, S, C, 3, FROM_ZERO>(rule);
@@ -295,6 +299,10 @@ template <bool FORWARD, class S, class C, bool FROM_ZERO = false> auto choose(co
     }
 }
 
+template <bool FORWARD, class S, class C> auto choose(const Rule& rule, bool from_zero) {
+    return from_zero ? choose_range<FORWARD, S, C, true>(rule) : choose_range<FORWARD, S, C, false>(rule);
+}
+
 template <class S, class C> void run(const Call& call) {
     const Rule& rule = call.rule;
     const Lines<C> lines(call);
@@ -302,11 +310,11 @@ template <class S, class C> void run(const Call& call) {
     const int64_t size = lines.features ? lines.piece(PIECE) : PIECE, pieces = (elements + size - 1) / size;
     const int slots = call.dy ? slots_of(rule) : 0, line_slots = call.dy ? 2 * call.features : 0;
     std::vector<Table<C>> tables(channels);
-    bool from_zero = rule.relu && !rule.uniform;
+    bool from_zero = rule.relu && (!rule.uniform || rule.low + rule.shift == 0);
     for (int64_t c = 0; c < channels; c++) {
         tables[c].read(rule, (const C*)call.gaps + c * call.gap_count, (const C*)call.levels + c * (rule.thresholds + 1),
                        (const C*)call.thresholds + c * rule.thresholds, call.ties_up);
-        from_zero = from_zero && tables[c].levels[0] == 0;
+        from_zero = from_zero && (rule.uniform || tables[c].levels[0] == 0);
         if (by_halves<C>(tables[c].count)) tables[c].sort_into_halves();
         if (tables[c].count > CHAIN && elements > 4 * Table<C>::BUCKETS) tables[c].sort_into_buckets();
     }
