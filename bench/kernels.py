@@ -33,11 +33,12 @@ def library_of(commit: str, folder: Path) -> ctypes.CDLL:
         if shown.returncode:
             raise InputError(f"COMMIT {commit}: {shown.stderr.strip().splitlines()[0]}")
         (folder / source.name).write_text(shown.stdout)
-    for name, source in (("Call", "cpu.cpp"), ("Rule", "table.h")):
-        theirs, ours = (re.search(rf"^struct {name} {{.*?^}};", path.read_text(), re.S | re.M)
-                        for path in (folder / source, cpu.SOURCES[0].with_name(source)))
-        if theirs is None or theirs.group() != ours.group():
-            raise InputError(f"COMMIT {commit}: its kernel is called with another {name} ({source}) than this one's")
+    theirs, ours = ("".join(source.read_text() for source in sources)
+                    for sources in ([folder / source.name for source in cpu.SOURCES], cpu.SOURCES))
+    for name in ("Call", "Rule"):
+        found = [re.search(rf"^struct {name} {{.*?^}};", text, re.S | re.M) for text in (theirs, ours)]
+        if found[0] is None or found[0].group() != found[1].group():
+            raise InputError(f"COMMIT {commit}: its kernel is called with another {name} than this one's")
     with mock.patch.multiple(cpu, SOURCES=[folder / source.name for source in cpu.SOURCES]), \
             mock.patch.dict("os.environ", {"NULSQ_CACHE": str(folder)}):
         return cpu.loaded(cpu._compiled())

@@ -384,9 +384,8 @@ def test_the_smallest_table_there_is():
     assert y.tolist() == [0, 0, 1]
 
 
-def test_a_division_by_the_step_is_exact():
-    """The kernel multiplies by the reciprocal and corrects: next to every tie it has to fall to the side that x / step
-    falls to, and far beyond the range too."""
+def test_next_to_every_tie_the_kernel_rounds_as_the_oracle_does():
+    """A product with the step's reciprocal in place of the division would fall to the other side here and there."""
     draw = torch.Generator().manual_seed(0)
     for bits, signed in ((2, False), (3, True), (4, False), (8, True)):
         quantizer = ready("lsq", bits, signed=signed)

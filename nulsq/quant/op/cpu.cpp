@@ -86,18 +86,16 @@ template <class C, bool FROM_ZERO> struct Uniform {
     static constexpr bool LIGHT = true;                        // waits for memory, not for arithmetic
     static constexpr bool RELU = FROM_ZERO;                    // does the ReLU before it, too
     const Rule& rule;
-    const C step, inverse = 1 / step, far = 4 * MOST * step;   // far beyond the range, where codes may be anything
-    const C shift = rule.shift, low = rule.low + shift, high = rule.high + shift;
+    const C step, shift = rule.shift, low = rule.low + shift, high = rule.high + shift;
     Real<C> below{}, error{}, above{};
 
     Uniform(const Rule& rule, const Table<C>& table) : rule(rule), step(table.step) {}
 
-    Real<C> in_steps(Real<C> x) const { return quotient<C>(clamp<C>(x, -far, far), step, inverse); }
     Real<C> level(Real<C> x) const {
-        return (round_half_even<C>(clamp<C>(in_steps(x) - shift, rule.low, rule.high)) + shift) * step;
+        return (round_half_even<C>(clamp<C>(x / step - shift, rule.low, rule.high)) + shift) * step;
     }
     Real<C> gradient(Real<C> x, Real<C> dy) {
-        const Real<C> at = in_steps(x);
+        const Real<C> at = x / step;
         if (rule.reduction != NO_SUMS) {
             const Real<C> nearest = round_half_even<C>(clamp<C>(at, low, high) - shift) + shift;
             if (!FROM_ZERO) add_where(below, at < low, dy);

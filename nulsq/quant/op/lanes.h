@@ -41,12 +41,19 @@ template <class C> inline Real<C> where(Int<C> mask, Real<C> value) { return mas
 // One comparison for each sum: AVX-512 adds under a comparison's mask; masks that are combined cost more than that.
 template <class V, class M> inline void add_where(V& sum, M mask, V value) { sum = mask ? sum + value : sum; }
 
-#if defined(__AVX512F__)
-inline Real<float> fused(Real<float> a, Real<float> b, Real<float> c) { return _mm512_fmadd_ps(a, b, c); }  // a b + c
-inline Real<double> fused(Real<double> a, Real<double> b, Real<double> c) { return _mm512_fmadd_pd(a, b, c); }
-#elif defined(__FMA__)
-inline Real<float> fused(Real<float> a, Real<float> b, Real<float> c) { return _mm256_fmadd_ps(a, b, c); }
-inline Real<double> fused(Real<double> a, Real<double> b, Real<double> c) { return _mm256_fmadd_pd(a, b, c); }
+#ifdef __AVX512F__
+#define INSTRUCTION(name) _mm512_##name
+#elif defined(__AVX2__)
+#define INSTRUCTION(name) _mm256_##name
+#endif
+#ifdef INSTRUCTION                                             // b where one is a NaN
+inline Real<float> larger(Real<float> a, Real<float> b) { return INSTRUCTION(max_ps)(a, b); }
+inline Real<double> larger(Real<double> a, Real<double> b) { return INSTRUCTION(max_pd)(a, b); }
+inline Real<float> smaller(Real<float> a, Real<float> b) { return INSTRUCTION(min_ps)(a, b); }
+inline Real<double> smaller(Real<double> a, Real<double> b) { return INSTRUCTION(min_pd)(a, b); }
+#else
+template <class V> inline V larger(V a, V b) { return a > b ? a : b; }
+template <class V> inline V smaller(V a, V b) { return a < b ? a : b; }
 #endif
 
 template <class V, class E> inline V load_as(const E* from) {
@@ -128,20 +135,8 @@ template <> inline Real<float> pack<float>(Real<float> v, Int<float> mask) {
 template <> inline int lanes_in<float>(Int<float> mask) { return __builtin_popcount(bits_of(mask)); }
 #endif
 
-// x / by, correctly rounded, where `inverse` is 1 / by: Markstein's theorem (IBM J. Res. Dev. 34, 1990). A division takes
-// as long as all else that is done with a vector. x finite or NaN.
-template <class C> inline Real<C> quotient(Real<C> x, C by, C inverse) {
-#if defined(__AVX512F__) || defined(__FMA__)
-    const Real<C> q = x * inverse, divisor = all<C>(by);
-    return fused(fused(-q, divisor, x), all<C>(inverse), q);
-#else
-    return x / by;
-#endif
-}
-
 template <class C> inline Real<C> clamp(Real<C> v, C low, C high) {    // NaN stays NaN
-    v = v < all<C>(low) ? all<C>(low) : v;
-    return v > all<C>(high) ? all<C>(high) : v;
+    return smaller(all<C>(high), larger(all<C>(low), v));
 }
 template <class C> inline Real<C> round_half_even(Real<C> v) { return v + Lanes<C>::ROUNDER - Lanes<C>::ROUNDER; }
 
