@@ -1,5 +1,6 @@
 """Compiled steps: paid once between processes, none where nothing can compile; the same training as the oracle's."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -159,3 +160,43 @@ def test_forward_is_part_of_what_stands_before_and_backward_is_the_kernel():
     # again, and no comparison is kept for that.
     large = [each.dtype for each in kept if each.shape == (2, 4, 7, 7)]
     assert large == [torch.float64] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
+def test_a_folded_batch_norm_is_two_kernels_of_a_compiled_step():
+    """Gradients and running statistics are those without a compiler; of what two convolutions read, each through its
+    own quantizer, one is made again."""
+    from torch import nn
+    from torch._inductor.utils import run_and_get_code
+
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4).double()
+
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.relu = nn.Sequential(nn.Conv2d(3, 4, 3), norm), nn.ReLU()
+            self.one, self.two = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            x = self.relu(self.before(x))
+            return self.one(x) + self.two(x)
+
+    model, x = Forked().double(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    nulsq.calibrate_(nulsq.quantize_(model, nulsq.Policy(preset="none", bits=3)), [x])
+    assert fold_(model) == ["relu", "before.1"]
+    plain = copy.deepcopy(model)
+    quick, kept = nulsq.compile.compiled(model, torch.device("cpu")), []
+    plain(x).square().sum().backward()
+    torch._dynamo.reset()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        _, code = run_and_get_code(lambda: quick(x).square().sum().backward())
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, msg=name)
+    code = "".join(code)
+    # the images' quantizer, behind no batch norm, is comparisons forward and the third kernel backward
+    assert code.count("ops.nulsq.quantize.default(") == code.count("ops.nulsq.gradients_over.default(") == 3
+    assert [each.dtype for each in kept if each.shape == (2, 4, 7, 7)] == [torch.float64] * 2

@@ -199,6 +199,32 @@ def test_an_observer_behind_a_folded_batch_norm_sees_what_it_gave():
 
 
 @with_kernel
+def test_one_element_of_each_channel_is_no_batch():
+    norm = nn.BatchNorm2d(3)
+    model, _ = quantized(nn.Sequential(norm, nn.Conv2d(3, 4, 1)))
+    fold_(model)
+    for each in (norm, model):
+        with pytest.raises(ValueError, match="more than (1 value|one element)"):
+            each.train()(torch.ones(1, 3, 1, 1))
+
+
+@with_kernel
+def test_the_gradients_of_each_sample_go_through_a_folded_network():
+    model, images = normed()
+    fold_(model.eval())
+    parameters = dict(model.named_parameters())
+
+    def loss(values, image):
+        return torch.func.functional_call(model, values, (image[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    _, wanted, _ = outcome(model, images)
+    for name, gradient in wanted.items():
+        tolerance = 1e-9 if gradient.dtype == torch.float64 else 1e-6  # steps are float32
+        torch.testing.assert_close(each[name].sum(0), gradient, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@with_kernel
 def test_a_folded_network_says_that_it_runs_on_the_cpu_alone():
     model, images = normed()
     fold_(model)

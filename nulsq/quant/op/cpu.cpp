@@ -162,8 +162,9 @@ template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
     }
 };
 
-// Sums at their slots: every lane has a column of its own, so that lanes do not wait for each other. What lies inside the
-// range is put aside first, packed, then looked up and added in full vectors: half of what a folded ReLU gets does not.
+// Sums at their slots: every lane has a column of its own, so that lanes do not wait for each other. What lies inside
+// the range is put aside first, packed, then looked up and added in full vectors: half of what a folded ReLU gets does
+// not.
 template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
     static constexpr bool LIGHT = true, RELU = false;
     static constexpr int SLOTS = REDUCTION == PER_GAP ? (COUNT ? COUNT + 2 : MOST + 2) : 2 * (2 * MOST + 2);
@@ -310,7 +311,8 @@ template <class S, class C> void run(const Call& call) {
     std::vector<Table<C>> tables(channels);
     bool from_zero = rule.relu && (!rule.uniform || rule.low + rule.shift == 0);
     for (int64_t c = 0; c < channels; c++) {
-        tables[c].read(rule, (const C*)call.gaps + c * call.gap_count, (const C*)call.levels + c * (rule.thresholds + 1),
+        tables[c].read(rule, (const C*)call.gaps + c * call.gap_count,
+                       (const C*)call.levels + c * (rule.thresholds + 1),
                        (const C*)call.thresholds + c * rule.thresholds, call.ties_up);
         from_zero = from_zero && (rule.uniform || tables[c].levels[0] == 0);
         if (by_halves<C>(tables[c].count)) tables[c].sort_into_halves();

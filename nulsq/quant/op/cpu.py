@@ -127,13 +127,15 @@ def _prepare(x, table, rule, affine):
     if rule.index == "table":
         call.levels, call.thresholds = table.levels.data_ptr(), table.thresholds.data_ptr()
     if affine is not None:
-        affine = _lines(call, x, Affine(*(each.to(table.gaps.dtype) for each in affine)))
+        assert channels == 1, "an affine map is along dimension 1 of x, a table of several channels along dimension 0"
+        affine = _lines(call, x, affine)
     return x, table, call, affine
 
 
 def _lines(call, x, affine):
     """Tell the call what lies where; returns the tensors, which have to live as long as it."""
-    affine = Affine(*(each.contiguous() for each in affine))
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    affine = Affine(*(each.to(kind).contiguous() for each in affine))
     call.features, call.plane = x.shape[1], x.stride(1)
     call.center, call.scale, call.shift = (each.data_ptr() for each in affine)
     return affine

@@ -109,8 +109,8 @@ template <class S, class C> void add_lines(const Call& call) {
             auto step = [&](const S* x, const S* dy, S* out) {
                 store(out, load(dy) + ((load(x) - center) * scale + shift));
             };
-            vectors<false, true, C>((const S*)call.x + i, (const S*)call.dy + i, (S*)call.out + i, repeat, stride, lanes,
-                                    step);
+            vectors<false, true, C>((const S*)call.x + i, (const S*)call.dy + i, (S*)call.out + i, repeat, stride,
+                                    lanes, step);
         });
     });
 }
