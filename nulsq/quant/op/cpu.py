@@ -60,7 +60,7 @@ def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) 
     y = torch.empty_like(x)
     call.out = y.data_ptr()
     _library().nulsq_run(call)
-    return y.to(stored)
+    return _in_type(y, stored)
 
 
 def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
@@ -83,7 +83,7 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | 
         _library().nulsq_run(call)
     else:
         sums = [each.zero_() for each in sums]
-    return dx.to(stored), *(each.to(kind) for each, kind in zip(sums, kinds, strict=True))
+    return _in_type(dx, stored), *map(_in_type, sums, kinds)
 
 
 def add_affine(dx: Tensor, x: Tensor, affine: Affine, over: bool = False) -> Tensor:
@@ -96,7 +96,7 @@ def add_affine(dx: Tensor, x: Tensor, affine: Affine, over: bool = False) -> Ten
         call.dy, call.out = dx.data_ptr(), out.data_ptr()
         affine = _lines(call, x, affine)
         _library().nulsq_add_lines(call)
-    return out.to(stored)
+    return _in_type(out, stored)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,6 +109,11 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     _library().nulsq_moments(call)
     del lines
     return mean, var
+
+
+def _in_type(tensor, kind):
+    """As `to`, which takes a microsecond to find that there is nothing to do; some hundred of them are in a step."""
+    return tensor if tensor.dtype == kind else tensor.to(kind)
 
 
 def _plain(x):
@@ -135,7 +140,7 @@ def _prepare(x, table, rule, affine):
 def _lines(call, x, affine):
     """Tell the call what lies where; returns the tensors, which have to live as long as it."""
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    affine = Affine(*(each.to(kind).contiguous() for each in affine))
+    affine = Affine(*(_in_type(each, kind).contiguous() for each in affine))
     call.features, call.plane = x.shape[1], x.stride(1)
     call.center, call.scale, call.shift = (each.data_ptr() for each in affine)
     return affine
