@@ -13,7 +13,6 @@ For a network that is calibrated and about to be trained. What reads an output i
 
 from collections import Counter
 
-import torch
 from torch import Tensor, fx, nn
 
 from nulsq.quant.base import Quantizer
@@ -83,14 +82,12 @@ class DeferredBatchNorm(nn.BatchNorm2d):
             self._count(mean, var, x.numel() // x.shape[1])
         return x, affine
 
-    @torch.no_grad()
     def _count(self, mean, var, count):
         """As torch does it: momentum None is the plain average over all batches so far, variance is unbiased."""
         self.num_batches_tracked += 1
         share = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(mean.dtype)
-        self.running_mean.copy_(torch.lerp(self.running_mean, mean.to(self.running_mean.dtype), share))
-        var = (var * (count / max(count - 1, 1))).to(self.running_var.dtype)
-        self.running_var.copy_(torch.lerp(self.running_var, var, share))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), share)
 
 
 def _fold(model, kind, replacement) -> list[str]:

@@ -15,7 +15,7 @@ from nulsq.quant.op.oracle import Affine
 
 
 def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Affine, Tensor, Tensor]:
-    """What a batch norm in training does to x [N, C, ...], on the CPU.
+    """What a batch norm in training does to x [N, C, H, W], on the CPU.
 
     Returns x, to be mapped in its place (its gradient goes through the statistics, too), the map, and without gradient
     the mean and the variance (of the batch: divided by its count) of each channel [C].
@@ -25,8 +25,7 @@ def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[T
     if x.numel() // x.shape[1] < 2:
         raise ValueError(f"a batch norm in training needs more than one element of each channel, x is {tuple(x.shape)}")
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # which see what plain torch does
-        others = [d for d in range(x.dim()) if d != 1]
-        var, mean = torch.var_mean(x.to(weight.dtype), others, correction=0)
+        var, mean = torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0)
         return x, Affine(mean, weight * (var + eps).rsqrt(), bias), mean.detach(), var.detach()
     with torch.no_grad():
         mean, var = cpu.moments(x)
