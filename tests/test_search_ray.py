@@ -55,8 +55,10 @@ def test_every_trial_ran_and_some_were_stopped(done):
 
 @pytest.mark.slow
 def test_a_process_trains_many_trials_and_leaves_the_next_nothing(search_file, tmp_path):
-    """One trial at a time, so that both searches ask the same of the rungs: the same numbers as with a process each."""
-    settings = ["concurrent=1", "studies.activation.values=[nulsq]", "studies.bits.values=[2]", "trials=2", "repeats=0"]
+    """One trial at a time, so that both searches ask the same of the rungs: the same numbers as with a process each.
+    The second trial learns next to nothing, so that a rung stops it, whatever a processor's rounding."""
+    settings = ["concurrent=1", "studies.activation.values=[nulsq]", "studies.bits.values=[2]", "trials=2", "repeats=0",
+                "points.quick.lr=0.1", "points.slow.lr=0.0001"]
     processes = {}
     for reuse in ("true", "false"):
         ended = search(search_file, f"dir={tmp_path}/{reuse}", f"reuse={reuse}", *settings)
