@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 import nulsq
 import nulsq.compile
@@ -123,27 +124,29 @@ def test_the_first_ten_losses_of_a_compiled_network_equal_the_oracles_in_float64
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
+class Forked(nn.Module):
+    """Two convolutions read one activation."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.before, self.activation = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), activation
+        self.one, self.two = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = self.activation(self.before(x))
+        return self.one(x) + self.two(x)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
 def test_forward_is_part_of_what_stands_before_and_backward_is_the_kernel():
     """Two convolutions read one activation, each through its own quantizer; gradients are those without a compiler."""
-    from torch import nn
     from torch._inductor.utils import run_and_get_code
 
     from nulsq.compile import compiled
 
-    class Forked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.before = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-            self.one, self.two = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
-
-        def forward(self, x):
-            x = self.before(x)
-            return self.one(x) + self.two(x)
-
     torch.manual_seed(0)
-    model, x = Forked().double(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    model, x = Forked(nn.Identity()).double(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
     nulsq.calibrate_(nulsq.quantize_(model, nulsq.Policy(preset="none", bits=3)), [x])
     model(x).square().sum().backward()
     wanted = [each.grad.clone() for each in model.parameters()]
@@ -167,25 +170,12 @@ def test_forward_is_part_of_what_stands_before_and_backward_is_the_kernel():
 def test_a_folded_batch_norm_is_two_kernels_of_a_compiled_step():
     """Gradients and running statistics are those without a compiler; of what two convolutions read, each through its
     own quantizer, one is made again."""
-    from torch import nn
     from torch._inductor.utils import run_and_get_code
 
     torch.manual_seed(0)
-    norm = nn.BatchNorm2d(4).double()
-
-    class Forked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.before, self.relu = nn.Sequential(nn.Conv2d(3, 4, 3), norm), nn.ReLU()
-            self.one, self.two = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
-
-        def forward(self, x):
-            x = self.relu(self.before(x))
-            return self.one(x) + self.two(x)
-
-    model, x = Forked().double(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    model, x = Forked(nn.ReLU()).double(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
     nulsq.calibrate_(nulsq.quantize_(model, nulsq.Policy(preset="none", bits=3)), [x])
-    assert fold_(model) == ["relu", "before.1"]
+    assert fold_(model) == ["activation", "before.1"]
     plain = copy.deepcopy(model)
     quick, kept = nulsq.compile.compiled(model, torch.device("cpu")), []
     plain(x).square().sum().backward()

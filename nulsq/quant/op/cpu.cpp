@@ -73,7 +73,11 @@ inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) {
     return y;
 }
 
-template <class C> inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> at, C low, C high) {
+// dx of x, which lies `at` on the scale of the range's ends. FROM_ZERO: behind a ReLU, of a range that begins at zero.
+template <bool FROM_ZERO, class C>
+inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> x, Real<C> at, C low, C high) {
+    if (FROM_ZERO && ste == CLIP) return where<C>(x > C(0), where<C>(at <= high, dy));
+    if (FROM_ZERO) return where<C>(~(x <= C(0)), input_gradient<false>(ste, dy, x, at, low, high));
     if (ste == PASS_ALL) return dy;
     if (ste == CLIP) return where<C>(at >= low, where<C>(at <= high, dy));
     Real<C> open = where<C>(at > low, where<C>(at < high, dy));
@@ -83,7 +87,6 @@ template <class C> inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> at
 // ---- what is done with one vector of a piece, by kind of quantizer
 
 template <class C, bool FROM_ZERO> struct Uniform {
-    static constexpr bool LIGHT = true;                        // waits for memory, not for arithmetic
     static constexpr bool RELU = FROM_ZERO;                    // does the ReLU before it, too
     const Rule& rule;
     const C step, shift = rule.shift, low = rule.low + shift, high = rule.high + shift;
@@ -102,9 +105,7 @@ template <class C, bool FROM_ZERO> struct Uniform {
             add_where(error, FROM_ZERO ? x > C(0) : at >= low, where<C>(at <= high, (nearest - at) * dy));
             add_where(above, at > high, dy);
         }
-        if (FROM_ZERO && rule.ste == CLIP) return where<C>(x > C(0), where<C>(at <= high, dy));
-        const Real<C> dx = input_gradient<C>(rule.ste, dy, at, low, high);
-        return FROM_ZERO ? where<C>(~(x <= C(0)), dx) : dx;
+        return input_gradient<FROM_ZERO>(rule.ste, dy, x, at, low, high);
     }
     void add_to(double* total) const {
         if (rule.reduction == NO_SUMS) return;
@@ -126,7 +127,7 @@ int slots_of(const Rule& rule) {
 // Sums in one accumulator for each of GAPS gaps, or in one for all of them (GAPS = 1). Those of single gaps add up what
 // lies above each level, which is one comparison where "in this gap" is two; their differences are the gaps'.
 template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
-    static constexpr bool LIGHT = true, RELU = FROM_ZERO;
+    static constexpr bool RELU = FROM_ZERO;
     const Rule& rule;
     const Table<C>& table;
     const C low = table.levels[0], high = table.levels[table.count];
@@ -149,9 +150,7 @@ template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
 #pragma GCC unroll 15
             for (int k = 1; k < GAPS; k++) add_where(sums[k], x > all<C>(table.levels[k]), error);
         }
-        if (FROM_ZERO && rule.ste == CLIP) return where<C>(x > low, where<C>(x <= high, dy));
-        Real<C> dx = input_gradient<C>(rule.ste, dy, x, low, high);
-        return FROM_ZERO ? where<C>(~(x <= low), dx) : dx;
+        return input_gradient<FROM_ZERO>(rule.ste, dy, x, x, low, high);
     }
     void add_to(double* total) const {
         if (rule.reduction == NO_SUMS) return;
@@ -166,7 +165,7 @@ template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
 // the range is put aside first, packed, then looked up and added in full vectors: half of what a folded ReLU gets does
 // not.
 template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
-    static constexpr bool LIGHT = true, RELU = false;
+    static constexpr bool RELU = false;
     static constexpr int SLOTS = REDUCTION == PER_GAP ? (COUNT ? COUNT + 2 : MOST + 2) : 2 * (2 * MOST + 2);
     static constexpr int ROOM = 1024;
     const Rule& rule;
@@ -195,7 +194,7 @@ template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
             store(xs, load(xs + ROOM));
             store(dys, load(dys + ROOM));
         }
-        return input_gradient<C>(rule.ste, dy, x, low, high);
+        return input_gradient<false>(rule.ste, dy, x, x, low, high);
     }
     void add_waiting(int count) {
         for (int i = 0; i < count; i += WIDTH<C>) {
@@ -238,36 +237,34 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
     Kind kind(rule, table);
     const bool relu = rule.relu && !Kind::RELU;
     const Real<C> floor = all<C>(relu ? C(0) : std::numeric_limits<C>::quiet_NaN());  // nothing is below a NaN
+    auto found = [&](Real<C> at, const S* dy) {                // y or dx
+        if (!Kind::RELU) at = at <= floor ? floor : at;
+        if constexpr (FORWARD) return kind.level(at);
+        else {
+            const Real<C> dx = kind.gradient(at, load(dy));
+            return Kind::RELU ? dx : at == floor ? Real<C>{} : dx;
+        }
+    };
     if (!lines.features) {
-        auto step = [&](const S* x, const S* dy, S* out) {
-            Real<C> at = load(x);
-            if (!Kind::RELU) at = at <= floor ? floor : at;
-            if constexpr (FORWARD) store(out, kind.level(at));
-            else if constexpr (Kind::RELU) store(out, kind.gradient(at, load(dy)));
-            else store(out, at == floor ? Real<C>{} : kind.gradient(at, load(dy)));
-        };
+        auto step = [&](const S* x, const S* dy, S* out) { store(out, found(load(x), dy)); };
         const int64_t rest = count % WIDTH<C>, full = count - rest;
-        vectors<FORWARD, Kind::LIGHT, C>(x, dy, out, count / WIDTH<C>, WIDTH<C>, WIDTH<C>, step);
-        if (rest) vectors<FORWARD, false, C>(x + full, FORWARD ? dy : dy + full, out + full, 1, WIDTH<C>, rest, step);
+        vectors<FORWARD, C>(x, dy, out, count / WIDTH<C>, WIDTH<C>, WIDTH<C>, step);
+        if (rest) vectors<FORWARD, C>(x + full, FORWARD ? dy : dy + full, out + full, 1, WIDTH<C>, rest, step);
     } else {
         lines.stretches(start, count, [&](int64_t i, int64_t repeat, int64_t stride, int64_t lanes, int64_t channel) {
             const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
                           shift = lines.of(lines.shift, channel) - center * scale;
             Real<C> turned{}, moved{};                         // what the lines' scale and shift get
             auto step = [&](const S* x, const S* dy, S* out) {
-                const Real<C> taken = load(x);
-                Real<C> at = taken * scale + shift;
-                if (!Kind::RELU) at = at <= floor ? floor : at;
-                if constexpr (FORWARD) store(out, kind.level(at));
+                const Real<C> taken = load(x), given = found(taken * scale + shift, dy);
+                if constexpr (FORWARD) store(out, given);
                 else {
-                    Real<C> dx = kind.gradient(at, load(dy));
-                    if (!Kind::RELU) dx = at == floor ? Real<C>{} : dx;
-                    turned += dx * (taken - center);
-                    moved += dx;
-                    store(out, dx * scale);
+                    turned += given * (taken - center);
+                    moved += given;
+                    store(out, given * scale);
                 }
             };
-            vectors<FORWARD, Kind::LIGHT, C>(x + i, FORWARD ? dy : dy + i, out + i, repeat, stride, lanes, step);
+            vectors<FORWARD, C>(x + i, FORWARD ? dy : dy + i, out + i, repeat, stride, lanes, step);
             if constexpr (!FORWARD) {
                 lines.add(line_total, channel, turned);
                 lines.add(line_total + lines.features, channel, moved);
@@ -305,8 +302,7 @@ template <bool FORWARD, class S, class C> auto choose(const Rule& rule, bool fro
 template <class S, class C> void run(const Call& call) {
     const Rule& rule = call.rule;
     const Lines<C> lines(call);
-    const int64_t channels = call.channels, elements = call.elements;
-    const int64_t size = lines.features ? lines.piece(PIECE) : PIECE, pieces = (elements + size - 1) / size;
+    const int64_t channels = call.channels, elements = call.elements, pieces = lines.pieces(elements);
     const int slots = call.dy ? slots_of(rule) : 0, line_slots = call.dy ? 2 * call.features : 0;
     std::vector<Table<C>> tables(channels);
     bool from_zero = rule.relu && (!rule.uniform || rule.low + rule.shift == 0);
@@ -322,12 +318,11 @@ template <class S, class C> void run(const Call& call) {
     const auto work = call.dy ? choose<false, S, C>(rule, from_zero) : choose<true, S, C>(rule, from_zero);
     const S *x = (const S*)call.x, *dy = (const S*)call.dy;
     S* out = (S*)call.out;
-#pragma omp parallel for num_threads(call.threads) if (call.threads > 1 && channels * elements > 4 * PIECE)
-    for (int64_t task = 0; task < channels * pieces; task++) {
-        const int64_t c = task / pieces, start = task % pieces * size, at = c * elements + start;
-        work(rule, tables[c], lines, start, std::min(size, elements - start), x + at, dy ? dy + at : dy, out + at,
-             partial.data() + task * slots, line_partial.data() + task * line_slots);
-    }
+    by_pieces(call, lines, [&](int64_t task, int64_t start, int64_t count) {
+        const int64_t c = task / pieces, at = c * elements + start;
+        work(rule, tables[c], lines, start, count, x + at, dy ? dy + at : dy, out + at, partial.data() + task * slots,
+             line_partial.data() + task * line_slots);
+    });
     for (int64_t s = 0; s < line_slots; s++) {
         double total = 0;
         for (int64_t piece = 0; piece < pieces; piece++) total += line_partial[piece * line_slots + s];

@@ -120,15 +120,19 @@ def _plain(x):
     """x dense, in a type that the kernels read, and a call about it."""
     x = dense(x)
     x = x if x.dtype in STORAGE else x.to(torch.float32)
-    return x, _Call(storage=STORAGE[x.dtype], threads=torch.get_num_threads(), channels=1, elements=x.numel(),
-                    x=x.data_ptr())
+    return x, _call(x)
+
+
+def _call(x, channels=1):
+    return _Call(storage=STORAGE[x.dtype], threads=torch.get_num_threads(), channels=channels,
+                 elements=x.numel() // channels, x=x.data_ptr())
 
 
 def _prepare(x, table, rule, affine):
     x, table, channels = laid_out(x, table, (torch.bfloat16,))
-    call = _Call(rule=_switches(rule), storage=STORAGE[x.dtype], threads=torch.get_num_threads(),
-                 gap_count=table.gaps.shape[-1], channels=channels, elements=x.numel() // channels,
-                 ties_up=ctypes.addressof(_ties(rule)), gaps=table.gaps.data_ptr(), x=x.data_ptr())
+    call = _call(x, channels)
+    call.rule, call.ties_up = _switches(rule), ctypes.addressof(_ties(rule))
+    call.gaps, call.gap_count = table.gaps.data_ptr(), table.gaps.shape[-1]
     if rule.index == "table":
         call.levels, call.thresholds = table.levels.data_ptr(), table.thresholds.data_ptr()
     if affine is not None:

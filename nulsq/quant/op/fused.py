@@ -75,9 +75,9 @@ def requantized(y: Tensor) -> contextlib.AbstractContextManager:
         if isinstance(kept, Tensor):
             return kept
         node, shape, stride = kept
+        x, *tensors = node.saved_tensors
         with torch.no_grad():
-            return _quantize(*node.saved_tensors[:_FIELDS + 1], node.rule, *node.saved_tensors[_FIELDS + 1:]
-                             ).as_strided(shape, stride)
+            return _quantize(x, *_table_and_affine(tensors, node.rule)).as_strided(shape, stride)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
@@ -87,34 +87,41 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gaps, low, high, levels, thresholds, offset, slope, rule, *affine):
-        table = gaps, low, high, levels, thresholds, offset, slope
-        ctx.save_for_backward(x, *table, *affine)
+        tensors = gaps, low, high, levels, thresholds, offset, slope, *affine
+        ctx.save_for_backward(x, *tensors)
         ctx.rule = rule
-        return _quantize(x, *table, rule, *affine)
+        return _quantize(x, *_table_and_affine(tensors, rule))
 
     @staticmethod
     def backward(ctx, dy):
-        x, *table = ctx.saved_tensors
-        table, affine = Table(*table[:_FIELDS]), _affine(table[_FIELDS:])
+        x, *tensors = ctx.saved_tensors
         rule = sums_asked_for(ctx.rule, ctx.needs_input_grad[:_FIELDS + 1])
-        if x.device.type == "cpu":  # over dy, where autograd keeps it for nobody else
-            over = not torch.is_grad_enabled() and sole.references(dy) == sole.references_alone()
-            found = cpu.gradients(x, dy, table, rule, affine, over)
-        else:
-            found = KERNELS[x.device.type].gradients(x, dy, table, rule)
-        dx, *rest = _in_order(found, affine)
+        table, rule, affine = _table_and_affine(tensors, rule)
+        # over dy, where autograd keeps it for nobody else
+        over = (x.device.type == "cpu" and not torch.is_grad_enabled()
+                and sole.references(dy) == sole.references_alone())
+        dx, *rest = _in_order(_gradients(x, dy, table, rule, affine, over), affine)
         return dx, *rest[:_FIELDS], None, *rest[_FIELDS:]
 
 
-def _quantize(x, *rest):
-    table, rule, affine = Table(*rest[:_FIELDS]), rest[_FIELDS], _affine(rest[_FIELDS + 1:])
+def _table_and_affine(tensors, rule):
+    """Table, rule and affine map, None where there is none, from the tensors of both in their order."""
+    return Table(*tensors[:_FIELDS]), rule, None if tensors[_FIELDS] is None else Affine(*tensors[_FIELDS:])
+
+
+def _quantize(x, table, rule, affine):
     if x.device.type == "cpu":
         return cpu.quantize(x, table, rule, affine)
     return KERNELS[x.device.type].quantize(x, table, rule)
 
 
-def _affine(tensors):
-    return None if tensors[0] is None else Affine(*tensors)
+def _gradients(x, dy, table, rule, affine, over=False):
+    """dx and all sums of the table and of the affine map, empty where there are none."""
+    if x.device.type == "cpu":
+        found = cpu.gradients(x, dy, table, rule, affine, over)
+    else:
+        found = KERNELS[x.device.type].gradients(x, dy, table, rule)
+    return found if affine else (*found, *[found[0].new_empty(0)] * 2)
 
 
 class Transformed(Oracle):
@@ -146,55 +153,33 @@ def _in_order(found, affine=None):
 # ---- operators of torch
 
 _library = torch.library.Library("nulsq", "DEF")
-_library.define(f"quantize(Tensor x, {_TABLE}, {_RULE}, {_AFFINE}) -> Tensor")
-# The same, of which Inductor may make comparisons: see `inline_forward`.
-_library.define(f"quantize_inline(Tensor x, {_TABLE}, {_RULE}, {_AFFINE}) -> Tensor")
-_library.define(f"gradients(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> "
-                "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-_library.define(f"gradients_inline(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> "
-                "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_SUMS = ", ".join(["Tensor"] * 7)
+for _suffix in ("", "_inline"):  # _inline: the same, of which Inductor may make comparisons, see `inline_forward`
+    _library.define(f"quantize{_suffix}(Tensor x, {_TABLE}, {_RULE}, {_AFFINE}) -> Tensor")
+    _library.define(f"gradients{_suffix}(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> (Tensor, {_SUMS})")
 # The same with dx in the place of dy, for a compiler that knows whose dy is; on the CPU only, where it pays.
-_library.define(f"gradients_over(Tensor x, Tensor(a!) dy, {_TABLE}, {_RULE}, {_AFFINE}) -> "
-                "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"gradients_over(Tensor x, Tensor(a!) dy, {_TABLE}, {_RULE}, {_AFFINE}) -> ({_SUMS})")
 
 
 def _read(arguments):
     """Table, rule and affine map from an operator's arguments behind x or dy."""
     rule = Rule(*arguments[_FIELDS:_FIELDS + _SWITCHES])
     rule = rule._replace(codes=tuple(rule.codes), ties_up=tuple(rule.ties_up))
-    lines = arguments[_FIELDS + _SWITCHES:]
-    return Table(*arguments[:_FIELDS]), rule, _affine(lines) if lines else None
-
-
-def _both(found, affine):
-    """The gradients of one kernel with two empty ones in the place of an affine map's where there is none."""
-    return (*found, *(found[0].new_empty(0) for _ in range(0 if affine else 2)))
-
-
-def _on_cpu(x, dy, *rest):
-    table, rule, affine = _read(rest)
-    return _both(cpu.gradients(x, dy, table, rule, affine), affine)
-
-
-def _on_gpu(x, dy, *rest):
-    table, rule, _ = _read(rest)
-    return _both(gpu.gradients(x, dy, table, rule), None)
+    affine = arguments[_FIELDS + _SWITCHES:] or (None,)  # defaults are not passed on
+    return _table_and_affine((*arguments[:_FIELDS], *affine), rule)
 
 
 def _gradients_over(x, dy, *rest):
-    table, rule, affine = _read(rest)
-    dx, *sums = _both(cpu.gradients(x, dy, table, rule, affine, over=True), affine)
+    dx, *sums = _gradients(x, dy, *_read(rest), over=True)
     if dx is not dy:  # another order of memory, or another type
         dy.copy_(dx)
     return tuple(sums)
 
 
-for _name in ("quantize", "quantize_inline"):
-    _library.impl(_name, lambda x, *rest: cpu.quantize(x, *_read(rest)), "CPU")
-    _library.impl(_name, lambda x, *rest: gpu.quantize(x, *_read(rest)[:2]), "CUDA")
-for _name in ("gradients", "gradients_inline"):
-    _library.impl(_name, _on_cpu, "CPU")
-    _library.impl(_name, _on_gpu, "CUDA")
+for _suffix in ("", "_inline"):
+    for _device in KERNELS:
+        _library.impl(f"quantize{_suffix}", lambda x, *rest: _quantize(x, *_read(rest)), _device.upper())
+        _library.impl(f"gradients{_suffix}", lambda x, dy, *rest: _gradients(x, dy, *_read(rest)), _device.upper())
 _library.impl("gradients_over", _gradients_over, "CPU")
 
 
@@ -224,18 +209,18 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    x, *table = ctx.saved_tensors
-    affine = _affine(table[_FIELDS:])
+    x, *tensors = ctx.saved_tensors
     rule = sums_asked_for(ctx.rule, ctx.needs_input_grad[:_FIELDS + 1])
+    table, rule, affine = _table_and_affine(tensors, rule)
     small = (x.device.type == "cpu" and affine is None and len(rule.ties_up) <= FEW and rule.reduction != "per_cell"
              and statically_known_true(x.numel() < SMALL))
     gradients = torch.ops.nulsq.gradients_inline if small else torch.ops.nulsq.gradients
-    dx, *rest = _in_order(gradients(x, dy, *table[:_FIELDS], *rule, *table[_FIELDS:]), affine)
+    dx, *rest = _in_order(gradients(x, dy, *table, *rule, *(affine or ())), affine)
     return dx, *rest[:_FIELDS], *(None,) * _SWITCHES, *rest[_FIELDS:]
 
 
-for _name in ("quantize", "quantize_inline"):
-    torch.library.register_autograd(f"nulsq::{_name}", _backward, setup_context=_keep, lib=_library)
+for _suffix in ("", "_inline"):
+    torch.library.register_autograd(f"nulsq::quantize{_suffix}", _backward, setup_context=_keep, lib=_library)
 
 
 @functools.cache

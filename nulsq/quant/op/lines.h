@@ -41,10 +41,11 @@ template <class C> struct Lines {
     Real<C> of(const std::vector<C>& values, int64_t channel) const {
         return plane == 1 ? load(values.data() + channel) : all<C>(values[channel]);
     }
-    // About as many elements as asked for that can be walked by themselves: whole rows of channels.
-    int64_t piece(int64_t elements) const {
-        return plane == 1 ? std::max<int64_t>(1, elements / features) * features : elements;
+    // Elements that can be walked by themselves: about PIECE, in whole rows of channels.
+    int64_t piece() const {
+        return features && plane == 1 ? std::max<int64_t>(1, PIECE / features) * features : PIECE;
     }
+    int64_t pieces(int64_t elements) const { return (elements + piece() - 1) / piece(); }
     // Calls each(at, repeat, stride, lanes, channel) for the stretches that make up the elements from `start` on: each
     // is `repeat` vectors, `stride` elements apart, of one channel or of WIDTH channels beside each other.
     template <class F> void stretches(int64_t start, int64_t count, F each) const {
@@ -69,16 +70,14 @@ template <class C> struct Lines {
 
 // `repeat` vectors of `lanes` elements each, `stride` apart. One that is not full is copied: beside it stand zeros, and
 // a zero gradient adds nothing.
-template <bool FORWARD, bool LIGHT, class C, class S, class F>
+template <bool FORWARD, class C, class S, class F>
 inline void vectors(const S* x, const S* dy, S* out, int64_t repeat, int64_t stride, int64_t lanes, F step) {
     for (int64_t i = 0; i < repeat * stride; i += stride) {
         const S* beside = FORWARD ? dy : dy + i;
         if (lanes == WIDTH<C>) {
-            if (LIGHT) {
-                __builtin_prefetch(x + i + AHEAD);
-                if (!FORWARD) __builtin_prefetch(beside + AHEAD);
-                __builtin_prefetch(out + i + AHEAD, 1);
-            }
+            __builtin_prefetch(x + i + AHEAD);
+            if (!FORWARD) __builtin_prefetch(beside + AHEAD);
+            __builtin_prefetch(out + i + AHEAD, 1);
             step(x + i, beside, out + i);
             continue;
         }
@@ -90,12 +89,15 @@ inline void vectors(const S* x, const S* dy, S* out, int64_t repeat, int64_t str
     }
 }
 
-// each(piece, start, count) for the pieces of x, several at a time.
+// each(task, start, count) for the pieces of every channel of the table, several at a time: task / pieces is the
+// channel, `start` the piece's place in it.
 template <class C, class F> void by_pieces(const Call& call, const Lines<C>& lines, F each) {
-    const int64_t size = lines.piece(PIECE), pieces = (call.elements + size - 1) / size;
-#pragma omp parallel for num_threads(call.threads) if (call.threads > 1 && call.elements > 4 * PIECE)
-    for (int64_t piece = 0; piece < pieces; piece++)
-        each(piece, piece * size, std::min(size, call.elements - piece * size));
+    const int64_t pieces = lines.pieces(call.elements), size = lines.piece();
+#pragma omp parallel for num_threads(call.threads) if (call.threads > 1 && call.channels * call.elements > 4 * PIECE)
+    for (int64_t task = 0; task < call.channels * pieces; task++) {
+        const int64_t start = task % pieces * size;
+        each(task, start, std::min(size, call.elements - start));
+    }
 }
 
 // out = dy + (x - center) scale + shift.
@@ -109,8 +111,8 @@ template <class S, class C> void add_lines(const Call& call) {
             auto step = [&](const S* x, const S* dy, S* out) {
                 store(out, load(dy) + ((load(x) - center) * scale + shift));
             };
-            vectors<false, true, C>((const S*)call.x + i, (const S*)call.dy + i, (S*)call.out + i, repeat, stride,
-                                    lanes, step);
+            vectors<false, C>((const S*)call.x + i, (const S*)call.dy + i, (S*)call.out + i, repeat, stride, lanes,
+                              step);
         });
     });
 }
@@ -120,7 +122,7 @@ template <class S, class C> void add_lines(const Call& call) {
 template <class S, class C> void moments(const Call& call) {
     const Lines<C> lines(call);
     const int64_t features = call.features, each = call.elements / features;
-    std::vector<double> partial((call.elements / lines.piece(PIECE) + 1) * 2 * features, 0.0), total(2 * features, 0.0);
+    std::vector<double> partial(lines.pieces(call.elements) * 2 * features, 0.0), total(2 * features, 0.0);
     by_pieces(call, lines, [&](int64_t piece, int64_t start, int64_t count) {
         lines.stretches(start, count, [&](int64_t i, int64_t repeat, int64_t stride, int64_t lanes, int64_t channel) {
             const Real<C> center = lines.of(lines.center, channel);
