@@ -79,8 +79,7 @@ class APoT(Quantizer):
         with torch.no_grad():
             levels = alpha * (units / units[-1])
             thresholds = (levels[..., :-1] + levels[..., 1:]) / 2
-        return Table(gaps=alpha, low=-alpha if self.signed else torch.zeros_like(alpha), high=alpha, levels=levels,
-                     thresholds=thresholds)
+        return Table(gaps=alpha, levels=levels, thresholds=thresholds)
 
     def ties_up(self):
         low, high = self.codes

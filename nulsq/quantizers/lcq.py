@@ -72,7 +72,7 @@ class LCQ(Quantizer):
             alpha = scale_gradient(alpha, self.gradient_factor(elements, self.codes[1]))
         if self.theta is None:
             unit = alpha.detach()
-            return Table(gaps=alpha, low=-alpha, high=alpha, levels=torch.cat([-unit, 0 * unit, unit], -1),
+            return Table(gaps=alpha, levels=torch.cat([-unit, 0 * unit, unit], -1),
                          thresholds=torch.cat([-unit / 2, unit / 2], -1))
         theta = self.theta
         if elements is not None:
@@ -105,8 +105,7 @@ class LCQ(Quantizer):
             below = cell_offset + a / INTERVALS * cell_slope  # there an interval starts at its far end
             cell_offset = torch.cat([-below.flip(-1), cell_offset], -1)
             cell_slope = torch.cat([cell_slope.flip(-1), cell_slope], -1)
-        low = -alpha if self.signed else torch.zeros_like(alpha)
-        return Table(alpha, low, alpha, levels, thresholds, cell_offset, cell_slope)
+        return Table(alpha, levels, thresholds, cell_offset, cell_slope)
 
     def ties_up(self):
         low, high = self.codes

@@ -30,11 +30,10 @@ class LSQ(Quantizer):
         self.step = nn.Parameter(torch.ones(1) if channels is None else torch.ones(channels, 1))
 
     def table(self, elements=None):
-        low, high = self.codes
         step = self.step
         if elements is not None:
-            step = scale_gradient(step, self.gradient_factor(elements, high))
-        return Table(gaps=step, low=low * step, high=high * step)
+            step = scale_gradient(step, self.gradient_factor(elements, self.codes[1]))
+        return Table(gaps=step)
 
     def set_steps_(self, step):
         self.step.copy_(step.view(self.step.shape))

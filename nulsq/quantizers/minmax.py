@@ -44,9 +44,7 @@ class MinMax(Quantizer):
         return (-high if self.signed else 0), high
 
     def table(self, elements=None):
-        low, high = self.codes
-        step = (self.largest / high).clamp(min=SMALLEST_STEP)
-        return Table(gaps=step, low=low * step, high=high * step)
+        return Table(gaps=(self.largest / self.codes[1]).clamp(min=SMALLEST_STEP))
 
     def forward(self, x):
         self._require_ready()

@@ -53,11 +53,7 @@ class NuLSQ(Quantizer):
             zero = torch.zeros_like(self.steps[..., :1])
             levels = torch.cat([-down.flip(-1), zero, up], -1)
             thresholds = torch.cat([-(down - negative / 2).flip(-1), up - positive / 2], -1)
-        return Table(
-            gaps=torch.cat([negative.flip(-1), positive], -1),
-            low=-negative.sum(-1, keepdim=True), high=positive.sum(-1, keepdim=True),
-            levels=levels, thresholds=thresholds,
-        )
+        return Table(gaps=torch.cat([negative.flip(-1), positive], -1), levels=levels, thresholds=thresholds)
 
     def _positive(self, elements):
         """The table of the unsigned form, in a third of the operations that its empty negative side would take."""
@@ -67,7 +63,7 @@ class NuLSQ(Quantizer):
         with torch.no_grad():
             up, zero = steps.cumsum(-1), torch.zeros_like(steps[..., :1])
             levels, thresholds = torch.cat([zero, up], -1), up - steps / 2
-        return Table(gaps=steps, low=zero, high=steps.sum(-1, keepdim=True), levels=levels, thresholds=thresholds)
+        return Table(gaps=steps, levels=levels, thresholds=thresholds)
 
     def ties_up(self):
         low, high = self.codes

@@ -42,11 +42,10 @@ class UniQ(Quantizer):
         return 0.5 if self.signed else 0.0
 
     def table(self, elements=None):
-        low, high = self.codes
         step = self.step
         if elements is not None:
-            step = scale_gradient(step, self.gradient_factor(elements, high))
-        return Table(gaps=step, low=(low + self.shift) * step, high=(high + self.shift) * step)
+            step = scale_gradient(step, self.gradient_factor(elements, self.codes[1]))
+        return Table(gaps=step)
 
     def set_steps_(self, step):
         self.step.copy_(step.view(self.step.shape))

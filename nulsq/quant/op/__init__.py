@@ -37,8 +37,6 @@ def fake_quantize(x: Tensor, table: Table, rule: Rule, form: str | None = None,
 
     affine: what x goes through before that, of one pass with it where there is a kernel for both; per-tensor tables.
     """
-    if table.high is table.gaps:  # a clipping threshold; the compiler takes no tensor twice
-        table = table._replace(high=table.high.view_as(table.high))
     form = form or _forced or _choose(x, table)
     if affine is None:
         return FORMS[form](x, table, rule)

@@ -331,8 +331,7 @@ template <class S, class C> void run(const Call& call) {
     }
     if (!slots) return;
 
-    C *dgaps = (C*)call.dgaps, *dlow = (C*)call.dlow, *dhigh = (C*)call.dhigh, *doffset = (C*)call.doffset,
-      *dslope = (C*)call.dslope;
+    C *dgaps = (C*)call.dgaps, *doffset = (C*)call.doffset, *dslope = (C*)call.dslope;
     const int gap_count = call.gap_count;
     const C* gaps = (const C*)call.gaps;
     const int cells = rule.thresholds + rule.segments;
@@ -341,17 +340,19 @@ template <class S, class C> void run(const Call& call) {
         std::vector<double> total(slots, 0.0);
         for (int64_t piece = 0; piece < pieces; piece++)
             for (int s = 0; s < slots; s++) total[s] += partial[(c * pieces + piece) * slots + s];
-        dlow[c] = total[0];
-        dhigh[c] = total[last];
-        if (rule.reduction == PER_CELL) {
-            for (int m = 0; m < cells; m++) {
-                doffset[c * cells + m] = total[1 + m];
-                dslope[c * cells + m] = total[cells + 3 + m];
-            }
-        } else if (rule.uniform) {                             // its errors are in steps already
-            dgaps[c * gap_count] = total[1];
-        } else {
-            for (int k = 0; k < gap_count; k++) dgaps[c * gap_count + k] = total[1 + k] / gaps[c * gap_count + k];
+        const double below = total[0], above = total[last];
+        if (rule.reduction == PER_GAP) {                       // an end is the sum of the gaps from zero to there
+            for (int k = 0; k < gap_count; k++)
+                dgaps[c * gap_count + k] = total[1 + k] / gaps[c * gap_count + k] + (k < -rule.low ? -below : above);
+            continue;
+        }
+        const double unit = gaps[c], low = rule.uniform ? rule.low + rule.shift : tables[c].levels[0] / unit,
+                     high = rule.uniform ? rule.high + rule.shift : tables[c].levels[rule.thresholds] / unit;
+        dgaps[c] = low * below + high * above;
+        if (rule.reduction == TOTAL) dgaps[c] += rule.uniform ? total[1] : total[1] / unit;  // in steps already
+        else for (int m = 0; m < cells; m++) {
+            doffset[c * cells + m] = total[1 + m];
+            dslope[c * cells + m] = total[cells + 3 + m];
         }
     }
 }

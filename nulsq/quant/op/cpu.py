@@ -44,8 +44,8 @@ class _Call(ctypes.Structure):
     _fields_ = ([("rule", _Rule)] + [(name, ctypes.c_int) for name in ("storage", "threads", "gap_count")]
                 + [(name, ctypes.c_int64) for name in ("channels", "elements", "features", "plane")]
                 + [(name, ctypes.c_void_p) for name in ("ties_up", "gaps", "levels", "thresholds", "center", "scale",
-                                                        "shift", "x", "dy", "out", "dgaps", "dlow", "dhigh", "doffset",
-                                                        "dslope", "dscale", "dshift")])
+                                                        "shift", "x", "dy", "out", "dgaps", "doffset", "dslope",
+                                                        "dscale", "dshift")])
 
 
 def available() -> bool:
@@ -65,21 +65,21 @@ def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) 
 
 def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
               over: bool = False) -> tuple[Tensor, ...]:
-    """dx and the gradients of gaps, low, high, offset and slope, empty where the rule's reduction has none; and, where
+    """dx and the gradients of gaps, offset and slope, empty where the rule's reduction has none; and, where
     there is an affine map, of its scale and shift.
 
     over: dy is nobody else's, dx may take its memory: a fourth of what backward moves, from memory that is cold.
     """
-    stored, kinds = x.dtype, [table.gaps.dtype] * 5 + [each.dtype for each in (affine or ())[1:]]
+    stored, kinds = x.dtype, [table.gaps.dtype] * 3 + [each.dtype for each in (affine or ())[1:]]
     x, table, call, affine = _prepare(x, table, rule, affine)
     given, dy = dy, laid_like(dy, x)
     dx = dy if over or dy is not given else torch.empty_like(x)
     sums = gradient_buffers(table, rule) + [torch.empty_like(each) for each in (affine or ())[1:]]
     if x.numel():
         call.dy, call.out = dy.data_ptr(), dx.data_ptr()
-        call.dgaps, call.dlow, call.dhigh, call.doffset, call.dslope = (each.data_ptr() for each in sums[:5])
+        call.dgaps, call.doffset, call.dslope = (each.data_ptr() for each in sums[:3])
         if affine is not None:
-            call.dscale, call.dshift = (each.data_ptr() for each in sums[5:])
+            call.dscale, call.dshift = (each.data_ptr() for each in sums[3:])
         _library().nulsq_run(call)
     else:
         sums = [each.zero_() for each in sums]

@@ -10,7 +10,7 @@ is counted once, kept as one byte per element, and everything follows from it by
 
 import torch
 
-from nulsq.quant.op.oracle import Table, end_codes, input_gradient, prepared, segment
+from nulsq.quant.op.oracle import Table, end_codes, gap_gradient, input_gradient, prepared, segment
 
 PIECE = 1 << 15  # elements that are summed up one by one in float32
 
@@ -19,10 +19,10 @@ class Eager(torch.autograd.Function):
     """As `Oracle`, for per-tensor tables. Gradients of non-finite dy may differ: there is nothing to train then."""
 
     @staticmethod
-    def forward(ctx, x, gaps, low, high, levels, thresholds, offset, slope, rule):
+    def forward(ctx, x, gaps, levels, thresholds, offset, slope, rule):
         shape, stored = (x.shape, _order(x)), x.dtype
         kept = _flat(x, shape[1])
-        x, table = prepared(kept, Table(gaps, low, high, levels, thresholds), rule)
+        x, table = prepared(kept, Table(gaps, levels, thresholds), rule)
         if rule.index == "uniform":
             index = None
             at = x / table.gaps
@@ -36,7 +36,7 @@ class Eager(torch.autograd.Function):
             index += _byte(x != x).to(index.dtype) * (count + 1)  # NaN in, NaN out: one past the levels
             y = _look_up(table.levels, index)
         ctx.rule, ctx.shape = rule, shape
-        ctx.save_for_backward(kept, index, gaps, low, high, levels, thresholds)
+        ctx.save_for_backward(kept, index, gaps, levels, thresholds)
         return _unflat(y.to(stored), *shape)
 
     @staticmethod
@@ -57,30 +57,29 @@ class Eager(torch.autograd.Function):
         dx = dx.masked_fill(x <= 0, 0) if rule.relu else dx
         dx = _unflat(dx.to(stored), *ctx.shape)
         if rule.reduction == "none" or not any(ctx.needs_input_grad[1:]):
-            return dx, *(None,) * 8
+            return dx, *(None,) * 6
 
         if rule.index == "uniform":
             nearest = clamped.sub(rule.shift).round_().add_(rule.shift) if rule.shift else clamped.round()
-            dgaps = nearest.sub_(clamped).mul_(dy).sum().view(1)
-            dlow, dhigh = (beyond.mul(dy).sum().view(1) for beyond in (at < low, at > high))
+            errors = nearest.sub_(clamped).mul_(dy).sum().view(1)
+            below, above = (beyond.mul(dy).sum().view(1) for beyond in (at < low, at > high))
         elif rule.reduction == "per_cell":
             # Cells 1 ... K + S lie inside, 0 below and the last above.
             count = len(rule.ties_up) + rule.segments
             number, start = segment(clamped, low, high, rule)
             cell = number.add_(index).add_(1).mul_(x >= low).masked_fill_(x > high, count + 1)
-            sums = _sums(cell, dy, count + 2).to(kind)
-            moments = _sums(cell, dy * (clamped - start), count + 2).to(kind)
-            return dx, None, sums[:1], sums[-1:], None, None, sums[1:-1], moments[1:-1], None
+            sums, moments = _sums(cell, dy, count + 2), _sums(cell, dy * (clamped - start), count + 2)
+            dgaps = gap_gradient(0.0, sums[:1], sums[-1:], table, rule)
+            return dx, dgaps.to(kind), None, None, sums[1:-1].to(kind), moments[1:-1].to(kind), None
         else:
             y = _look_up(table.levels, index)
             gap = index + _byte(x > y)
             weights = y.sub_(clamped).add_(~inside).mul_(dy)
             count = rule.codes[1] - rule.codes[0]
             sums = _sums(gap, weights, count + 2)
-            dlow, dhigh = sums[:1], sums[-1:]
-            dgaps = sums[1:-1] if rule.reduction == "per_gap" else sums[1:-1].sum().view(1)
-            dgaps = dgaps / table.gaps
-        return dx, dgaps.to(kind), dlow.to(kind), dhigh.to(kind), *(None,) * 5
+            below, above = sums[:1], sums[-1:]
+            errors = (sums[1:-1] if rule.reduction == "per_gap" else sums[1:-1].sum().view(1)) / table.gaps
+        return dx, gap_gradient(errors, below, above, table, rule).to(kind), *(None,) * 5
 
 
 def _sums(bins, weights, count):

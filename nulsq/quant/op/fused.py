@@ -22,7 +22,7 @@ from nulsq.quant.op.layout import dense, gradient_buffers
 from nulsq.quant.op.oracle import Affine, Oracle, Rule, Table, sums_asked_for
 
 KERNELS = {"cpu": cpu, "cuda": gpu}
-_TABLE = "Tensor gaps, Tensor low, Tensor high, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
+_TABLE = "Tensor gaps, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
 _RULE = "str index, str ste, str reduction, int[] codes, bool[] ties_up, float shift, int segments, bool relu"
 _AFFINE = "Tensor? center=None, Tensor? scale=None, Tensor? shift_by=None"  # behind a batch norm; on the CPU only
 _FIELDS, _SWITCHES = len(Table._fields), len(Rule._fields)
@@ -86,8 +86,8 @@ class Fused(torch.autograd.Function):
     """x -> its level by `rule`, behind an affine map if there is one; shape, type and memory order of x."""
 
     @staticmethod
-    def forward(ctx, x, gaps, low, high, levels, thresholds, offset, slope, rule, *affine):
-        tensors = gaps, low, high, levels, thresholds, offset, slope, *affine
+    def forward(ctx, x, gaps, levels, thresholds, offset, slope, rule, *affine):
+        tensors = gaps, levels, thresholds, offset, slope, *affine
         ctx.save_for_backward(x, *tensors)
         ctx.rule = rule
         return _quantize(x, *_table_and_affine(tensors, rule))
@@ -128,8 +128,8 @@ class Transformed(Oracle):
     """The same in the shape that torch.func asks for, which takes longer to call; keeps what the oracle keeps."""
 
     @staticmethod
-    def forward(x, gaps, low, high, levels, thresholds, offset, slope, rule):
-        return torch.ops.nulsq.quantize(x, gaps, low, high, levels, thresholds, offset, slope, *rule)
+    def forward(x, gaps, levels, thresholds, offset, slope, rule):
+        return torch.ops.nulsq.quantize(x, gaps, levels, thresholds, offset, slope, *rule)
 
     @staticmethod
     def backward(ctx, dy):
@@ -145,15 +145,15 @@ class Transformed(Oracle):
 def _in_order(found, affine=None):
     """Gradients of x, the table and the affine map, None where there is none, as their arguments stand."""
     dx, *sums = found
-    dgaps, dlow, dhigh, doffset, dslope = (each if each.numel() else None for each in sums[:5])
-    lines = (None,) * 3 if affine is None else (-affine.scale * sums[6], sums[5], sums[6])
-    return dx, dgaps, dlow, dhigh, None, None, doffset, dslope, *lines
+    dgaps, doffset, dslope = (each if each.numel() else None for each in sums[:3])
+    lines = (None,) * 3 if affine is None else (-affine.scale * sums[4], sums[3], sums[4])
+    return dx, dgaps, None, None, doffset, dslope, *lines
 
 
 # ---- operators of torch
 
 _library = torch.library.Library("nulsq", "DEF")
-_SUMS = ", ".join(["Tensor"] * 7)
+_SUMS = ", ".join(["Tensor"] * 5)
 for _suffix in ("", "_inline"):  # _inline: the same, of which Inductor may make comparisons, see `inline_forward`
     _library.define(f"quantize{_suffix}(Tensor x, {_TABLE}, {_RULE}, {_AFFINE}) -> Tensor")
     _library.define(f"gradients{_suffix}(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> (Tensor, {_SUMS})")

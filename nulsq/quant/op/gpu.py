@@ -43,7 +43,7 @@ def quantize(x: Tensor, table: Table, rule: Rule) -> Tensor:
 
 
 def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor, ...]:
-    """dx and the gradients of gaps, low, high, offset and slope; empty where the rule's reduction has none."""
+    """dx and the gradients of gaps, offset and slope; empty where the rule's reduction has none."""
     slots, rows = slots_and_rows(rule)
     if rows > MOST_SLOTS or len(rule.ties_up) > MOST_THRESHOLDS:
         found = oracle.gradients(x, dy, table, rule)
@@ -62,12 +62,13 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor, 
     if not rows:
         return dx.to(stored), *buffers
     sums = partial.double().sum(1)
-    low, middle, high = sums[:, :1], sums[:, 1:slots - 1], sums[:, slots - 1:slots]
+    rows_of = Table(*(each if each is None else each.view(channels, -1) for each in table))
+    below, middle, above = sums[:, :1], sums[:, 1:slots - 1], sums[:, slots - 1:slots]
     if rule.reduction == "per_cell":
-        found = [buffers[0], low, high, middle, sums[:, slots + 1:2 * slots - 1]]
+        found = [oracle.gap_gradient(0.0, below, above, rows_of, rule), middle, sums[:, slots + 1:2 * slots - 1]]
     else:  # a uniform grid's errors are in steps already
-        gaps = middle if rule.index == "uniform" else middle / table.gaps.view(channels, -1)
-        found = [gaps, low, high, *buffers[3:]]
+        errors = middle if rule.index == "uniform" else middle / rows_of.gaps
+        found = [oracle.gap_gradient(errors, below, above, rows_of, rule), *buffers[1:]]
     pairs = zip(found, buffers, strict=True)
     return dx.to(stored), *(each.view(buffer.shape).to(buffer.dtype) for each, buffer in pairs)
 

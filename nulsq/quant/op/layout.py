@@ -32,11 +32,10 @@ def laid_like(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def gradient_buffers(table: Table, rule: Rule) -> list[Tensor]:
-    """Room for the gradients of gaps, low, high, offset and slope: like those, or empty."""
+    """Room for the gradients of gaps, offset and slope: like those, or empty."""
     nothing = table.gaps.new_empty(0)
     if rule.reduction == "none":
-        return [nothing] * 5
-    ends = [torch.empty_like(table.low), torch.empty_like(table.high)]
+        return [nothing] * 3
     if rule.reduction == "per_cell":
-        return [nothing, *ends, torch.empty_like(table.offset), torch.empty_like(table.slope)]
-    return [torch.empty_like(table.gaps), *ends, nothing, nothing]
+        return [torch.empty_like(each) for each in (table.gaps, table.offset, table.slope)]
+    return [torch.empty_like(table.gaps), nothing, nothing]

@@ -23,7 +23,7 @@ struct Call {
     int64_t channels, elements, features, plane;               // elements of a channel; features 0: no lines
     const uint8_t* ties_up;
     const void *gaps, *levels, *thresholds, *center, *scale, *shift, *x, *dy;  // dy: null forward
-    void *out, *dgaps, *dlow, *dhigh, *doffset, *dslope, *dscale, *dshift;     // out: y or dx
+    void *out, *dgaps, *doffset, *dslope, *dscale, *dshift;    // out: y or dx
 };
 
 // A line for each channel of x: (x - center) scale + shift. A channel's elements lie together, `plane` by `plane`; or,

@@ -5,13 +5,14 @@ interval that x falls into. Backward, with the straight-through estimator, for t
 
     inside the range   round(u) - u = (y - x) / g_k,  u = (x - l_{k-1}) / g_k,   so
     dL/dg_k = V_k / g_k,  V_k = sum over x in gap k of dy (y - x)
-    dL/dl_K += sum over x > l_K of dy          dL/dl_0 += sum over x < l_0 of dy
+    beyond it          y is the end level: the sum of the gaps from zero to there, so to each of those
+    dL/dg_k += sum over x > l_K of dy, above zero          dL/dg_k -= sum over x < l_0 of dy, below zero
     dL/dx   = dy inside the range, 0 outside
 
 This is the published rule of nuLSQ (one step per gap), of LSQ (all gaps are one step, so their gradients add
-up) and of every other method whose gaps are a function of its parameters: the quantizer builds `gaps`, `low`
-and `high` from its parameters with ordinary tensor operations and autograd carries the gradient on, over at
-most 2^bits numbers. Only x and the table are kept for backward; y and the gap are computed again.
+up, and the end levels are multiples of it) and of every other method whose gaps are a function of its parameters:
+the quantizer builds `gaps` from its parameters with ordinary tensor operations and autograd carries the gradient
+on, over at most 2^bits numbers. Only x and the table are kept for backward; y and the gap are computed again.
 
 A method that bends x before it rounds (LCQ) has more places where its gradient changes: also the ends of S equal
 segments of the range. Thresholds and segment ends cut the range into K + S cells, numbered level index + segment.
@@ -35,13 +36,11 @@ from torch import Tensor
 class Table(NamedTuple):
     """What a quantizer's parameters mean. `...` is empty (per tensor) or one dimension of C channels.
 
-    `gaps`, `low`, `high`, `offset` and `slope` carry the gradient, `levels` and `thresholds` only values. With
+    `gaps`, `offset` and `slope` carry the gradient, `levels` and `thresholds` only values. With
     `Rule.index == "uniform"` the levels are `(code + shift) * gaps`, and `levels`, `thresholds` are None.
     """
 
-    gaps: Tensor  # [..., K], or [..., 1] where Rule.reduction is "total": the unit that all gaps are made of
-    low: Tensor  # [..., 1] lowest level
-    high: Tensor  # [..., 1] highest level
+    gaps: Tensor  # [..., K] where Rule.reduction is "per_gap"; else [..., 1], a unit that all levels are multiples of
     levels: Tensor | None = None  # [..., K+1], ascending
     thresholds: Tensor | None = None  # [..., K], ascending
     offset: Tensor | None = None  # [..., K+S], for Rule.reduction "per_cell"; only its gradient is used
@@ -69,7 +68,8 @@ class Rule(NamedTuple):
 
     index: str  # "uniform": round half to even of x / step; "table": compare with the thresholds
     ste: str  # dL/dx: "clip" passes low <= x <= high; "clip_open" low < x < high; "half" 0.5 at both ends; "none" all
-    reduction: str  # gradient of the gaps: "none", "total" (one sum), "per_gap" (one sum each); or "per_cell"
+    reduction: str  # gradient of the gaps: "none", "total" (of the unit), "per_gap" (one each); or "per_cell", where
+    # the unit gets what lies beyond the ends and `offset` and `slope` what lies inside
     codes: tuple[int, int]  # lowest and highest level number relative to zero; K = codes[1] - codes[0]
     ties_up: tuple[bool, ...] = ()  # per threshold: does x == threshold belong to the upper level?
     shift: float = 0.0  # "uniform": 0 has a level at zero, 0.5 has one on either side of it
@@ -89,8 +89,8 @@ class Oracle(torch.autograd.Function):
     """x -> its level by `rule`; same shape and type. A 2-D table runs over dimension 0 of x."""
 
     @staticmethod
-    def forward(x, gaps, low, high, levels, thresholds, offset, slope, rule):
-        return quantize(x, Table(gaps, low, high, levels, thresholds, offset, slope), rule)[0].to(x.dtype)
+    def forward(x, gaps, levels, thresholds, offset, slope, rule):
+        return quantize(x, Table(gaps, levels, thresholds, offset, slope), rule)[0].to(x.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -101,12 +101,12 @@ class Oracle(torch.autograd.Function):
     def backward(ctx, dy):
         x, *table = ctx.saved_tensors
         rule = sums_asked_for(ctx.rule, ctx.needs_input_grad)
-        dx, dgaps, dlow, dhigh, doffset, dslope = gradients(x, dy, Table(*table), rule)
-        return dx, dgaps, dlow, dhigh, None, None, doffset, dslope, None
+        dx, dgaps, doffset, dslope = gradients(x, dy, Table(*table), rule)
+        return dx, dgaps, None, None, doffset, dslope, None
 
 
 def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor | None, ...]:
-    """dx and the gradients of gaps, low, high, offset and slope; None where the rule's reduction has none."""
+    """dx and the gradients of gaps, offset and slope; None where the rule's reduction has none."""
     stored, kind = x.dtype, table.gaps.dtype
     y, x, table = quantize(x, table, rule)
     dy = dy.to(x.dtype)
@@ -119,28 +119,44 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor |
     dx = input_gradient(dy, at, low, high, inside, rule.ste)
     dx = (torch.where(x <= 0, 0, dx) if rule.relu else dx).to(stored)
     if rule.reduction == "none":
-        return dx, *(None,) * 5
+        return dx, *(None,) * 3
 
     channels = table.gaps.dim() == 2
-    dlow = _sum(torch.where(at < low, dy, 0), channels).to(kind)
-    dhigh = _sum(torch.where(at > high, dy, 0), channels).to(kind)
+    below = _sum(torch.where(at < low, dy, 0), channels)
+    above = _sum(torch.where(at > high, dy, 0), channels)
     if rule.reduction == "per_cell":
         number, start = segment(x, low, high, rule)
         cell = _index(x, table, rule) + number
         weights = [torch.where(inside, each, 0) for each in (dy, dy * (x - start))]
         offset, slope = (torch.cat([_sum(torch.where(cell == m, each, 0), channels)
                                     for m in range(table.offset.shape[-1])], dim=-1).to(kind) for each in weights)
-        return dx, None, dlow, dhigh, offset, slope
+        return dx, gap_gradient(0.0, below, above, table, rule).to(kind), offset, slope
     error = torch.where(inside, dy * (y - x), 0)
     if rule.reduction == "total":
-        dgaps = _sum(error, channels)
+        errors = _sum(error, channels)
     else:  # x lies in gap k, that is l_{k-1} < x <= l_k
-        dgaps = torch.cat([
+        errors = torch.cat([
             _sum(torch.where((x > _column(table.levels, k, x)) & (x <= _column(table.levels, k + 1, x)), error, 0),
                  channels)
             for k in range(rule.codes[1] - rule.codes[0])
         ], dim=-1)
-    return dx, (dgaps / table.gaps).to(kind), dlow, dhigh, None, None
+    return dx, gap_gradient(errors / table.gaps, below, above, table, rule).to(kind), None, None
+
+
+def gap_gradient(errors: Tensor | float, below: Tensor, above: Tensor, table: Table, rule: Rule) -> Tensor:
+    """dL/dgaps of sums: [..., K or 1] of dy (y - x) / gap inside the range, [..., 1] of dy below it and above it.
+
+    In double: what the ends get may be large and cancel.
+    """
+    below, above = below.double(), above.double()
+    if rule.reduction != "per_gap":
+        low, high = (end_codes(rule) if rule.index == "uniform" else
+                     (table.levels[..., end] / table.gaps for end in (slice(1), slice(-1, None))))
+        return errors + low * below + high * above
+    if not rule.codes[0]:
+        return errors + above
+    far = below.shape[:-1]
+    return errors + torch.cat([-below.expand(*far, -rule.codes[0]), above.expand(*far, rule.codes[1])], -1)
 
 
 def quantize(x, table, rule):
