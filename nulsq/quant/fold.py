@@ -84,10 +84,13 @@ class DeferredBatchNorm(nn.BatchNorm2d):
 
     def _count(self, mean, var, count):
         """As torch does it: momentum None is the plain average over all batches so far, variance is unbiased."""
-        self.num_batches_tracked += 1
+        self.num_batches_tracked.add_(1)
         share = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(mean.dtype)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), share)
+        var = var * (count / (count - 1))
+        if mean.dtype != self.running_mean.dtype:
+            mean, var = mean.to(self.running_mean.dtype), var.to(self.running_var.dtype)
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(var, share)
 
 
 def _fold(model, kind, replacement) -> list[str]:

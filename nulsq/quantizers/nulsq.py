@@ -60,10 +60,9 @@ class NuLSQ(Quantizer):
         steps = self.steps
         if elements is not None:
             steps = scale_gradient(steps, self.gradient_factor(elements, steps.shape[-1]))
-        with torch.no_grad():
-            up, zero = steps.cumsum(-1), torch.zeros_like(steps[..., :1])
-            levels, thresholds = torch.cat([zero, up], -1), up - steps / 2
-        return Table(gaps=steps, levels=levels, thresholds=thresholds)
+        fixed = steps.detach()
+        up = fixed.cumsum(-1)
+        return Table(gaps=steps, levels=nn.functional.pad(up, (1, 0)), thresholds=up - fixed / 2)
 
     def ties_up(self):
         low, high = self.codes

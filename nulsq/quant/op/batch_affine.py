@@ -25,7 +25,8 @@ def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[T
     if x.numel() // x.shape[1] < 2:
         raise ValueError(f"a batch norm in training needs more than one element of each channel, x is {tuple(x.shape)}")
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # which see what plain torch does
-        var, mean = torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0)
+        whole = x if x.dtype == weight.dtype else x.to(weight.dtype)
+        var, mean = torch.var_mean(whole, (0, 2, 3), correction=0)
         return x, Affine(mean, weight * (var + eps).rsqrt(), bias), mean.detach(), var.detach()
     with torch.no_grad():
         mean, var = cpu.moments(x)
