@@ -49,9 +49,11 @@ class _InputsMadeAgain(_Pass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         met = set()
-        for node in graph.find_nodes(op="call_function", target=torch.ops.nulsq.gradients.default):
+        for node in graph.nodes:  # in order
+            if node.target not in (torch.ops.nulsq.gradients.default, torch.ops.nulsq.sums.default):
+                continue
             source, taken = node.args[0], _convolved(node.args[1])
-            if _behind_batch_norm(node):
+            if node.target is torch.ops.nulsq.sums.default:  # behind a batch norm
                 again = {taken} if taken is not None and taken.target is torch.ops.nulsq.quantize.default else set()
             elif _pointwise(source):  # else dear to make again
                 source.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
@@ -61,10 +63,6 @@ class _InputsMadeAgain(_Pass):
             for each in again if source in met else ():
                 each.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             met.add(source)
-
-
-def _behind_batch_norm(node: torch.fx.Node) -> bool:
-    return isinstance(node.args[-1], torch.fx.Node)  # the last argument is the batch norm's shift, or the rule's `relu`
 
 
 def _pointwise(node: torch.fx.Node) -> bool:

@@ -122,6 +122,46 @@ def test_a_batchs_own_map_is_batch_norm(shape, memory):
     assert not mean.requires_grad and not var.requires_grad
 
 
+@pytest.mark.parametrize("memory", LAYOUTS)
+@pytest.mark.parametrize("ste", ["clip", "half", "none"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_compilers_gradients_are_the_kernels(name, ste, memory):
+    """It gets the sums alone from the kernel, makes dx itself, and has the moments as an operator."""
+    torch._dynamo.reset()
+    quantizer, (x, dy) = ready(name, 2).double(), tensors((3, 19, 7, 5), memory, torch.float64)
+    quantizer.ste = ste
+    weight, _, bias = lines(19, torch.float64)
+
+    def step(x, weight, bias):
+        mapped, affine, mean, var = batch_affine(x, weight, bias, 1e-5)
+        y = fake_quantize(mapped, quantizer.table(), quantizer.rule()._replace(relu=True), affine=affine)
+        return y, mean, var
+
+    x.requires_grad_()
+    wanted, found = step(x, weight, bias), torch.compile(step, backend="aot_eager", fullgraph=True)(x, weight, bias)
+    for each in (wanted, found):
+        assert not each[1].requires_grad and not each[2].requires_grad
+    inputs = [x, weight, bias, *quantizer.parameters()]
+    wanted, found = ([*each, *torch.autograd.grad(each[0], inputs, dy)] for each in (wanted, found))
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11 * float(theirs.detach().abs().max()))
+
+
+def test_the_operators_keep_torchs_contract():
+    """Schema, fake tensors, autograd registration and tracing, as torch checks them itself."""
+    (x, dy), affine = tensors((3, 19, 7, 5), torch.channels_last), [each.detach() for each in lines(19)]
+    torch.library.opcheck(torch.ops.nulsq.moments.default, (x.requires_grad_(),))
+    for name in METHODS:
+        quantizer = ready(name, 3)
+        with torch.no_grad():
+            arguments = (x.detach(), dy, *quantizer.table(), *quantizer.rule(), *affine)
+        torch.library.opcheck(torch.ops.nulsq.sums.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        found = torch.ops.nulsq.sums(*arguments)
+        for mine, theirs in zip(found, cpu.gradients(x.detach(), dy, quantizer.table(), quantizer.rule(),
+                                                     Affine(*affine))[1:], strict=True):
+            assert torch.equal(mine, theirs)
+
+
 def test_a_gradient_that_somebody_holds_is_not_written_over():
     quantizer, (x, dy) = ready("nulsq", 2), tensors((2, 16, 8, 8), torch.channels_last)
     weight, bias, held = torch.ones(16, requires_grad=True), torch.zeros(16, requires_grad=True), dy.clone()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nulsq.quant.op import cpu, sole
-from nulsq.quant.op.oracle import Affine
+from nulsq.quant.op.oracle import Affine, along_channels
 
 
 def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Affine, Tensor, Tensor]:
@@ -24,9 +24,9 @@ def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[T
     """
     if x.numel() // x.shape[1] < 2:
         raise ValueError(f"a batch norm in training needs more than one element of each channel, x is {tuple(x.shape)}")
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # which see what plain torch does
-        whole = x if x.dtype == weight.dtype else x.to(weight.dtype)
-        var, mean = torch.var_mean(whole, (0, 2, 3), correction=0)
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch._C._are_functorch_transforms_active():  # transforms see what plain torch does
+        mean, var = torch.ops.nulsq.moments(x) if compiling else moments(x)
         return x, Affine(mean, weight * (var + eps).rsqrt(), bias), mean.detach(), var.detach()
     with torch.no_grad():
         mean, var = cpu.moments(x)
@@ -51,3 +51,40 @@ class _BatchAffine(torch.autograd.Function):
         line = Affine(mean, dscale * weight * inverse**3 / -count, dcenter / count)
         over = not torch.is_grad_enabled() and sole.references(dx) == sole.references_alone()
         return cpu.add_affine(dx, x, line, over), dscale * inverse, None, None, None
+
+
+# ---- for a compiler: the moments are an operator, whose gradient is a line of x. That of torch.var_mean goes over x
+# ---- once more, for the mean.
+
+_library = torch.library.Library("nulsq", "FRAGMENT")
+_library.define("moments(Tensor x) -> (Tensor, Tensor)")
+_library.impl("moments", cpu.moments, "CPU")
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (divided by the count) of each channel of x, as Inductor computes them: on the way."""
+    var, mean = torch.var_mean(x.to(_computed_in(x)), (0, *range(2, x.dim())), correction=0)
+    return mean, var
+
+
+@torch.library.register_fake("nulsq::moments", lib=_library)
+def _moments_like(x):
+    return tuple(x.new_empty(x.shape[1], dtype=_computed_in(x)) for _ in range(2))
+
+
+def _computed_in(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output[0])
+
+
+def _backward(ctx, dmean, dvar):
+    x, mean = ctx.saved_tensors
+    count = x.numel() // x.shape[1]
+    slope, shift = dvar * (2 / count), dmean / count
+    return ((x - along_channels(mean, x)) * along_channels(slope, x) + along_channels(shift, x)).to(x.dtype)
+
+
+torch.library.register_autograd("nulsq::moments", _backward, setup_context=_keep, lib=_library)

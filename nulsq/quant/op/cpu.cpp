@@ -34,7 +34,7 @@ template <class C> constexpr bool by_halves(int count) {
 
 // Level and, where WITH_INDEX, level index of a vector; a NaN stays one, with index 0. COUNT thresholds, 0: any number.
 template <int COUNT, bool WITH_INDEX, class C>
-inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) {
+INLINED inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) {
     if (COUNT == 0 && !table.below.empty()) {
         Whole<C> at[WIDTH<C>];
         C value[WIDTH<C>], level[WIDTH<C>];
@@ -75,7 +75,7 @@ inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) {
 
 // dx of x, which lies `at` on the scale of the range's ends. FROM_ZERO: behind a ReLU, of a range that begins at zero.
 template <bool FROM_ZERO, class C>
-inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> x, Real<C> at, C low, C high) {
+INLINED inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> x, Real<C> at, C low, C high) {
     if (FROM_ZERO && ste == CLIP) return where<C>(x > C(0), where<C>(at <= high, dy));
     if (FROM_ZERO) return where<C>(~(x <= C(0)), input_gradient<false>(ste, dy, x, at, low, high));
     if (ste == PASS_ALL) return dy;
@@ -88,16 +88,17 @@ inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> x, Real<C> at, C low,
 
 template <class C, bool FROM_ZERO> struct Uniform {
     static constexpr bool RELU = FROM_ZERO;                    // does the ReLU before it, too
-    const Rule& rule;
-    const C step, shift = rule.shift, low = rule.low + shift, high = rule.high + shift;
+    static constexpr bool SMALL = true;                        // is copied, to lie in registers
+    Rule rule;
+    C step, shift = rule.shift, low = rule.low + shift, high = rule.high + shift;
     Real<C> below{}, error{}, above{};
 
     Uniform(const Rule& rule, const Table<C>& table) : rule(rule), step(table.step) {}
 
-    Real<C> level(Real<C> x) const {
+    INLINED Real<C> level(Real<C> x) const {
         return (round_half_even<C>(clamp<C>(x / step - shift, rule.low, rule.high)) + shift) * step;
     }
-    Real<C> gradient(Real<C> x, Real<C> dy) {
+    INLINED Real<C> gradient(Real<C> x, Real<C> dy) {
         const Real<C> at = x / step;
         if (rule.reduction != NO_SUMS) {
             const Real<C> nearest = round_half_even<C>(clamp<C>(at, low, high) - shift) + shift;
@@ -127,28 +128,28 @@ int slots_of(const Rule& rule) {
 // Sums in one accumulator for each of GAPS gaps, or in one for all of them (GAPS = 1). Those of single gaps add up what
 // lies above each level, which is one comparison where "in this gap" is two; their differences are the gaps'.
 template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
-    static constexpr bool RELU = FROM_ZERO;
-    const Rule& rule;
-    const Table<C>& table;
-    const C low = table.levels[0], high = table.levels[table.count];
+    static constexpr bool RELU = FROM_ZERO, SMALL = true;
+    Rule rule;
+    const Table<C>* table;
+    C low = table->levels[0], high = table->levels[table->count];
     Real<C> below{}, above{}, sums[GAPS] = {};
 
-    Masked(const Rule& rule, const Table<C>& table) : rule(rule), table(table) {}
+    Masked(const Rule& rule, const Table<C>& table) : rule(rule), table(&table) {}
 
-    Real<C> level(Real<C> x) const {
+    INLINED Real<C> level(Real<C> x) const {
         Int<C> unused;
-        return look_up<COUNT, false>(table, x, unused);
+        return look_up<COUNT, false>(*table, x, unused);
     }
-    Real<C> gradient(Real<C> x, Real<C> dy) {
+    INLINED Real<C> gradient(Real<C> x, Real<C> dy) {
         if (rule.reduction != NO_SUMS) {
             Int<C> unused;
-            Real<C> y = look_up<COUNT, false>(table, x, unused), error = (y - x) * dy;
+            Real<C> y = look_up<COUNT, false>(*table, x, unused), error = (y - x) * dy;
             if (!FROM_ZERO) add_where(below, x < low, dy);
             add_where(above, x > high, dy);
             error = where<C>(x <= high, error);
             add_where(sums[0], FROM_ZERO ? x > low : x >= low, error);
 #pragma GCC unroll 15
-            for (int k = 1; k < GAPS; k++) add_where(sums[k], x > all<C>(table.levels[k]), error);
+            for (int k = 1; k < GAPS; k++) add_where(sums[k], x > all<C>(table->levels[k]), error);
         }
         return input_gradient<FROM_ZERO>(rule.ste, dy, x, x, low, high);
     }
@@ -165,7 +166,7 @@ template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
 // the range is put aside first, packed, then looked up and added in full vectors: half of what a folded ReLU gets does
 // not.
 template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
-    static constexpr bool RELU = false;
+    static constexpr bool RELU = false, SMALL = false;
     static constexpr int SLOTS = REDUCTION == PER_GAP ? (COUNT ? COUNT + 2 : MOST + 2) : 2 * (2 * MOST + 2);
     static constexpr int ROOM = 1024;
     const Rule& rule;
@@ -180,7 +181,7 @@ template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
     Scattered(const Rule& rule, const Table<C>& table) : rule(rule), table(table) {
         for (auto& each : columns) std::fill(each, each + slots, C(0));
     }
-    Real<C> gradient(Real<C> x, Real<C> dy) {
+    INLINED Real<C> gradient(Real<C> x, Real<C> dy) {
         const Int<C> inside = (x > low) & (x <= high);
         add_where(below, x < low, dy);
         if (REDUCTION == PER_CELL) add_where(lowest, x == low, dy);
@@ -237,7 +238,7 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
     Kind kind(rule, table);
     const bool relu = rule.relu && !Kind::RELU;
     const Real<C> floor = all<C>(relu ? C(0) : std::numeric_limits<C>::quiet_NaN());  // nothing is below a NaN
-    auto found = [&](Real<C> at, const S* dy) {                // y or dx
+    auto found = [=](auto& kind, Real<C> at, const S* dy) INLINED {  // y or dx
         if (!Kind::RELU) at = at <= floor ? floor : at;
         if constexpr (FORWARD) return kind.level(at);
         else {
@@ -246,26 +247,31 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
         }
     };
     if (!lines.features) {
-        auto step = [&](const S* x, const S* dy, S* out) { store(out, found(load(x), dy)); };
+        auto step = [&](const S* x, const S* dy, S* out) INLINED {
+            const Real<C> given = found(kind, load(x), dy);
+            if (out) store(out, given);
+        };
         const int64_t rest = count % WIDTH<C>, full = count - rest;
         vectors<FORWARD, C>(x, dy, out, count / WIDTH<C>, WIDTH<C>, WIDTH<C>, step);
-        if (rest) vectors<FORWARD, C>(x + full, FORWARD ? dy : dy + full, out + full, 1, WIDTH<C>, rest, step);
+        if (rest) vectors<FORWARD, C>(x + full, along(dy, full), along(out, full), 1, WIDTH<C>, rest, step);
     } else {
         lines.stretches(start, count, [&](int64_t i, int64_t repeat, int64_t stride, int64_t lanes, int64_t channel) {
             const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
                           shift = lines.of(lines.shift, channel) - center * scale;
             Real<C> turned{}, moved{};                         // what the lines' scale and shift get
-            auto step = [&](const S* x, const S* dy, S* out) {
-                const Real<C> taken = load(x), given = found(taken * scale + shift, dy);
+            std::conditional_t<Kind::SMALL, Kind, Kind&> own = kind;
+            auto step = [&](const S* x, const S* dy, S* out) INLINED {
+                const Real<C> taken = load(x), given = found(own, taken * scale + shift, dy);
                 if constexpr (FORWARD) store(out, given);
                 else {
                     turned += given * (taken - center);
                     moved += given;
-                    store(out, given * scale);
+                    if (out) store(out, given * scale);
                 }
             };
-            vectors<FORWARD, C>(x + i, FORWARD ? dy : dy + i, out + i, repeat, stride, lanes, step);
+            vectors<FORWARD, C>(x + i, along(dy, i), along(out, i), repeat, stride, lanes, step);
             if constexpr (!FORWARD) {
+                if constexpr (Kind::SMALL) kind = own;
                 lines.add(line_total, channel, turned);
                 lines.add(line_total + lines.features, channel, moved);
             }
@@ -320,8 +326,8 @@ template <class S, class C> void run(const Call& call) {
     S* out = (S*)call.out;
     by_pieces(call, lines, [&](int64_t task, int64_t start, int64_t count) {
         const int64_t c = task / pieces, at = c * elements + start;
-        work(rule, tables[c], lines, start, count, x + at, dy ? dy + at : dy, out + at, partial.data() + task * slots,
-             line_partial.data() + task * line_slots);
+        work(rule, tables[c], lines, start, count, x + at, along(dy, at), along(out, at),
+             partial.data() + task * slots, line_partial.data() + task * line_slots);
     });
     for (int64_t s = 0; s < line_slots; s++) {
         double total = 0;

@@ -65,25 +65,25 @@ def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) 
 
 def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
               over: bool = False) -> tuple[Tensor, ...]:
-    """dx and the gradients of gaps, offset and slope, empty where the rule's reduction has none; and, where
-    there is an affine map, of its scale and shift.
+    """dx and the gradients of gaps, offset and slope, empty where the rule's reduction has none; and, where there is an
+    affine map, of its scale and shift.
 
     over: dy is nobody else's, dx may take its memory: a fourth of what backward moves, from memory that is cold.
     """
-    stored, kinds = x.dtype, [table.gaps.dtype] * 3 + [each.dtype for each in (affine or ())[1:]]
+    stored, kinds = x.dtype, _kinds(table, affine)
     x, table, call, affine = _prepare(x, table, rule, affine)
     given, dy = dy, laid_like(dy, x)
     dx = dy if over or dy is not given else torch.empty_like(x)
-    sums = gradient_buffers(table, rule) + [torch.empty_like(each) for each in (affine or ())[1:]]
-    if x.numel():
-        call.dy, call.out = dy.data_ptr(), dx.data_ptr()
-        call.dgaps, call.doffset, call.dslope = (each.data_ptr() for each in sums[:3])
-        if affine is not None:
-            call.dscale, call.dshift = (each.data_ptr() for each in sums[3:])
-        _library().nulsq_run(call)
-    else:
-        sums = [each.zero_() for each in sums]
-    return _in_type(dx, stored), *map(_in_type, sums, kinds)
+    call.out = dx.data_ptr()
+    found = _sums(call, dy, table, rule, affine, kinds)  # which fills dx, too
+    return _in_type(dx, stored), *found
+
+
+def sums(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> tuple[Tensor, ...]:
+    """As `gradients`, without dx: nothing of x's size is written."""
+    kinds = _kinds(table, affine)
+    x, table, call, affine = _prepare(x, table, rule, affine)
+    return _sums(call, laid_like(dy, x), table, rule, affine, kinds)
 
 
 def add_affine(dx: Tensor, x: Tensor, affine: Affine, over: bool = False) -> Tensor:
@@ -109,6 +109,23 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     _library().nulsq_moments(call)
     del lines
     return mean, var
+
+
+def _kinds(table, affine):
+    """Types of the sums: of what they are the gradients of."""
+    return [table.gaps.dtype] * 3 + [each.dtype for each in (affine or ())[1:]]
+
+
+def _sums(call, dy, table, rule, affine, kinds):
+    sums = gradient_buffers(table, rule) + [torch.empty_like(each) for each in (affine or ())[1:]]
+    if not dy.numel():
+        return [each.zero_().to(kind) for each, kind in zip(sums, kinds, strict=True)]
+    call.dy = dy.data_ptr()
+    call.dgaps, call.doffset, call.dslope = (each.data_ptr() for each in sums[:3])
+    if affine is not None:
+        call.dscale, call.dshift = (each.data_ptr() for each in sums[3:])
+    _library().nulsq_run(call)
+    return tuple(map(_in_type, sums, kinds))
 
 
 def _in_type(tensor, kind):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from nulsq.quant.op import cpu, gpu, oracle, sole
+from nulsq.quant.op import batch_affine, cpu, gpu, oracle, sole
 from nulsq.quant.op.layout import dense, gradient_buffers
 from nulsq.quant.op.oracle import Affine, Oracle, Rule, Table, sums_asked_for
 
@@ -100,7 +100,11 @@ class Fused(torch.autograd.Function):
         # over dy, where autograd keeps it for nobody else
         over = (x.device.type == "cpu" and not torch.is_grad_enabled()
                 and sole.references(dy) == sole.references_alone())
-        dx, *rest = _in_order(_gradients(x, dy, table, rule, affine, over), affine)
+        if x.device.type == "cpu":
+            found = cpu.gradients(x, dy, table, rule, affine, over)
+        else:
+            found = KERNELS[x.device.type].gradients(x, dy, table, rule)
+        dx, *rest = _in_order(found, affine)
         return dx, *rest[:_FIELDS], None, *rest[_FIELDS:]
 
 
@@ -113,15 +117,6 @@ def _quantize(x, table, rule, affine):
     if x.device.type == "cpu":
         return cpu.quantize(x, table, rule, affine)
     return KERNELS[x.device.type].quantize(x, table, rule)
-
-
-def _gradients(x, dy, table, rule, affine, over=False):
-    """dx and all sums of the table and of the affine map, empty where there are none."""
-    if x.device.type == "cpu":
-        found = cpu.gradients(x, dy, table, rule, affine, over)
-    else:
-        found = KERNELS[x.device.type].gradients(x, dy, table, rule)
-    return found if affine else (*found, *[found[0].new_empty(0)] * 2)
 
 
 class Transformed(Oracle):
@@ -153,12 +148,14 @@ def _in_order(found, affine=None):
 # ---- operators of torch
 
 _library = torch.library.Library("nulsq", "DEF")
-_SUMS = ", ".join(["Tensor"] * 5)
+_SUMS = ", ".join(["Tensor"] * 3)
 for _suffix in ("", "_inline"):  # _inline: the same, of which Inductor may make comparisons, see `inline_forward`
     _library.define(f"quantize{_suffix}(Tensor x, {_TABLE}, {_RULE}, {_AFFINE}) -> Tensor")
-    _library.define(f"gradients{_suffix}(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> (Tensor, {_SUMS})")
+    _library.define(f"gradients{_suffix}(Tensor x, Tensor dy, {_TABLE}, {_RULE}) -> (Tensor, {_SUMS})")
 # The same with dx in the place of dy, for a compiler that knows whose dy is; on the CPU only, where it pays.
-_library.define(f"gradients_over(Tensor x, Tensor(a!) dy, {_TABLE}, {_RULE}, {_AFFINE}) -> ({_SUMS})")
+_library.define(f"gradients_over(Tensor x, Tensor(a!) dy, {_TABLE}, {_RULE}) -> ({_SUMS})")
+# Behind a batch norm, on the CPU only: all gradients but that of x, of which more is to come than dx.
+_library.define(f"sums(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> ({_SUMS}, Tensor, Tensor)")
 
 
 def _read(arguments):
@@ -169,8 +166,12 @@ def _read(arguments):
     return _table_and_affine((*arguments[:_FIELDS], *affine), rule)
 
 
+def _gradients_of(x, dy, *rest):
+    return KERNELS[x.device.type].gradients(x, dy, *_read(rest)[:2])
+
+
 def _gradients_over(x, dy, *rest):
-    dx, *sums = _gradients(x, dy, *_read(rest), over=True)
+    dx, *sums = cpu.gradients(x, dy, *_read(rest)[:2], over=True)
     if dx is not dy:  # another order of memory, or another type
         dy.copy_(dx)
     return tuple(sums)
@@ -179,8 +180,9 @@ def _gradients_over(x, dy, *rest):
 for _suffix in ("", "_inline"):
     for _device in KERNELS:
         _library.impl(f"quantize{_suffix}", lambda x, *rest: _quantize(x, *_read(rest)), _device.upper())
-        _library.impl(f"gradients{_suffix}", lambda x, dy, *rest: _gradients(x, dy, *_read(rest)), _device.upper())
+        _library.impl(f"gradients{_suffix}", _gradients_of, _device.upper())
 _library.impl("gradients_over", _gradients_over, "CPU")
+_library.impl("sums", lambda x, dy, *rest: cpu.sums(x, dy, *_read(rest)), "CPU")
 
 
 @torch.library.register_fake("nulsq::quantize_inline", lib=_library)
@@ -195,11 +197,11 @@ def _gradients_like(x, dy, *rest):
     return torch.empty_like(dense(x)), *_sums_like(x, dy, *rest)
 
 
+@torch.library.register_fake("nulsq::sums", lib=_library)
 @torch.library.register_fake("nulsq::gradients_over", lib=_library)
 def _sums_like(x, dy, *rest):
     table, rule, affine = _read(rest)
-    lines = [torch.empty_like(each) for each in affine[1:]] if affine else [table.gaps.new_empty(0)] * 2
-    return *gradient_buffers(table, rule), *lines
+    return *gradient_buffers(table, rule), *(torch.empty_like(each) for each in (affine or ())[1:])
 
 
 def _keep(ctx, inputs, output):
@@ -212,10 +214,16 @@ def _backward(ctx, dy):
     x, *tensors = ctx.saved_tensors
     rule = sums_asked_for(ctx.rule, ctx.needs_input_grad[:_FIELDS + 1])
     table, rule, affine = _table_and_affine(tensors, rule)
-    small = (x.device.type == "cpu" and affine is None and len(rule.ties_up) <= FEW and rule.reduction != "per_cell"
-             and statically_known_true(x.numel() < SMALL))
-    gradients = torch.ops.nulsq.gradients_inline if small else torch.ops.nulsq.gradients
-    dx, *rest = _in_order(gradients(x, dy, *table, *rule, *(affine or ())), affine)
+    if affine is None:
+        small = (x.device.type == "cpu" and len(rule.ties_up) <= FEW and rule.reduction != "per_cell"
+                 and statically_known_true(x.numel() < SMALL))
+        found = (torch.ops.nulsq.gradients_inline if small else torch.ops.nulsq.gradients)(x, dy, *table, *rule)
+    else:
+        # dx element by element: what goes through the batch's statistics is added to it, and often another gradient,
+        # and a compiler makes one pass of all that.
+        dx = affine.back(oracle.passed_on(affine.of(x), dy, table, rule)).to(x.dtype)
+        found = dx, *torch.ops.nulsq.sums(x, dy, *table, *rule, *affine)
+    dx, *rest = _in_order(found, affine)
     return dx, *rest[:_FIELDS], *(None,) * _SWITCHES, *rest[_FIELDS:]
 
 
@@ -240,9 +248,9 @@ def inline_forward() -> None:
     @register_decomposition([torch.ops.nulsq.gradients_inline.default])
     def gradients(x, dy, *rest):
         table, rule, _ = _read(rest)
-        found = oracle.gradients(x, dy, table, rule)
-        return *(table.gaps.new_empty(0) if each is None else each for each in found), *table.gaps.new_empty(2, 0)
+        return tuple(table.gaps.new_empty(0) if each is None else each for each in oracle.gradients(x, dy, table, rule))
 
+    register_decomposition([torch.ops.nulsq.moments.default])(batch_affine.moments)
     fast_random_decomps.cache_clear()  # Inductor's copy of its table, if anything was compiled before
 
 

@@ -32,10 +32,9 @@ def laid_like(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def gradient_buffers(table: Table, rule: Rule) -> list[Tensor]:
-    """Room for the gradients of gaps, offset and slope: like those, or empty."""
-    nothing = table.gaps.new_empty(0)
-    if rule.reduction == "none":
-        return [nothing] * 3
-    if rule.reduction == "per_cell":
-        return [torch.empty_like(each) for each in (table.gaps, table.offset, table.slope)]
-    return [torch.empty_like(table.gaps), nothing, nothing]
+    """Room for the gradients of gaps, offset and slope: like those, or empty. No two are one, as operators promise."""
+    def room(tensor, wanted):
+        return torch.empty_like(tensor) if wanted else table.gaps.new_empty(0)
+
+    cells = rule.reduction == "per_cell"
+    return [room(table.gaps, rule.reduction != "none"), room(table.offset, cells), room(table.slope, cells)]

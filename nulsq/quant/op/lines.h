@@ -23,7 +23,7 @@ struct Call {
     int64_t channels, elements, features, plane;               // elements of a channel; features 0: no lines
     const uint8_t* ties_up;
     const void *gaps, *levels, *thresholds, *center, *scale, *shift, *x, *dy;  // dy: null forward
-    void *out, *dgaps, *doffset, *dslope, *dscale, *dshift;    // out: y or dx
+    void *out, *dgaps, *doffset, *dslope, *dscale, *dshift;    // out: y, dx, or null: sums alone
 };
 
 // A line for each channel of x: (x - center) scale + shift. A channel's elements lie together, `plane` by `plane`; or,
@@ -62,30 +62,35 @@ template <class C> struct Lines {
             i += run;
         }
     }
-    void add(double* to, int64_t channel, Real<C> sums) const {
+    __attribute__((noinline)) void add(double* to, int64_t channel, Real<C> sums) const {
         for (int64_t j = 0; j < WIDTH<C> && (plane > 1 || channel + j < features); j++)
             to[plane == 1 ? channel + j : channel] += sums[j];
     }
 };
 
+template <class S> inline S* along(S* from, int64_t i) { return from ? from + i : from; }  // null stays null
+
 // `repeat` vectors of `lanes` elements each, `stride` apart. One that is not full is copied: beside it stand zeros, and
-// a zero gradient adds nothing.
+// a zero gradient adds nothing. Where there is no `out`, `step` gets none either.
 template <bool FORWARD, class C, class S, class F>
-inline void vectors(const S* x, const S* dy, S* out, int64_t repeat, int64_t stride, int64_t lanes, F step) {
-    for (int64_t i = 0; i < repeat * stride; i += stride) {
-        const S* beside = FORWARD ? dy : dy + i;
-        if (lanes == WIDTH<C>) {
+INLINED inline void vectors(const S* x, const S* dy, S* out, int64_t repeat, int64_t stride, int64_t lanes, F step) {
+    if (lanes == WIDTH<C>) {
+        for (int64_t i = 0; i < repeat * stride; i += stride) {
+            const S* beside = FORWARD ? dy : dy + i;
             __builtin_prefetch(x + i + AHEAD);
             if (!FORWARD) __builtin_prefetch(beside + AHEAD);
-            __builtin_prefetch(out + i + AHEAD, 1);
-            step(x + i, beside, out + i);
-            continue;
+            if (out) __builtin_prefetch(out + i + AHEAD, 1);
+            step(x + i, beside, along(out, i));
         }
+        return;
+    }
+    for (int64_t i = 0; i < repeat * stride; i += stride) {    // a loop of its own: a call in it costs the other sums
+        const S* beside = FORWARD ? dy : dy + i;
         S some[WIDTH<C>] = {}, some_beside[WIDTH<C>] = {}, done[WIDTH<C>];
         std::copy(x + i, x + i + lanes, some);
         if (!FORWARD) std::copy(beside, beside + lanes, some_beside);
-        step(some, some_beside, done);
-        std::copy(done, done + lanes, out + i);
+        step(some, some_beside, out ? done : out);
+        if (out) std::copy(done, done + lanes, out + i);
     }
 }
 
@@ -127,21 +132,14 @@ template <class S, class C> void moments(const Call& call) {
         lines.stretches(start, count, [&](int64_t i, int64_t repeat, int64_t stride, int64_t lanes, int64_t channel) {
             const Real<C> center = lines.of(lines.center, channel);
             Real<C> sum{}, squares{};
-            const S* x = (const S*)call.x + start + i;
-            for (int64_t v = 0; v < repeat; v++, x += stride) {
-                Real<C> away;
-                if (lanes == WIDTH<C>) {
-                    __builtin_prefetch(x + AHEAD);
-                    away = load(x) - center;
-                } else {
-                    S some[WIDTH<C>] = {};
-                    std::copy(x, x + lanes, some);
-                    away = load(some) - center;
-                    for (int64_t j = lanes; j < WIDTH<C>; j++) away[j] = 0;
-                }
+            Int<C> counted;                                    // not what stands beside a vector that is not full
+            for (int64_t j = 0; j < WIDTH<C>; j++) counted[j] = j < lanes ? -1 : 0;
+            auto step = [&](const S* x, const S*, S*) INLINED {
+                const Real<C> away = where<C>(counted, load(x) - center);
                 sum += away;
                 squares += away * away;
-            }
+            };
+            vectors<true, C>((const S*)call.x + start + i, (const S*)nullptr, (S*)nullptr, repeat, stride, lanes, step);
             lines.add(partial.data() + piece * 2 * features, channel, sum);
             lines.add(partial.data() + (piece * 2 + 1) * features, channel, squares);
         });

@@ -58,9 +58,12 @@ class Affine(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """In plain PyTorch, as every kernel computes it: one multiplication and one addition, in the type of scale."""
-        shape = (-1, *[1] * (x.dim() - 2))
         shift = self.shift - self.center * self.scale
-        return x.to(self.scale.dtype) * self.scale.view(shape) + shift.view(shape)
+        return x.to(self.scale.dtype) * along_channels(self.scale, x) + along_channels(shift, x)
+
+    def back(self, dy: Tensor) -> Tensor:
+        """The gradient of x, of a gradient of `of(x)`."""
+        return dy * along_channels(self.scale, dy)
 
 
 class Rule(NamedTuple):
@@ -111,13 +114,9 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor |
     y, x, table = quantize(x, table, rule)
     dy = dy.to(x.dtype)
 
-    # Comparing x / step with the codes, not x with the end levels, keeps the range that of the rounding.
-    uniform = rule.index == "uniform"
-    at = x / _column(table.gaps, 0, x) if uniform else x
-    low, high = end_codes(rule) if uniform else (_column(table.levels, 0, x), _column(table.levels, -1, x))
+    at, low, high = on_scale(x, table, rule)
     inside = (at >= low) & (at <= high)
-    dx = input_gradient(dy, at, low, high, inside, rule.ste)
-    dx = (torch.where(x <= 0, 0, dx) if rule.relu else dx).to(stored)
+    dx = behind_relu(input_gradient(dy, at, low, high, inside, rule.ste), x, rule).to(stored)
     if rule.reduction == "none":
         return dx, *(None,) * 3
 
@@ -141,6 +140,26 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor |
             for k in range(rule.codes[1] - rule.codes[0])
         ], dim=-1)
     return dx, gap_gradient(errors / table.gaps, below, above, table, rule).to(kind), None, None
+
+
+def on_scale(x: Tensor, table: Table, rule: Rule) -> tuple[Tensor, ...]:
+    """x and the ends of the range as they are compared: a uniform grid's in steps, which keeps its range that of the
+    rounding."""
+    if rule.index == "uniform":
+        return x / _column(table.gaps, 0, x), *end_codes(rule)
+    return x, _column(table.levels, 0, x), _column(table.levels, -1, x)
+
+
+def behind_relu(dx: Tensor, x: Tensor, rule: Rule) -> Tensor:
+    return torch.where(x <= 0, 0, dx) if rule.relu else dx
+
+
+def passed_on(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> Tensor:
+    """dx alone, in the type that is computed in."""
+    x, table = prepared(x, table, rule)
+    at, low, high = on_scale(x, table, rule)
+    dx = input_gradient(dy.to(x.dtype), at, low, high, (at >= low) & (at <= high), rule.ste)
+    return behind_relu(dx, x, rule)
 
 
 def gap_gradient(errors: Tensor | float, below: Tensor, above: Tensor, table: Table, rule: Rule) -> Tensor:
@@ -206,6 +225,11 @@ def input_gradient(dy, x, low, high, inside, ste):
     if ste == "clip_open":
         return open_inside
     return open_inside + torch.where((x == low) | (x == high), 0.5 * dy, 0)
+
+
+def along_channels(values: Tensor, x: Tensor) -> Tensor:
+    """[C] in the shape that broadcasts over dimension 1 of x."""
+    return values.view(-1, *[1] * (x.dim() - 2))
 
 
 def _column(table: Tensor, k: int, x: Tensor) -> Tensor:
