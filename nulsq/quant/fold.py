@@ -87,7 +87,7 @@ class DeferredBatchNorm(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
         share = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(mean.dtype)
         var = var * (count / (count - 1))
-        if mean.dtype != self.running_mean.dtype:
+        if mean.dtype != self.running_mean.dtype:  # else an operation less for a compiler to read
             mean, var = mean.to(self.running_mean.dtype), var.to(self.running_var.dtype)
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(var, share)

@@ -79,7 +79,7 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | 
     return _in_type(dx, stored), *found
 
 
-def sums(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> tuple[Tensor, ...]:
+def sums(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine) -> tuple[Tensor, ...]:
     """As `gradients`, without dx: nothing of x's size is written."""
     kinds = _kinds(table, affine)
     x, table, call, affine = _prepare(x, table, rule, affine)
@@ -117,14 +117,16 @@ def _kinds(table, affine):
 
 
 def _sums(call, dy, table, rule, affine, kinds):
+    """Run a call that is prepared but for dy; the sums, in their types."""
     sums = gradient_buffers(table, rule) + [torch.empty_like(each) for each in (affine or ())[1:]]
-    if not dy.numel():
-        return [each.zero_().to(kind) for each, kind in zip(sums, kinds, strict=True)]
-    call.dy = dy.data_ptr()
-    call.dgaps, call.doffset, call.dslope = (each.data_ptr() for each in sums[:3])
-    if affine is not None:
-        call.dscale, call.dshift = (each.data_ptr() for each in sums[3:])
-    _library().nulsq_run(call)
+    if dy.numel():
+        call.dy = dy.data_ptr()
+        call.dgaps, call.doffset, call.dslope = (each.data_ptr() for each in sums[:3])
+        if affine is not None:
+            call.dscale, call.dshift = (each.data_ptr() for each in sums[3:])
+        _library().nulsq_run(call)
+    else:
+        sums = [each.zero_() for each in sums]
     return tuple(map(_in_type, sums, kinds))
 
 
