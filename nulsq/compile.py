@@ -29,6 +29,12 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
                                          "post_grad_custom_post_pass": _GradientsInPlace()})
 
 
+# Gradients of a quantizer, and the same with dx in the place of dy.
+BEHIND = torch.ops.nulsq.gradients_behind.default  # a batch norm
+IN_PLACE = {torch.ops.nulsq.gradients.default: torch.ops.nulsq.gradients_over.default,
+            BEHIND: torch.ops.nulsq.gradients_behind_over.default}
+
+
 class _Pass(CustomGraphPass):
     """Part of the key under which compiled graphs are kept: they are made again when this file changes, or one that
     says what the operation's nodes mean. To torch an operator is its name."""
@@ -50,10 +56,10 @@ class _InputsMadeAgain(_Pass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         met = set()
         for node in graph.nodes:  # in order
-            if node.target not in (torch.ops.nulsq.gradients.default, torch.ops.nulsq.sums.default):
+            if node.target not in IN_PLACE:
                 continue
             source, taken = node.args[0], _convolved(node.args[1])
-            if node.target is torch.ops.nulsq.sums.default:  # behind a batch norm
+            if node.target is BEHIND:
                 again = {taken} if taken is not None and taken.target is torch.ops.nulsq.quantize.default else set()
             elif _pointwise(source):  # else dear to make again
                 source.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
@@ -92,25 +98,46 @@ def _convolved(gradient: torch.fx.Node) -> torch.fx.Node | None:
 
 class _GradientsInPlace(_Pass):
     """On the CPU a quantizer's dx takes the place of its dy, where that comes from a convolution and goes nowhere else:
-    a new tensor is memory that is cold."""
+    a new tensor is memory that is cold. Behind a batch norm the gradient of another branch is added on the way."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=torch.ops.nulsq.gradients.default):
-            x, dy = node.args[:2]
+        place = {node: number for number, node in enumerate(graph.nodes)}
+        for node in [node for node in graph.nodes if node.target in IN_PLACE]:
+            x, dy, *rest = node.args
             if _convolved(dy) is None or len(dy.users) > 1 or dy.meta["val"].device.type != "cpu":
                 continue
-            if not statically_known_true(sym_eq(dy.meta["val"].stride(), x.meta["val"].stride())):
+            if not _laid_alike(dy, x):
                 continue  # it would be copied into the other's order, and back
+            dx = next((part for part in node.users if part.args[1] == 0), None)
+            addition = _only_addition(dx)
+            other = next((each for each in addition.args if each is not dx), None) if addition else None
+            if node.target is not BEHIND or other is None or place[other] > place[node] or not _laid_alike(other, x):
+                addition = other = None
             with graph.inserting_before(node):
-                sums = graph.call_function(torch.ops.nulsq.gradients_over.default, node.args, node.kwargs)
+                arguments = (x, dy, other, *rest) if node.target is BEHIND else node.args
+                sums = graph.call_function(IN_PLACE[node.target], arguments, node.kwargs)
             sums.meta["val"] = node.meta["val"][1:]
             for part in list(node.users):
-                if part.args[1] == 0:
-                    part.replace_all_uses_with(dy)
-                    graph.erase_node(part)
-                else:
+                if part is not dx:
                     part.args = sums, part.args[1] - 1
+            for done in filter(None, (addition, dx)):
+                done.replace_all_uses_with(dy)
+                graph.erase_node(done)
             graph.erase_node(node)
+
+
+def _only_addition(dx: torch.fx.Node | None) -> torch.fx.Node | None:
+    """The addition of two tensors that is all that dx goes into."""
+    users = list(dx.users) if dx is not None else []
+    is_one = len(users) == 1 and users[0].target is torch.ops.aten.add.Tensor and not users[0].kwargs
+    return users[0] if is_one and all(isinstance(each, torch.fx.Node) for each in users[0].args) else None
+
+
+def _laid_alike(a: torch.fx.Node, b: torch.fx.Node) -> bool:
+    """Whether both have the same shape, type and order of memory."""
+    a, b = a.meta["val"], b.meta["val"]
+    return (a.dtype == b.dtype and statically_known_true(sym_eq(a.shape, b.shape))
+            and statically_known_true(sym_eq(a.stride(), b.stride())))
 
 
 def why_not(device: torch.device) -> str:

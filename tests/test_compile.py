@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 
@@ -187,7 +188,9 @@ def test_a_folded_batch_norm_is_two_kernels_of_a_compiled_step():
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
     code = "".join(code)
-    # the images' quantizer, behind no batch norm, is comparisons forward and the only kernel that writes a gradient
-    assert code.count("ops.nulsq.quantize.default(") == 3
-    assert code.count("ops.nulsq.sums.default(") == 2 and code.count("ops.nulsq.gradients_over.default(") == 1
+    # the images' quantizer, behind no batch norm, is comparisons forward; of two gradients of one tensor the second
+    # kernel adds the first
+    assert code.count("ops.nulsq.quantize.default(") == 3 and code.count("ops.nulsq.gradients_over.default(") == 1
+    behind = re.findall(r"ops.nulsq.gradients_behind_over.default\(\w+, \w+, (\w+),", code)
+    assert len(behind) == 2 and behind[0] == "None" != behind[1]
     assert [each.dtype for each in kept if each.shape == (2, 4, 7, 7)] == [torch.float64] * 2

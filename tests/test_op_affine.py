@@ -1,11 +1,13 @@
 """A batch norm as part of a quantizer's pass: kernels equal plain PyTorch on every layout and number of channels."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 import nulsq
-from nulsq.quant.op import Affine, available, cpu, fake_quantize, force
+from nulsq.quant.op import Affine, available, cpu, fake_quantize
 from nulsq.quant.op.batch_affine import batch_affine
 from nulsq.quant.statistics import Statistics
 
@@ -37,7 +39,7 @@ def ready(name, bits, signed=False):
 def outcome(quantizer, x, dy, affine, form, relu=True):
     """y and the gradients of x, the map and the quantizer's parameters."""
     x = x.detach().requires_grad_()
-    wanted = [x, *affine, *quantizer.parameters()]
+    wanted = [x, *affine[:3], *quantizer.parameters()]
     y = fake_quantize(x, quantizer.table(), quantizer.rule()._replace(relu=relu), form, affine)
     return y.detach(), torch.autograd.grad(y, wanted, dy)
 
@@ -113,8 +115,8 @@ def test_a_batchs_own_map_is_batch_norm(shape, memory):
     x.requires_grad_()
     wanted_y = norm(x)
     wanted = torch.autograd.grad(wanted_y, [x, *norm.parameters()], dy)
-    mapped, affine, mean, var = batch_affine(x, norm.weight, norm.bias, norm.eps)
-    y = affine.of(mapped)
+    affine, mean, var = batch_affine(x, norm.weight, norm.bias, norm.eps)
+    y = affine.of(x)
     found = torch.autograd.grad(y, [x, *norm.parameters()], dy)
     torch.testing.assert_close(y, wanted_y, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(found, wanted, strict=True):
@@ -126,15 +128,15 @@ def test_a_batchs_own_map_is_batch_norm(shape, memory):
 @pytest.mark.parametrize("ste", ["clip", "half", "none"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_compilers_gradients_are_the_kernels(name, ste, memory):
-    """It gets the sums alone from the kernel, makes dx itself, and has the moments as an operator."""
+    """Its operators, and what the kernels do otherwise."""
     torch._dynamo.reset()
     quantizer, (x, dy) = ready(name, 2).double(), tensors((3, 19, 7, 5), memory, torch.float64)
     quantizer.ste = ste
-    weight, _, bias = lines(19, torch.float64)
+    weight, _, bias = lines(19, torch.float64)[:3]
 
     def step(x, weight, bias):
-        mapped, affine, mean, var = batch_affine(x, weight, bias, 1e-5)
-        y = fake_quantize(mapped, quantizer.table(), quantizer.rule()._replace(relu=True), affine=affine)
+        affine, mean, var = batch_affine(x, weight, bias, 1e-5)
+        y = fake_quantize(x, quantizer.table(), quantizer.rule()._replace(relu=True), affine=affine)
         return y, mean, var
 
     x.requires_grad_()
@@ -147,18 +149,50 @@ def test_a_compilers_gradients_are_the_kernels(name, ste, memory):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11 * float(theirs.detach().abs().max()))
 
 
+@pytest.mark.parametrize("memory", LAYOUTS)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != (40, 33, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_behind_a_batch_norm_every_method_equals_the_oracle(name, shape, memory):
+    """With what goes through the statistics, and with the gradient of another branch added on the way."""
+    for bits, relu in ((2, True), (3, False), (4, True)):
+        quantizer, (x, dy) = ready(name, bits, signed=not relu).double(), tensors(shape, memory, torch.float64)
+        weight, _, bias = lines(shape[1], torch.float64)[:3]
+        x.requires_grad_()
+        found = {}
+        for form in ("fused", "oracle"):
+            affine, *_ = batch_affine(x, weight, bias, 1e-5)
+            y = fake_quantize(x, quantizer.table(), quantizer.rule()._replace(relu=relu), form, affine)
+            found[form] = torch.autograd.grad(y, [x, weight, bias, *quantizer.parameters()], dy)
+        for mine, theirs in zip(found["fused"], found["oracle"], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11 * float(theirs.abs().max()))
+        with torch.no_grad():
+            arguments = quantizer.table(), quantizer.rule()._replace(relu=relu), affine
+            other = torch.randn_like(x)
+            dx = cpu.gradients(x, dy, *arguments, other=other)[0]
+            torch.testing.assert_close(dx, found["fused"][0] + other, rtol=1e-11, atol=1e-11)
+            held = dy.clone()
+            assert torch.equal(cpu.gradients(x, held, *arguments, over=True, other=other)[0], dx)
+            assert torch.equal(held, dx)
+
+
 def test_the_operators_keep_torchs_contract():
     """Schema, fake tensors, autograd registration and tracing, as torch checks them itself."""
-    (x, dy), affine = tensors((3, 19, 7, 5), torch.channels_last), [each.detach() for each in lines(19)]
-    torch.library.opcheck(torch.ops.nulsq.moments.default, (x.requires_grad_(),))
-    for name in METHODS:
+    (x, dy), affine = tensors((3, 19, 7, 5), torch.channels_last), [each.detach() for each in lines(19)[:3]]
+    torch.library.opcheck(torch.ops.nulsq.moments.default, (x,))
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    for name, inverse in itertools.product(METHODS, (None, torch.rand(19))):
         quantizer = ready(name, 3)
         with torch.no_grad():
-            arguments = (x.detach(), dy, *quantizer.table(), *quantizer.rule(), *affine)
-        torch.library.opcheck(torch.ops.nulsq.sums.default, arguments, test_utils=("test_schema", "test_faketensor"))
-        found = torch.ops.nulsq.sums(*arguments)
-        for mine, theirs in zip(found, cpu.gradients(x.detach(), dy, quantizer.table(), quantizer.rule(),
-                                                     Affine(*affine))[1:], strict=True):
+            rest = (*quantizer.table(), *quantizer.rule(), *affine[:3], inverse)
+            wanted = cpu.gradients(x, dy, quantizer.table(), quantizer.rule(), Affine(*affine[:3], inverse))
+        torch.library.opcheck(torch.ops.nulsq.gradients_behind.default, (x, dy, *rest), **checks)
+        for other in (None, torch.zeros_like(x)) if inverse is not None else (None,):
+            over = torch.ops.nulsq.gradients_behind_over
+            torch.library.opcheck(over.default, (x, dy.clone(), other, *rest), **checks)
+            held = dy.clone()
+            sums = over(x, held, other, *rest)
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip((held, *sums), wanted, strict=True))
+        for mine, theirs in zip(torch.ops.nulsq.gradients_behind(x, dy, *rest), wanted, strict=True):
             assert torch.equal(mine, theirs)
 
 
@@ -166,17 +200,16 @@ def test_a_gradient_that_somebody_holds_is_not_written_over():
     quantizer, (x, dy) = ready("nulsq", 2), tensors((2, 16, 8, 8), torch.channels_last)
     weight, bias, held = torch.ones(16, requires_grad=True), torch.zeros(16, requires_grad=True), dy.clone()
     x.requires_grad_()
-    mapped, affine, *_ = batch_affine(x, weight, bias, 1e-5)
-    seen = []
-    mapped.register_hook(seen.append)
-    y = fake_quantize(mapped, quantizer.table(), quantizer.rule(), "fused", affine)
-    y.backward(dy)
-    kept = seen[0].clone()
-    assert torch.equal(dy, held)
-    with force("oracle"):  # the same again, by itself: what the hook saw is what it sees now
+    seen, gradients = [], []
+    for form in ("fused", "oracle"):  # what the hook saw of the first is what it sees of the second
+        affine, *_ = batch_affine(x, weight, bias, 1e-5)
+        y = fake_quantize(x, quantizer.table(), quantizer.rule(), form, affine) * 1
+        y.register_hook(seen.append)
+        again = y * 1
+        again.retain_grad()
         x.grad = None
-        mapped, affine, *_ = batch_affine(x, weight, bias, 1e-5)
-        mapped.register_hook(seen.append)
-        fake_quantize(mapped, quantizer.table(), quantizer.rule(), affine=affine).backward(dy)
-    torch.testing.assert_close(kept, seen[1])
-    torch.testing.assert_close(seen[0], seen[1])
+        again.backward(dy)
+        gradients.append(x.grad)
+        assert torch.equal(dy, held) and torch.equal(again.grad, held)
+    torch.testing.assert_close(*gradients)
+    assert all(torch.equal(each, held) for each in seen)

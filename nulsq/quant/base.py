@@ -118,14 +118,13 @@ class Quantizer(nn.Module):
         self._require_ready()
         affine = None
         for norm in self.batch_norm:
-            x, affine = norm.affine_of(x, self)
+            affine = norm.affine_of(x, self)
         return fake_quantize(x, self.table(self._elements(x)), self.rule(), affine=affine)
 
     def received(self, x: Tensor) -> Tensor:
         """What is quantized of what `forward` is called with: x behind the batch norm and the ReLU left to it."""
         for norm in self.batch_norm:
-            x, affine = norm.affine_of(x, self)
-            x = affine.of(x)
+            x = norm.affine_of(x, self).of(x)
         return x.relu() if self.relu else x
 
     def rule(self) -> Rule:

@@ -70,17 +70,17 @@ class DeferredBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return x
 
-    def affine_of(self, x: Tensor, reader: Quantizer) -> tuple[Tensor, Affine]:
-        """What the quantizer `reader` maps in the place of x, and by what; once a forward pass for each reader."""
+    def affine_of(self, x: Tensor, reader: Quantizer) -> Affine:
+        """What the quantizer `reader` maps x by; once a forward pass for each reader."""
         if x.device.type != "cpu":
             raise RuntimeError(f"a folded network runs on the CPU, its input is on {x.device}: move it before fold_")
         if not self.training:
             scale = self.weight * (self.running_var + self.eps).rsqrt()
-            return x, Affine(self.running_mean, scale, self.bias)
-        x, affine, mean, var = batch_affine(x, self.weight, self.bias, self.eps)
+            return Affine(self.running_mean, scale, self.bias)
+        affine, mean, var = batch_affine(x, self.weight, self.bias, self.eps)
         if reader is self.first[0]:
             self._count(mean, var, x.numel() // x.shape[1])
-        return x, affine
+        return affine
 
     def _count(self, mean, var, count):
         """As torch does it: momentum None is the plain average over all batches so far, variance is unbiased."""

@@ -24,7 +24,7 @@ from nulsq.quant.op.layout import dense, gradient_buffers, laid_like, laid_out
 from nulsq.quant.op.oracle import Affine, Rule, Table
 from nulsq.quant.settings import STE_RULES
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "lines.h", "table.h", "lanes.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "kinds.h", "lines.h", "table.h", "lanes.h")]
 # Without -ffast-math: NaN has to stay NaN, and no sum may be taken apart. Where a loop lies is worth a tenth of a pass,
 # and would change with every line of the source. The rest lets comparisons become masks.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
@@ -44,8 +44,8 @@ class _Call(ctypes.Structure):
     _fields_ = ([("rule", _Rule)] + [(name, ctypes.c_int) for name in ("storage", "threads", "gap_count")]
                 + [(name, ctypes.c_int64) for name in ("channels", "elements", "features", "plane")]
                 + [(name, ctypes.c_void_p) for name in ("ties_up", "gaps", "levels", "thresholds", "center", "scale",
-                                                        "shift", "x", "dy", "out", "dgaps", "doffset", "dslope",
-                                                        "dscale", "dshift")])
+                                                        "shift", "inverse", "x", "dy", "other", "out", "dgaps",
+                                                        "doffset", "dslope", "dscale", "dshift")])
 
 
 def available() -> bool:
@@ -64,44 +64,37 @@ def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) 
 
 
 def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
-              over: bool = False) -> tuple[Tensor, ...]:
+              over: bool = False, other: Tensor | None = None) -> tuple[Tensor, ...]:
     """dx and the gradients of gaps, offset and slope, empty where the rule's reduction has none; and, where there is an
     affine map, of its scale and shift.
 
     over: dy is nobody else's, dx may take its memory: a fourth of what backward moves, from memory that is cold.
+    other: what else the gradient of x is made of, behind the batch's own statistics: dx has it in it.
     """
-    stored, kinds = x.dtype, _kinds(table, affine)
+    stored, kinds = x.dtype, [table.gaps.dtype] * 3 + [each.dtype for each in (affine or ())[1:3]]
     x, table, call, affine = _prepare(x, table, rule, affine)
     given, dy = dy, laid_like(dy, x)
     dx = dy if over or dy is not given else torch.empty_like(x)
-    call.out = dx.data_ptr()
-    found = _sums(call, dy, table, rule, affine, kinds)  # which fills dx, too
-    return _in_type(dx, stored), *found
-
-
-def sums(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine) -> tuple[Tensor, ...]:
-    """As `gradients`, without dx: nothing of x's size is written."""
-    kinds = _kinds(table, affine)
-    x, table, call, affine = _prepare(x, table, rule, affine)
-    return _sums(call, laid_like(dy, x), table, rule, affine, kinds)
-
-
-def add_affine(dx: Tensor, x: Tensor, affine: Affine, over: bool = False) -> Tensor:
-    """dx + (x - center) * scale + shift, in the type of dx. over: dx is nobody else's, its memory may be taken."""
-    stored = dx.dtype
-    x, call = _plain(x)
-    given, dx = dx, laid_like(dx, x)
-    out = dx if over or dx is not given else torch.empty_like(x)
-    if x.numel():
-        call.dy, call.out = dx.data_ptr(), out.data_ptr()
-        affine = _lines(call, x, affine)
-        _library().nulsq_add_lines(call)
-    return _in_type(out, stored)
+    sums = gradient_buffers(table, rule) + [torch.empty_like(each) for each in (affine or ())[1:3]]
+    if dy.numel():
+        call.dy, call.out = dy.data_ptr(), dx.data_ptr()
+        call.dgaps, call.doffset, call.dslope = (each.data_ptr() for each in sums[:3])
+        if affine is not None:
+            call.dscale, call.dshift = (each.data_ptr() for each in sums[3:])
+        if other is not None:
+            other = laid_like(other, x)
+            call.other = other.data_ptr()
+        _library().nulsq_run(call)
+    else:
+        sums = [each.zero_() for each in sums]
+    return _in_type(dx, stored), *map(_in_type, sums, kinds)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (divided by the count) of each channel of x [N, C, ...]; float32, of a double in its type."""
-    x, call = _plain(x)
+    x = dense(x)
+    x = x if x.dtype in STORAGE else x.to(torch.float32)
+    call = _call(x)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, var = (torch.empty(x.shape[1], dtype=kind) for _ in range(2))
     lines = _lines(call, x, Affine(x[0].flatten(1)[:, 0].to(kind), mean, var))
@@ -111,35 +104,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def _kinds(table, affine):
-    """Types of the sums: of what they are the gradients of."""
-    return [table.gaps.dtype] * 3 + [each.dtype for each in (affine or ())[1:]]
-
-
-def _sums(call, dy, table, rule, affine, kinds):
-    """Run a call that is prepared but for dy; the sums, in their types."""
-    sums = gradient_buffers(table, rule) + [torch.empty_like(each) for each in (affine or ())[1:]]
-    if dy.numel():
-        call.dy = dy.data_ptr()
-        call.dgaps, call.doffset, call.dslope = (each.data_ptr() for each in sums[:3])
-        if affine is not None:
-            call.dscale, call.dshift = (each.data_ptr() for each in sums[3:])
-        _library().nulsq_run(call)
-    else:
-        sums = [each.zero_() for each in sums]
-    return tuple(map(_in_type, sums, kinds))
-
-
 def _in_type(tensor, kind):
     """As `to`, which takes a microsecond to find that there is nothing to do; some hundred of them are in a step."""
     return tensor if tensor.dtype == kind else tensor.to(kind)
-
-
-def _plain(x):
-    """x dense, in a type that the kernels read, and a call about it."""
-    x = dense(x)
-    x = x if x.dtype in STORAGE else x.to(torch.float32)
-    return x, _call(x)
 
 
 def _call(x, channels=1):
@@ -163,9 +130,11 @@ def _prepare(x, table, rule, affine):
 def _lines(call, x, affine):
     """Tell the call what lies where; returns the tensors, which have to live as long as it."""
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    affine = Affine(*(_in_type(each, kind).contiguous() for each in affine))
+    affine = Affine(*(each if each is None else _in_type(each, kind).contiguous() for each in affine))
     call.features, call.plane = x.shape[1], x.stride(1)
-    call.center, call.scale, call.shift = (each.data_ptr() for each in affine)
+    call.center, call.scale, call.shift = (each.data_ptr() for each in affine[:3])
+    if affine.inverse is not None:
+        call.inverse = affine.inverse.data_ptr()
     return affine
 
 
@@ -197,7 +166,7 @@ def _library():
 def loaded(path: Path) -> ctypes.CDLL:
     """A compiled kernel, ready to be called. Raises OSError where it cannot be loaded."""
     library = ctypes.CDLL(str(path))
-    for function in (library.nulsq_run, library.nulsq_add_lines, library.nulsq_moments):
+    for function in (library.nulsq_run, library.nulsq_moments):
         function.argtypes, function.restype = [ctypes.POINTER(_Call)], None
     return library
 

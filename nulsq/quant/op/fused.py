@@ -4,10 +4,11 @@
     gpu.py      Triton
 
 To torch.compile, export, fake tensors and CUDA graphs the kernels are operators like any other,
-`torch.ops.nulsq.quantize` and `torch.ops.nulsq.gradients` (`gradients_over`: in place): a node of the graph with a
-shape, a gradient and an implementation for each device; their arguments after the table are the fields of `Rule` in
-their order. Plain tensors outside a compiler take the autograd function `Fused` instead: the same kernels without the
-dispatcher, whose bookkeeping costs more than the kernel does on the weights of a small layer.
+`torch.ops.nulsq.quantize` and `torch.ops.nulsq.gradients` (behind a batch norm `gradients_behind`; in place `_over`): a
+node of the graph with a shape, a gradient and an implementation for each device; their arguments after the table are
+the fields of `Rule` in their order, then those of `Affine`. Plain tensors outside a compiler take the autograd function
+`Fused` instead: the same kernels without the dispatcher, whose bookkeeping costs more than the kernel does on the
+weights of a small layer.
 """
 
 import contextlib
@@ -17,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from nulsq.quant.op import batch_affine, cpu, gpu, oracle, sole
+from nulsq.quant.op import cpu, gpu, oracle, sole
 from nulsq.quant.op.layout import dense, gradient_buffers
 from nulsq.quant.op.oracle import Affine, Oracle, Rule, Table, sums_asked_for
 
 KERNELS = {"cpu": cpu, "cuda": gpu}
 _TABLE = "Tensor gaps, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
 _RULE = "str index, str ste, str reduction, int[] codes, bool[] ties_up, float shift, int segments, bool relu"
-_AFFINE = "Tensor? center=None, Tensor? scale=None, Tensor? shift_by=None"  # behind a batch norm; on the CPU only
-_FIELDS, _SWITCHES = len(Table._fields), len(Rule._fields)
+_AFFINE = "Tensor? center=None, Tensor? scale=None, Tensor? shift_by=None, Tensor? inverse=None"  # on the CPU only
+_FIELDS, _SWITCHES, _LINES = len(Table._fields), len(Rule._fields), len(Affine._fields)
 MOST_INLINED = 15  # thresholds: the comparisons are unrolled
 SMALL, FEW = 2**17, 3  # elements and thresholds (each has a sum) of which a compiler's own backward is quicker
 
@@ -48,7 +49,7 @@ def fused(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> 
         return torch.ops.nulsq.quantize(x, *table, *rule, *(affine or ()))
     if torch._C._are_functorch_transforms_active():
         return Transformed.apply(x, *table, rule)
-    return Fused.apply(x, *table, rule, *(affine or (None,) * 3))
+    return Fused.apply(x, *table, rule, *(affine or (None,) * _LINES))
 
 
 def requantized(y: Tensor) -> contextlib.AbstractContextManager:
@@ -141,8 +142,11 @@ def _in_order(found, affine=None):
     """Gradients of x, the table and the affine map, None where there is none, as their arguments stand."""
     dx, *sums = found
     dgaps, doffset, dslope = (each if each.numel() else None for each in sums[:3])
-    lines = (None,) * 3 if affine is None else (-affine.scale * sums[4], sums[3], sums[4])
-    return dx, dgaps, None, None, doffset, dslope, *lines
+    if affine is None:
+        return dx, dgaps, None, None, doffset, dslope, *(None,) * _LINES
+    dscale, dshift = sums[3:]
+    dcenter = -affine.scale * dshift if affine.inverse is None else None
+    return dx, dgaps, None, None, doffset, dslope, dcenter, dscale, dshift, None
 
 
 # ---- operators of torch
@@ -152,10 +156,13 @@ _SUMS = ", ".join(["Tensor"] * 3)
 for _suffix in ("", "_inline"):  # _inline: the same, of which Inductor may make comparisons, see `inline_forward`
     _library.define(f"quantize{_suffix}(Tensor x, {_TABLE}, {_RULE}, {_AFFINE}) -> Tensor")
     _library.define(f"gradients{_suffix}(Tensor x, Tensor dy, {_TABLE}, {_RULE}) -> (Tensor, {_SUMS})")
-# The same with dx in the place of dy, for a compiler that knows whose dy is; on the CPU only, where it pays.
+_library.define(f"gradients_behind(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> "
+                f"(Tensor, {_SUMS}, Tensor, Tensor)")
+# The same with dx in the place of dy, for a compiler that knows whose dy is; on the CPU only, where it pays. `other` is
+# added to dx.
 _library.define(f"gradients_over(Tensor x, Tensor(a!) dy, {_TABLE}, {_RULE}) -> ({_SUMS})")
-# Behind a batch norm, on the CPU only: all gradients but that of x, of which more is to come than dx.
-_library.define(f"sums(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> ({_SUMS}, Tensor, Tensor)")
+_library.define(f"gradients_behind_over(Tensor x, Tensor(a!) dy, Tensor? other, {_TABLE}, {_RULE}, {_AFFINE}) -> "
+                f"({_SUMS}, Tensor, Tensor)")
 
 
 def _read(arguments):
@@ -170,8 +177,8 @@ def _gradients_of(x, dy, *rest):
     return KERNELS[x.device.type].gradients(x, dy, *_read(rest)[:2])
 
 
-def _gradients_over(x, dy, *rest):
-    dx, *sums = cpu.gradients(x, dy, *_read(rest)[:2], over=True)
+def _gradients_over(x, dy, other, *rest):
+    dx, *sums = cpu.gradients(x, dy, *_read(rest), over=True, other=other)
     if dx is not dy:  # another order of memory, or another type
         dy.copy_(dx)
     return tuple(sums)
@@ -181,8 +188,9 @@ for _suffix in ("", "_inline"):
     for _device in KERNELS:
         _library.impl(f"quantize{_suffix}", lambda x, *rest: _quantize(x, *_read(rest)), _device.upper())
         _library.impl(f"gradients{_suffix}", _gradients_of, _device.upper())
-_library.impl("gradients_over", _gradients_over, "CPU")
-_library.impl("sums", lambda x, dy, *rest: cpu.sums(x, dy, *_read(rest)), "CPU")
+_library.impl("gradients_behind", lambda x, dy, *rest: cpu.gradients(x, dy, *_read(rest)), "CPU")
+_library.impl("gradients_over", lambda x, dy, *rest: _gradients_over(x, dy, None, *rest), "CPU")
+_library.impl("gradients_behind_over", _gradients_over, "CPU")
 
 
 @torch.library.register_fake("nulsq::quantize_inline", lib=_library)
@@ -192,16 +200,21 @@ def _quantize_like(x, *rest):
 
 
 @torch.library.register_fake("nulsq::gradients_inline", lib=_library)
+@torch.library.register_fake("nulsq::gradients_behind", lib=_library)
 @torch.library.register_fake("nulsq::gradients", lib=_library)
 def _gradients_like(x, dy, *rest):
     return torch.empty_like(dense(x)), *_sums_like(x, dy, *rest)
 
 
-@torch.library.register_fake("nulsq::sums", lib=_library)
 @torch.library.register_fake("nulsq::gradients_over", lib=_library)
 def _sums_like(x, dy, *rest):
     table, rule, affine = _read(rest)
-    return *gradient_buffers(table, rule), *(torch.empty_like(each) for each in (affine or ())[1:])
+    return *gradient_buffers(table, rule), *(torch.empty_like(each) for each in (affine or ())[1:3])
+
+
+@torch.library.register_fake("nulsq::gradients_behind_over", lib=_library)
+def _sums_behind_like(x, dy, other, *rest):
+    return _sums_like(x, dy, *rest)
 
 
 def _keep(ctx, inputs, output):
@@ -219,10 +232,7 @@ def _backward(ctx, dy):
                  and statically_known_true(x.numel() < SMALL))
         found = (torch.ops.nulsq.gradients_inline if small else torch.ops.nulsq.gradients)(x, dy, *table, *rule)
     else:
-        # dx element by element: what goes through the batch's statistics is added to it, and often another gradient,
-        # and a compiler makes one pass of all that.
-        dx = affine.back(oracle.passed_on(affine.of(x), dy, table, rule)).to(x.dtype)
-        found = dx, *torch.ops.nulsq.sums(x, dy, *table, *rule, *affine)
+        found = torch.ops.nulsq.gradients_behind(x, dy, *table, *rule, *affine)
     dx, *rest = _in_order(found, affine)
     return dx, *rest[:_FIELDS], *(None,) * _SWITCHES, *rest[_FIELDS:]
 
@@ -250,7 +260,6 @@ def inline_forward() -> None:
         table, rule, _ = _read(rest)
         return tuple(table.gaps.new_empty(0) if each is None else each for each in oracle.gradients(x, dy, table, rule))
 
-    register_decomposition([torch.ops.nulsq.moments.default])(batch_affine.moments)
     fast_random_decomps.cache_clear()  # Inductor's copy of its table, if anything was compiled before
 
 

@@ -22,8 +22,8 @@ struct Call {
     int storage, threads, gap_count;                           // storage: 0 float, 1 bfloat16, 2 double
     int64_t channels, elements, features, plane;               // elements of a channel; features 0: no lines
     const uint8_t* ties_up;
-    const void *gaps, *levels, *thresholds, *center, *scale, *shift, *x, *dy;  // dy: null forward
-    void *out, *dgaps, *doffset, *dslope, *dscale, *dshift;    // out: y, dx, or null: sums alone
+    const void *gaps, *levels, *thresholds, *center, *scale, *shift, *inverse, *x, *dy, *other;  // dy: null forward
+    void *out, *dgaps, *doffset, *dslope, *dscale, *dshift;    // out: y or dx, to which other is added
 };
 
 // A line for each channel of x: (x - center) scale + shift. A channel's elements lie together, `plane` by `plane`; or,
@@ -31,11 +31,23 @@ struct Call {
 template <class C> struct Lines {
     int64_t features, plane;
     std::vector<C> center, scale, shift;                       // with room for a vector from the last channel on
+    std::vector<C> slope, rise;                                // dx gets (x - center) slope + rise through the batch
 
     explicit Lines(const Call& call) : features(call.features), plane(call.plane) {
         for (auto [to, from] : {std::pair(&center, call.center), {&scale, call.scale}, {&shift, call.shift}}) {
             to->assign((const C*)from, (const C*)from + features);
             to->resize(features + WIDTH<C>);
+        }
+    }
+    // Of the batch's own statistics: center is the mean, scale is weight inverse, inverse is 1 / sqrt(var + eps);
+    // d inverse / d x = -inverse^3 (x - mean) / count,  d mean / d x = 1 / count.
+    void pass_on(const Call& call) {
+        slope.assign(features + WIDTH<C>, 0), rise = slope;
+        const double count = double(call.elements) / features;
+        for (int64_t c = 0; c < features; c++) {
+            const double inverse = ((const C*)call.inverse)[c];
+            slope[c] = -((const C*)call.dscale)[c] * scale[c] * inverse * inverse / count;
+            rise[c] = -((const C*)call.dshift)[c] * double(scale[c]) / count;
         }
     }
     Real<C> of(const std::vector<C>& values, int64_t channel) const {
@@ -71,25 +83,28 @@ template <class C> struct Lines {
 template <class S> inline S* along(S* from, int64_t i) { return from ? from + i : from; }  // null stays null
 
 // `repeat` vectors of `lanes` elements each, `stride` apart. One that is not full is copied: beside it stand zeros, and
-// a zero gradient adds nothing. Where there is no `out`, `step` gets none either.
+// a zero gradient adds nothing. What is null stays null for `step`.
 template <bool FORWARD, class C, class S, class F>
-INLINED inline void vectors(const S* x, const S* dy, S* out, int64_t repeat, int64_t stride, int64_t lanes, F step) {
+INLINED inline void vectors(const S* x, const S* dy, const S* other, S* out, int64_t repeat, int64_t stride,
+                            int64_t lanes, F step) {
     if (lanes == WIDTH<C>) {
         for (int64_t i = 0; i < repeat * stride; i += stride) {
             const S* beside = FORWARD ? dy : dy + i;
             __builtin_prefetch(x + i + AHEAD);
             if (!FORWARD) __builtin_prefetch(beside + AHEAD);
+            if (other) __builtin_prefetch(other + i + AHEAD);
             if (out) __builtin_prefetch(out + i + AHEAD, 1);
-            step(x + i, beside, along(out, i));
+            step(x + i, beside, along(other, i), along(out, i));
         }
         return;
     }
     for (int64_t i = 0; i < repeat * stride; i += stride) {    // a loop of its own: a call in it costs the other sums
         const S* beside = FORWARD ? dy : dy + i;
-        S some[WIDTH<C>] = {}, some_beside[WIDTH<C>] = {}, done[WIDTH<C>];
+        S some[WIDTH<C>] = {}, some_beside[WIDTH<C>] = {}, some_other[WIDTH<C>] = {}, done[WIDTH<C>];
         std::copy(x + i, x + i + lanes, some);
         if (!FORWARD) std::copy(beside, beside + lanes, some_beside);
-        step(some, some_beside, out ? done : out);
+        if (other) std::copy(other + i, other + i + lanes, some_other);
+        step(some, some_beside, other ? some_other : other, out ? done : out);
         if (out) std::copy(done, done + lanes, out + i);
     }
 }
@@ -105,23 +120,6 @@ template <class C, class F> void by_pieces(const Call& call, const Lines<C>& lin
     }
 }
 
-// out = dy + (x - center) scale + shift.
-template <class S, class C> void add_lines(const Call& call) {
-    const Lines<C> lines(call);
-    by_pieces(call, lines, [&](int64_t, int64_t start, int64_t count) {
-        lines.stretches(start, count, [&](int64_t i, int64_t repeat, int64_t stride, int64_t lanes, int64_t channel) {
-            const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
-                          shift = lines.of(lines.shift, channel);
-            i += start;
-            auto step = [&](const S* x, const S* dy, S* out) {
-                store(out, load(dy) + ((load(x) - center) * scale + shift));
-            };
-            vectors<false, C>((const S*)call.x + i, (const S*)call.dy + i, (S*)call.out + i, repeat, stride, lanes,
-                              step);
-        });
-    });
-}
-
 // Mean (dscale) and variance (dshift) of each channel, from sums of x - center and of its square, where center is any
 // number like those of the channel.
 template <class S, class C> void moments(const Call& call) {
@@ -134,12 +132,13 @@ template <class S, class C> void moments(const Call& call) {
             Real<C> sum{}, squares{};
             Int<C> counted;                                    // not what stands beside a vector that is not full
             for (int64_t j = 0; j < WIDTH<C>; j++) counted[j] = j < lanes ? -1 : 0;
-            auto step = [&](const S* x, const S*, S*) INLINED {
+            auto step = [&](const S* x, const S*, const S*, S*) INLINED {
                 const Real<C> away = where<C>(counted, load(x) - center);
                 sum += away;
                 squares += away * away;
             };
-            vectors<true, C>((const S*)call.x + start + i, (const S*)nullptr, (S*)nullptr, repeat, stride, lanes, step);
+            const S* none = nullptr;
+            vectors<true, C>((const S*)call.x + start + i, none, none, (S*)nullptr, repeat, stride, lanes, step);
             lines.add(partial.data() + piece * 2 * features, channel, sum);
             lines.add(partial.data() + (piece * 2 + 1) * features, channel, squares);
         });

@@ -49,21 +49,25 @@ class Table(NamedTuple):
 
 class Affine(NamedTuple):
     """What x goes through before it is quantized, where a batch norm is left to the operation: (x - center) * scale +
-    shift; [C] each, over dimension 1 of x. All three carry the gradient.
+    shift; [C] each, over dimension 1 of x. The first three carry the gradient.
+
+    inverse: [C] without gradient, where center is the mean of x itself and scale is weight * inverse, with inverse =
+    1 / sqrt(variance of x + eps). Then the gradient of x goes through both, too, and center gets none.
     """
 
     center: Tensor
     scale: Tensor
     shift: Tensor
+    inverse: Tensor | None = None
 
     def of(self, x: Tensor) -> Tensor:
         """In plain PyTorch, as every kernel computes it: one multiplication and one addition, in the type of scale."""
-        shift = self.shift - self.center * self.scale
-        return x.to(self.scale.dtype) * along_channels(self.scale, x) + along_channels(shift, x)
-
-    def back(self, dy: Tensor) -> Tensor:
-        """The gradient of x, of a gradient of `of(x)`."""
-        return dy * along_channels(self.scale, dy)
+        center, scale, x = self.center, self.scale, x.to(self.scale.dtype)
+        if self.inverse is not None:  # d inverse / d var = -inverse^3 / 2; no bit of the values changes
+            var, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
+            center = center + (mean - mean.detach())
+            scale = scale - 0.5 * scale * self.inverse**2 * (var - var.detach())
+        return x * along_channels(scale, x) + along_channels(self.shift - center * scale, x)
 
 
 class Rule(NamedTuple):
@@ -114,9 +118,13 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor |
     y, x, table = quantize(x, table, rule)
     dy = dy.to(x.dtype)
 
-    at, low, high = on_scale(x, table, rule)
+    if rule.index == "uniform":  # compared in steps, which keeps its range that of the rounding
+        at, low, high = x / _column(table.gaps, 0, x), *end_codes(rule)
+    else:
+        at, low, high = x, _column(table.levels, 0, x), _column(table.levels, -1, x)
     inside = (at >= low) & (at <= high)
-    dx = behind_relu(input_gradient(dy, at, low, high, inside, rule.ste), x, rule).to(stored)
+    dx = input_gradient(dy, at, low, high, inside, rule.ste)
+    dx = (torch.where(x <= 0, 0, dx) if rule.relu else dx).to(stored)
     if rule.reduction == "none":
         return dx, *(None,) * 3
 
@@ -140,26 +148,6 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor |
             for k in range(rule.codes[1] - rule.codes[0])
         ], dim=-1)
     return dx, gap_gradient(errors / table.gaps, below, above, table, rule).to(kind), None, None
-
-
-def on_scale(x: Tensor, table: Table, rule: Rule) -> tuple[Tensor, ...]:
-    """x and the ends of the range as they are compared: a uniform grid's in steps, which keeps its range that of the
-    rounding."""
-    if rule.index == "uniform":
-        return x / _column(table.gaps, 0, x), *end_codes(rule)
-    return x, _column(table.levels, 0, x), _column(table.levels, -1, x)
-
-
-def behind_relu(dx: Tensor, x: Tensor, rule: Rule) -> Tensor:
-    return torch.where(x <= 0, 0, dx) if rule.relu else dx
-
-
-def passed_on(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> Tensor:
-    """dx alone, in the type that is computed in."""
-    x, table = prepared(x, table, rule)
-    at, low, high = on_scale(x, table, rule)
-    dx = input_gradient(dy.to(x.dtype), at, low, high, (at >= low) & (at <= high), rule.ste)
-    return behind_relu(dx, x, rule)
 
 
 def gap_gradient(errors: Tensor | float, below: Tensor, above: Tensor, table: Table, rule: Rule) -> Tensor:
