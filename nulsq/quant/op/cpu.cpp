@@ -107,6 +107,9 @@ template <class S, class C, bool FROM_ZERO> auto choose_ends(const Rule& rule) {
 template <bool FORWARD, class S, class C, int COUNT, bool FROM_ZERO> auto choose_kind(const Rule& rule) {
     if constexpr (!FORWARD) {
         constexpr bool few = COUNT > 0 && COUNT <= MASKED<C>;
+        if constexpr (few && COUNT > 3)
+            if (rule.low == 0 && rule.reduction == PER_GAP)
+                return piece<FORWARD, Packed<C, COUNT, FROM_ZERO>, S, C>;
         if (few && rule.reduction == PER_GAP) return piece<FORWARD, Masked<C, COUNT, few ? COUNT : 1, FROM_ZERO>, S, C>;
         if (rule.reduction == PER_GAP) return piece<FORWARD, Scattered<C, COUNT, PER_GAP>, S, C>;
         if (rule.reduction == PER_CELL) return piece<FORWARD, Scattered<C, COUNT, PER_CELL>, S, C>;

@@ -25,8 +25,9 @@ template <class C> constexpr bool by_halves(int count) {
     return count == 15 ? PICKS<C> > 0 : count == 7 && PICKS<C> > 8;
 }
 
-// Level and, where WITH_INDEX, level index of a vector; a NaN stays one, with index 0. COUNT thresholds, 0: any number.
-template <int COUNT, bool WITH_INDEX, class C>
+// Level and, where WITH_INDEX, level index of a vector; a NaN has index 0 and, where KEEP_NAN, stays one. COUNT
+// thresholds, 0: any number.
+template <int COUNT, bool WITH_INDEX, bool KEEP_NAN, class C>
 INLINED inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) {
     if (COUNT == 0 && !table.below.empty()) {
         Whole<C> at[WIDTH<C>];
@@ -38,7 +39,7 @@ INLINED inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) 
             for (int j = 0; j < WIDTH<C>; j++) at[j] += value[j] > table.thresholds[at[j]];
         for (int j = 0; j < WIDTH<C>; j++) level[j] = table.levels[at[j]];
         if (WITH_INDEX) index = load(at);
-        return x == x ? load(level) : x;
+        return KEEP_NAN ? x == x ? load(level) : x : load(level);
     }
     if constexpr (by_halves<C>(COUNT)) {
         constexpr int half = (COUNT + 1) / 2;
@@ -52,9 +53,10 @@ INLINED inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) 
         Real<C> y = pick<C>(table.low_levels, part);
         if (COUNT >= PICKS<C>) y = part >= PICKS<C> ? pick<C>(table.high_levels, part) : y;
         if (WITH_INDEX) index = part;
-        return x == x ? y : x;
+        return KEEP_NAN ? x == x ? y : x : y;
     }
-    Real<C> y = x == x ? all<C>(table.levels[0]) : x;
+    const Real<C> lowest = all<C>(table.levels[0]);
+    Real<C> y = KEEP_NAN ? x == x ? lowest : x : lowest;
     if (WITH_INDEX) index = Int<C>{};
     const int count = COUNT ? COUNT : table.count;
 #pragma GCC unroll 15
@@ -122,22 +124,22 @@ template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
     static constexpr bool RELU = FROM_ZERO, SMALL = true;
     Rule rule;
     const Table<C>* table;
-    C low = table->levels[0], high = table->levels[table->count];
+    C low = FROM_ZERO ? 0 : table->levels[0], high = table->levels[table->count];
     Real<C> below{}, above{}, sums[GAPS] = {};
 
     Masked(const Rule& rule, const Table<C>& table) : rule(rule), table(&table) {}
 
     INLINED Real<C> level(Real<C> x) const {
         Int<C> unused;
-        return look_up<COUNT, false>(*table, x, unused);
+        return look_up<COUNT, false, true>(*table, x, unused);
     }
     INLINED Real<C> gradient(Real<C> x, Real<C> dy) {
         if (rule.reduction != NO_SUMS) {
             Int<C> unused;
-            Real<C> y = look_up<COUNT, false>(*table, x, unused), error = (y - x) * dy;
+            Real<C> y = look_up<COUNT, false, false>(*table, x, unused), error = (y - x) * dy;
             if (!FROM_ZERO) add_where(below, x < low, dy);
             add_where(above, x > high, dy);
-            error = where<C>(x <= high, error);
+            error = where<C>(x <= high, error);                // of a NaN, too
             add_where(sums[0], FROM_ZERO ? x > low : x >= low, error);
 #pragma GCC unroll 15
             for (int k = 1; k < GAPS; k++) add_where(sums[k], x > all<C>(table->levels[k]), error);
@@ -153,46 +155,99 @@ template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
     }
 };
 
-// Sums at their slots: every lane has a column of its own, so that lanes do not wait for each other. What lies inside
-// the range is put aside first, packed, then looked up and added in full vectors: half of what a folded ReLU gets does
-// not.
+// What lies inside the range, put aside until there are many vectors of it: half of what a folded ReLU gets does not.
+template <class C> struct Aside {
+    static constexpr int ROOM = 1024;
+    C xs[ROOM + WIDTH<C>], dys[ROOM + WIDTH<C>];
+    int waiting = 0;
+
+    template <class F> INLINED void put(Real<C> x, Real<C> dy, Int<C> inside, F add) {
+        store(xs + waiting, pack<C>(x, inside));
+        store(dys + waiting, pack<C>(dy, inside));
+        waiting += lanes_in<C>(inside);
+        if (waiting >= ROOM) {
+            add(ROOM);
+            waiting -= ROOM;
+            store(xs, load(xs + ROOM));
+            store(dys, load(dys + ROOM));
+        }
+    }
+    template <class F> void put_rest(C inside, F add) {        // a zero gradient adds nothing
+        store(xs + waiting, all<C>(inside));
+        store(dys + waiting, Real<C>{});
+        add(waiting);
+        waiting = 0;
+    }
+};
+
+// As Masked, of what was put aside: so many accumulators are worth it where half lies outside, as behind a ReLU.
+template <class C, int COUNT, bool FROM_ZERO> struct Packed {
+    static constexpr bool RELU = FROM_ZERO, SMALL = false;
+    const Rule& rule;
+    const Table<C>& table;
+    const C low = FROM_ZERO ? 0 : table.levels[0], high = table.levels[COUNT];
+    Aside<C> aside;
+    Real<C> below{}, above{}, sums[COUNT] = {};
+
+    Packed(const Rule& rule, const Table<C>& table) : rule(rule), table(table) {}
+
+    INLINED Real<C> gradient(Real<C> x, Real<C> dy) {
+        if (!FROM_ZERO) add_where(below, x < low, dy);
+        add_where(above, x > high, dy);
+        aside.put(x, dy, (x > low) & (x <= high), [&](int count) { add_waiting(count); });
+        return input_gradient<FROM_ZERO>(rule.ste, dy, x, x, low, high);
+    }
+    __attribute__((noinline)) void add_waiting(int count) {
+        Real<C> own[COUNT];
+        std::copy(sums, sums + COUNT, own);
+        for (int i = 0; i < count; i += WIDTH<C>) {
+            const Real<C> x = load(aside.xs + i);
+            Int<C> unused;
+            const Real<C> error = (look_up<COUNT, false, false>(table, x, unused) - x) * load(aside.dys + i);
+            own[0] += error;
+#pragma GCC unroll 15
+            for (int k = 1; k < COUNT; k++) add_where(own[k], x > all<C>(table.levels[k]), error);
+        }
+        std::copy(own, own + COUNT, sums);
+    }
+    void add_to(double* total) {
+        aside.put_rest(high, [&](int count) { add_waiting(count); });
+        for (int j = 0; j < WIDTH<C>; j++) {
+            total[0] += below[j], total[COUNT + 1] += above[j];
+            for (int k = 0; k < COUNT; k++) total[k + 1] += sums[k][j] - (k + 1 < COUNT ? double(sums[k + 1][j]) : 0);
+        }
+    }
+};
+
+// Sums at their slots: every lane has a column of its own, so that lanes do not wait for each other.
 template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
     static constexpr bool RELU = false, SMALL = false;
     static constexpr int SLOTS = REDUCTION == PER_GAP ? (COUNT ? COUNT + 2 : MOST + 2) : 2 * (2 * MOST + 2);
-    static constexpr int ROOM = 1024;
     const Rule& rule;
     const Table<C>& table;
     const C low = table.levels[0], high = table.levels[table.count], width = (high - low) / std::max(1, rule.segments);
     const int slots = slots_of(rule), ends = REDUCTION == PER_GAP ? slots : slots / 2, above_all = ends - 1;
-    C columns[WIDTH<C>][SLOTS], xs[ROOM + WIDTH<C>], dys[ROOM + WIDTH<C>];
-    Whole<C> at[ROOM + WIDTH<C>];
+    Aside<C> aside;
+    C columns[WIDTH<C>][SLOTS];
+    Whole<C> at[Aside<C>::ROOM + WIDTH<C>];
     Real<C> below{}, lowest{}, above{};
-    int waiting = 0;
 
     Scattered(const Rule& rule, const Table<C>& table) : rule(rule), table(table) {
         for (auto& each : columns) std::fill(each, each + slots, C(0));
     }
     INLINED Real<C> gradient(Real<C> x, Real<C> dy) {
-        const Int<C> inside = (x > low) & (x <= high);
         add_where(below, x < low, dy);
         if (REDUCTION == PER_CELL) add_where(lowest, x == low, dy);
         add_where(above, x > high, dy);
-        store(xs + waiting, pack<C>(x, inside));
-        store(dys + waiting, pack<C>(dy, inside));
-        waiting += lanes_in<C>(inside);
-        if (waiting >= ROOM) {
-            add_waiting(ROOM);
-            waiting -= ROOM;
-            store(xs, load(xs + ROOM));
-            store(dys, load(dys + ROOM));
-        }
+        aside.put(x, dy, (x > low) & (x <= high), [&](int count) { add_waiting(count); });
         return input_gradient<false>(rule.ste, dy, x, x, low, high);
     }
     void add_waiting(int count) {
+        C *xs = aside.xs, *dys = aside.dys;
         for (int i = 0; i < count; i += WIDTH<C>) {
             Real<C> x = load(xs + i), dy = load(dys + i);
             Int<C> slot;
-            Real<C> y = look_up<COUNT, true>(table, x, slot);
+            Real<C> y = look_up<COUNT, true, false>(table, x, slot);
             if constexpr (REDUCTION == PER_GAP) {
                 slot -= x > y;
                 store(dys + i, (y - x) * dy);
@@ -212,9 +267,7 @@ template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
             for (int j = 0; j < WIDTH<C>; j++) columns[j][first + at[i + j]] += values[i + j];
     }
     void add_to(double* total) {
-        store(xs + waiting, all<C>(low));
-        store(dys + waiting, Real<C>{});
-        add_waiting(waiting);
+        aside.put_rest(low, [&](int count) { add_waiting(count); });
         for (int j = 0; j < WIDTH<C>; j++) {
             for (int s = 0; s < slots; s++) total[s] += columns[j][s];
             total[0] += below[j], total[1] += lowest[j], total[above_all] += above[j];

@@ -77,6 +77,8 @@ inline Real<float> load(const BFloat16* from) {
     const HalfBits bits = load_as<HalfBits>(from);
 #ifdef __AVX512F__
     return (Real<float>)((Bits)_mm512_cvtepu16_epi32((__m256i)bits) << 16);  // GCC takes four for this one
+#elif defined(__AVX2__)
+    return (Real<float>)((Bits)_mm256_cvtepu16_epi32((__m128i)bits) << 16);
 #else
     return (Real<float>)(__builtin_convertvector(bits, Bits) << 16);
 #endif
