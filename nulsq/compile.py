@@ -17,6 +17,11 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from nulsq.quant.op import inline_forward
 
+BEHIND = torch.ops.nulsq.gradients_behind.default  # a batch norm
+# Gradients of a quantizer, and the same with dx in the place of dy.
+IN_PLACE = {torch.ops.nulsq.gradients.default: torch.ops.nulsq.gradients_over.default,
+            BEHIND: torch.ops.nulsq.gradients_behind_over.default}
+
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` compiled, sharing its parameters; `model` itself, with a warning, where that is impossible."""
@@ -27,12 +32,6 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     inline_forward()
     return torch.compile(model, options={"joint_custom_pre_pass": _InputsMadeAgain(),
                                          "post_grad_custom_post_pass": _GradientsInPlace()})
-
-
-# Gradients of a quantizer, and the same with dx in the place of dy.
-BEHIND = torch.ops.nulsq.gradients_behind.default  # a batch norm
-IN_PLACE = {torch.ops.nulsq.gradients.default: torch.ops.nulsq.gradients_over.default,
-            BEHIND: torch.ops.nulsq.gradients_behind_over.default}
 
 
 class _Pass(CustomGraphPass):

@@ -35,7 +35,7 @@ template <class C> struct Lines {
 
     explicit Lines(const Call& call) : features(call.features), plane(call.plane) {
         for (auto [to, from] : {std::pair(&center, call.center), {&scale, call.scale}, {&shift, call.shift}}) {
-            to->assign((const C*)from, (const C*)from + features);
+            if (from) to->assign((const C*)from, (const C*)from + features);
             to->resize(features + WIDTH<C>);
         }
     }
@@ -120,10 +120,14 @@ template <class C, class F> void by_pieces(const Call& call, const Lines<C>& lin
     }
 }
 
-// Mean (dscale) and variance (dshift) of each channel, from sums of x - center and of its square, where center is any
-// number like those of the channel.
+// Mean (dscale) and variance (dshift) of each channel, from sums of x - center and of its square, where center is the
+// channel's first number: like the others.
 template <class S, class C> void moments(const Call& call) {
-    const Lines<C> lines(call);
+    Lines<C> lines(call);
+    for (int64_t c = 0; c < call.features; c++) {
+        S first[WIDTH<C>] = {((const S*)call.x)[c * call.plane]};
+        lines.center[c] = load(first)[0];
+    }
     const int64_t features = call.features, each = call.elements / features;
     std::vector<double> partial(lines.pieces(call.elements) * 2 * features, 0.0), total(2 * features, 0.0);
     by_pieces(call, lines, [&](int64_t piece, int64_t start, int64_t count) {
