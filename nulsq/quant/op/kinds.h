@@ -6,9 +6,9 @@
 //             by one rounded, monotone function, so the answer is exact.
 //   ties      x >= t is x > the float just below t: one kind of comparison for both.
 //   relu      of a range that begins at zero, folded into its comparisons: FROM_ZERO.
-//   sums      up to MASKED gaps: an accumulator each. Else what lies inside the range is put aside, packed, and each
-//             lane adds it at its slot in a column of its own, many vectors later: what was stored as a vector a
-//             moment ago is slow to read as numbers.
+//   sums      up to MASKED gaps: an accumulator each; of 7 and more, what lies inside a range from zero is put aside
+//             first, packed. Else each lane adds what was put aside at its slot in a column of its own, many vectors
+//             later: what was stored as a vector a moment ago is slow to read as numbers.
 #pragma once
 
 #include <algorithm>
@@ -139,7 +139,7 @@ template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
             Real<C> y = look_up<COUNT, false, false>(*table, x, unused), error = (y - x) * dy;
             if (!FROM_ZERO) add_where(below, x < low, dy);
             add_where(above, x > high, dy);
-            error = where<C>(x <= high, error);                // of a NaN, too
+            error = where<C>(x <= high, error);                // which a NaN is not
             add_where(sums[0], FROM_ZERO ? x > low : x >= low, error);
 #pragma GCC unroll 15
             for (int k = 1; k < GAPS; k++) add_where(sums[k], x > all<C>(table->levels[k]), error);
@@ -197,7 +197,7 @@ template <class C, int COUNT, bool FROM_ZERO> struct Packed {
         aside.put(x, dy, (x > low) & (x <= high), [&](int count) { add_waiting(count); });
         return input_gradient<FROM_ZERO>(rule.ste, dy, x, x, low, high);
     }
-    __attribute__((noinline)) void add_waiting(int count) {
+    __attribute__((noinline)) void add_waiting(int count) {    // all registers are for its sums
         Real<C> own[COUNT];
         std::copy(sums, sums + COUNT, own);
         for (int i = 0; i < count; i += WIDTH<C>) {
