@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from nulsq.quant.op import inline_forward
 
-BEHIND = torch.ops.nulsq.gradients_behind.default  # a batch norm
+BEHIND = torch.ops.nulsq.gradients_behind.default  # behind a batch norm
 # Gradients of a quantizer, and the same with dx in the place of dy.
 IN_PLACE = {torch.ops.nulsq.gradients.default: torch.ops.nulsq.gradients_over.default,
             BEHIND: torch.ops.nulsq.gradients_behind_over.default}
@@ -107,9 +107,9 @@ class _GradientsInPlace(_Pass):
                 continue
             if not _laid_alike(dy, x):
                 continue  # it would be copied into the other's order, and back
-            dx = next((part for part in node.users if part.args[1] == 0), None)
+            dx = [part for part in node.users if part.args[1] == 0]
             addition = _only_addition(dx)
-            other = next((each for each in addition.args if each is not dx), None) if addition else None
+            other = next((each for each in addition.args if each not in dx), None) if addition else None
             if node.target is not BEHIND or other is None or place[other] > place[node] or not _laid_alike(other, x):
                 addition = other = None
             with graph.inserting_before(node):
@@ -117,17 +117,17 @@ class _GradientsInPlace(_Pass):
                 sums = graph.call_function(IN_PLACE[node.target], arguments, node.kwargs)
             sums.meta["val"] = node.meta["val"][1:]
             for part in list(node.users):
-                if part is not dx:
+                if part not in dx:
                     part.args = sums, part.args[1] - 1
-            for done in filter(None, (addition, dx)):
+            for done in filter(None, (addition, *dx)):
                 done.replace_all_uses_with(dy)
                 graph.erase_node(done)
             graph.erase_node(node)
 
 
-def _only_addition(dx: torch.fx.Node | None) -> torch.fx.Node | None:
+def _only_addition(dx: list[torch.fx.Node]) -> torch.fx.Node | None:
     """The addition of two tensors that is all that dx goes into."""
-    users = list(dx.users) if dx is not None else []
+    users = [user for node in dx for user in node.users]
     is_one = len(users) == 1 and users[0].target is torch.ops.aten.add.Tensor and not users[0].kwargs
     return users[0] if is_one and all(isinstance(each, torch.fx.Node) for each in users[0].args) else None
 

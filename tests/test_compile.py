@@ -16,6 +16,7 @@ from nulsq.loss import backward
 from nulsq.metrics import Counters
 from nulsq.models import network
 from nulsq.optim import Optimizers
+from nulsq.quant.batch_norm import freeze_batch_norm_
 from nulsq.quant.fold import fold_
 from nulsq.quant.op import available, force
 
@@ -168,15 +169,18 @@ def test_forward_is_part_of_what_stands_before_and_backward_is_the_kernel():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
-def test_a_folded_batch_norm_is_two_kernels_of_a_compiled_step():
-    """Gradients and running statistics are those without a compiler; of what two convolutions read, each through its
-    own quantizer, one is made again."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_folded_batch_norm_is_two_kernels_of_a_compiled_step(frozen):
+    """Beside its moments, where it is not frozen. Gradients and running statistics are those without a compiler; of
+    what two convolutions read, each through its own quantizer, one is made again."""
     from torch._inductor.utils import run_and_get_code
 
     torch.manual_seed(0)
     model, x = Forked(nn.ReLU()).double(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
     nulsq.calibrate_(nulsq.quantize_(model, nulsq.Policy(preset="none", bits=3)), [x])
     assert fold_(model) == ["activation", "before.1"]
+    if frozen:
+        freeze_batch_norm_(model)
     plain = copy.deepcopy(model)
     quick, kept = nulsq.compile.compiled(model, torch.device("cpu")), []
     plain(x).square().sum().backward()
@@ -193,4 +197,5 @@ def test_a_folded_batch_norm_is_two_kernels_of_a_compiled_step():
     assert code.count("ops.nulsq.quantize.default(") == 3 and code.count("ops.nulsq.gradients_over.default(") == 1
     behind = re.findall(r"ops.nulsq.gradients_behind_over.default\(\w+, \w+, (\w+),", code)
     assert len(behind) == 2 and behind[0] == "None" != behind[1]
+    assert code.count("ops.nulsq.moments.default(") == (0 if frozen else 1)
     assert [each.dtype for each in kept if each.shape == (2, 4, 7, 7)] == [torch.float64] * 2

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import nulsq
-from nulsq.quant.op import Affine, available, cpu, fake_quantize
+from nulsq.quant.op import Affine, Table, available, cpu, fake_quantize
 from nulsq.quant.op.batch_affine import batch_affine
 from nulsq.quant.statistics import Statistics
 
@@ -37,9 +37,9 @@ def ready(name, bits, signed=False):
 
 
 def outcome(quantizer, x, dy, affine, form, relu=True):
-    """y and the gradients of x, the map and the quantizer's parameters."""
+    """y and the gradients of x, the map (what of it has one) and the quantizer's parameters."""
     x = x.detach().requires_grad_()
-    wanted = [x, *affine[:3], *quantizer.parameters()]
+    wanted = [x, *(each for each in affine[:3] if each.requires_grad), *quantizer.parameters()]
     y = fake_quantize(x, quantizer.table(), quantizer.rule()._replace(relu=relu), form, affine)
     return y.detach(), torch.autograd.grad(y, wanted, dy)
 
@@ -87,7 +87,8 @@ def test_the_number_of_threads_changes_no_bit():
     for threads in (1, 3):
         torch.set_num_threads(threads)
         y, gradients = outcome(quantizer, x, dy, affine, "fused")
-        found.append([y, *gradients, *cpu.moments(x)])
+        own, mean, var = batch_affine(x, affine.scale, affine.shift, 1e-5)
+        found.append([y, *gradients, mean, var, *outcome(quantizer, x, dy, own, "fused")[1]])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -149,51 +150,73 @@ def test_a_compilers_gradients_are_the_kernels(name, ste, memory):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11 * float(theirs.detach().abs().max()))
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own statistics", "fixed"])
 @pytest.mark.parametrize("memory", LAYOUTS)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != (40, 33, 1, 1)], ids=str)
 @pytest.mark.parametrize("name", METHODS)
-def test_behind_a_batch_norm_every_method_equals_the_oracle(name, shape, memory):
-    """With what goes through the statistics, and with the gradient of another branch added on the way."""
-    for bits, relu in ((2, True), (3, False), (4, True)):
-        quantizer, (x, dy) = ready(name, bits, signed=not relu).double(), tensors(shape, memory, torch.float64)
-        weight, _, bias = lines(shape[1], torch.float64)[:3]
-        x.requires_grad_()
-        found = {}
-        for form in ("fused", "oracle"):
-            affine, *_ = batch_affine(x, weight, bias, 1e-5)
-            y = fake_quantize(x, quantizer.table(), quantizer.rule()._replace(relu=relu), form, affine)
-            found[form] = torch.autograd.grad(y, [x, weight, bias, *quantizer.parameters()], dy)
-        for mine, theirs in zip(found["fused"], found["oracle"], strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11 * float(theirs.abs().max()))
-        with torch.no_grad():
-            arguments = quantizer.table(), quantizer.rule()._replace(relu=relu), affine
-            other = torch.randn_like(x)
-            dx = cpu.gradients(x, dy, *arguments, other=other)[0]
-            torch.testing.assert_close(dx, found["fused"][0] + other, rtol=1e-11, atol=1e-11)
-            held = dy.clone()
-            assert torch.equal(cpu.gradients(x, held, *arguments, over=True, other=other)[0], dx)
-            assert torch.equal(held, dx)
+def test_behind_a_batch_norm_every_method_equals_the_oracle(name, shape, memory, own):
+    """With what goes through the statistics, every straight-through rule, and another branch's gradient on the way."""
+    cases = itertools.product((2, 3, 4), ((True, False), (True, True), (False, True)))
+    for (bits, (relu, signed)), ste in zip(cases, itertools.cycle(["clip", "half", "none", "clip_open"]), strict=False):
+        for kind, tolerance in ((torch.float64, 1e-11), (torch.float32, 3e-5), (torch.bfloat16, 2**-6)):
+            computed = torch.promote_types(kind, torch.float32)
+            quantizer, (x, dy) = ready(name, bits, signed).to(computed), tensors(shape, memory, kind)
+            quantizer.ste, affine = ste, lines(shape[1], computed)
+            if own:
+                affine, *_ = batch_affine(x, affine.scale, affine.shift, 1e-5)
+            assert_gradients_equal_to_the_oracles(quantizer, x, dy, affine, relu, tolerance)
+
+
+def assert_gradients_equal_to_the_oracles(quantizer, x, dy, affine, relu, tolerance):
+    wanted = outcome(quantizer, x, dy, affine, "oracle", relu)[1]
+    given = [None if each is None else each.detach() for each in affine]
+    wanted_dx, wanted_lines = wanted[0], wanted[1:3 if affine.inverse is not None else 4]
+    arguments = (Table(*(None if each is None else each.detach() for each in quantizer.table())),
+                 quantizer.rule()._replace(relu=relu), Affine(*given))
+    other = torch.randn_like(x)
+    for added in (None, other):
+        held = dy.clone(memory_format=torch.preserve_format)
+        dx, *sums = cpu.gradients(x, held, *arguments, over=True, other=added)
+        assert torch.equal(held, dx) and torch.equal(dx, cpu.gradients(x, dy, *arguments, other=added)[0])
+        whole = wanted_dx if added is None else wanted_dx + other
+        torch.testing.assert_close(dx, whole, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
+        lines_found = sums[3:] if affine.inverse is not None else (-affine.scale * sums[4], *sums[3:])
+        for mine, theirs in zip(lines_found, wanted_lines, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+
+
+def test_second_derivatives_under_transforms_are_those_of_batch_norm():
+    (x, direction), (weight, bias) = tensors((2, 3, 4, 4), torch.contiguous_format, torch.float64), torch.rand(2, 3)
+    weight, bias = weight.double(), bias.double()
+
+    def by_affine(x):
+        return batch_affine(x, weight, bias, 1e-5)[0].of(x).pow(3).sum()
+
+    def by_torch(x):
+        return nn.functional.batch_norm(x, None, None, weight, bias, training=True).pow(3).sum()
+
+    found, wanted = (torch.func.jvp(torch.func.grad(each), (x,), (direction,))[1] for each in (by_affine, by_torch))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_the_operators_keep_torchs_contract():
-    """Schema, fake tensors, autograd registration and tracing, as torch checks them itself."""
+    """Schema and fake tensors, as torch checks them itself; and they are the kernel's functions."""
     (x, dy), affine = tensors((3, 19, 7, 5), torch.channels_last), [each.detach() for each in lines(19)[:3]]
     torch.library.opcheck(torch.ops.nulsq.moments.default, (x,))
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     for name, inverse in itertools.product(METHODS, (None, torch.rand(19))):
         quantizer = ready(name, 3)
+        behind, over = torch.ops.nulsq.gradients_behind, torch.ops.nulsq.gradients_behind_over
         with torch.no_grad():
-            rest = (*quantizer.table(), *quantizer.rule(), *affine[:3], inverse)
-            wanted = cpu.gradients(x, dy, quantizer.table(), quantizer.rule(), Affine(*affine[:3], inverse))
-        torch.library.opcheck(torch.ops.nulsq.gradients_behind.default, (x, dy, *rest), **checks)
-        for other in (None, torch.zeros_like(x)) if inverse is not None else (None,):
-            over = torch.ops.nulsq.gradients_behind_over
+            arguments = quantizer.table(), quantizer.rule(), Affine(*affine[:3], inverse)
+        rest = [each for part in arguments for each in part]
+        torch.library.opcheck(behind.default, (x, dy, *rest), **checks)
+        wanted = cpu.gradients(x, dy, *arguments)
+        assert all(map(torch.equal, behind(x, dy, *rest), wanted))
+        for other in (None, torch.randn_like(x)):
             torch.library.opcheck(over.default, (x, dy.clone(), other, *rest), **checks)
-            held = dy.clone()
-            sums = over(x, held, other, *rest)
-            assert all(torch.equal(mine, theirs) for mine, theirs in zip((held, *sums), wanted, strict=True))
-        for mine, theirs in zip(torch.ops.nulsq.gradients_behind(x, dy, *rest), wanted, strict=True):
-            assert torch.equal(mine, theirs)
+            held, wanted = dy.clone(), cpu.gradients(x, dy, *arguments, other=other)
+            assert all(map(torch.equal, (*over(x, held, other, *rest), held), (*wanted[1:], wanted[0])))
 
 
 def test_a_gradient_that_somebody_holds_is_not_written_over():
@@ -201,15 +224,12 @@ def test_a_gradient_that_somebody_holds_is_not_written_over():
     weight, bias, held = torch.ones(16, requires_grad=True), torch.zeros(16, requires_grad=True), dy.clone()
     x.requires_grad_()
     seen, gradients = [], []
-    for form in ("fused", "oracle"):  # what the hook saw of the first is what it sees of the second
+    for form in ("fused", "oracle"):
         affine, *_ = batch_affine(x, weight, bias, 1e-5)
-        y = fake_quantize(x, quantizer.table(), quantizer.rule(), form, affine) * 1
+        y = fake_quantize(x, quantizer.table(), quantizer.rule(), form, affine)
         y.register_hook(seen.append)
-        again = y * 1
-        again.retain_grad()
         x.grad = None
-        again.backward(dy)
+        (y * 1).backward(dy)  # the product's gradient is a tensor of its own, which the hook keeps
         gradients.append(x.grad)
-        assert torch.equal(dy, held) and torch.equal(again.grad, held)
     torch.testing.assert_close(*gradients)
-    assert all(torch.equal(each, held) for each in seen)
+    assert torch.equal(dy, held) and all(torch.equal(each, held) for each in seen)

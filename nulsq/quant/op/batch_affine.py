@@ -22,19 +22,12 @@ def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[A
     """
     if x.numel() // x.shape[1] < 2:
         raise ValueError(f"a batch norm in training needs more than one element of each channel, x is {tuple(x.shape)}")
-    mean, var = moments(x.detach())
+    if torch._C._are_functorch_transforms_active():  # which see what plain torch does, to any order
+        var, mean = torch.var_mean(x.to(_computed_in(x)), (0, *range(2, x.dim())), correction=0)
+        return Affine(mean, weight * (var + eps).rsqrt(), bias), mean.detach(), var.detach()
+    mean, var = (torch.ops.nulsq.moments if torch.compiler.is_compiling() else cpu.moments)(x.detach())
     inverse = (var + eps).rsqrt()
     return Affine(mean, weight * inverse, bias, inverse), mean, var
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (divided by the count) of each channel of x, in the type that is computed in."""
-    if torch.compiler.is_compiling():
-        return torch.ops.nulsq.moments(x)
-    if torch._C._are_functorch_transforms_active():  # transforms see what plain torch does
-        var, mean = torch.var_mean(x.to(_computed_in(x)), (0, *range(2, x.dim())), correction=0)
-        return mean, var
-    return cpu.moments(x)
 
 
 _library = torch.library.Library("nulsq", "FRAGMENT")

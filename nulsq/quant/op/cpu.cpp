@@ -42,10 +42,9 @@ template <class Kind, class C> struct Behind {
 // y (FORWARD) or dx and the sums of one piece, the elements from `start` on.
 template <bool FORWARD, class Kind, class S, class C>
 void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64_t start, int64_t count, const S* x,
-           const S* dy, S* out, double* total, double* line_total) {
+           const S* dy, const S* other, S* out, double* total, double* line_total) {
     Kind kind(rule, table);
     const Behind<Kind, C> behind(rule);
-    const S* none = nullptr;
     auto found = [=](auto& kind, Real<C> at, const S* dy) INLINED {  // y or dx
         if constexpr (FORWARD) return behind.level(kind, at);
         else return behind.gradient(kind, at, load(dy));
@@ -53,6 +52,7 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
     if (!lines.features) {
         auto step = [&](const S* x, const S* dy, const S*, S* out) INLINED { store(out, found(kind, load(x), dy)); };
         const int64_t rest = count % WIDTH<C>, full = count - rest;
+        const S* none = nullptr;
         vectors<FORWARD, C>(x, dy, none, out, count / WIDTH<C>, WIDTH<C>, WIDTH<C>, step);
         if (rest) vectors<FORWARD, C>(x + full, along(dy, full), none, out + full, 1, WIDTH<C>, rest, step);
     } else {
@@ -61,16 +61,16 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
                           shift = lines.of(lines.shift, channel) - center * scale;
             Real<C> turned{}, moved{};                         // what the lines' scale and shift get
             std::conditional_t<Kind::SMALL, Kind, Kind&> own = kind;
-            auto step = [&](const S* x, const S* dy, const S*, S* out) INLINED {
+            auto step = [&](const S* x, const S* dy, const S* other, S* out) INLINED {
                 const Real<C> taken = load(x), given = found(own, taken * scale + shift, dy);
                 if constexpr (FORWARD) store(out, given);
                 else {
                     turned += given * (taken - center);
                     moved += given;
-                    if (out) store(out, given * scale);
+                    if (out) store(out, other ? given * scale + load(other) : given * scale);
                 }
             };
-            vectors<FORWARD, C>(x + i, along(dy, i), none, along(out, i), repeat, stride, lanes, step);
+            vectors<FORWARD, C>(x + i, along(dy, i), along(other, i), along(out, i), repeat, stride, lanes, step);
             if constexpr (!FORWARD) {
                 if constexpr (Kind::SMALL) kind = own;
                 lines.add(line_total, channel, turned);
@@ -150,12 +150,13 @@ template <class S, class C> void run(const Call& call) {
     std::vector<double> partial(channels * pieces * slots, 0.0), line_partial(pieces * line_slots, 0.0);
     const auto work = call.dy ? choose<false, S, C>(rule, from_zero) : choose<true, S, C>(rule, from_zero);
     const S *x = (const S*)call.x, *dy = (const S*)call.dy;
+    const S* other = (const S*)call.other;
     S* out = (S*)call.out;
-    S* at_once = call.inverse && call.dy ? nullptr : out;      // a batch norm's dx needs the sums first
+    const bool twice = call.dy && call.inverse;                // dx behind the batch's own statistics needs the sums
     by_pieces(call, lines, [&](int64_t task, int64_t start, int64_t count) {
         const int64_t c = task / pieces, at = c * elements + start;
-        work(rule, tables[c], lines, start, count, x + at, along(dy, at), along(at_once, at),
-             partial.data() + task * slots, line_partial.data() + task * line_slots);
+        work(rule, tables[c], lines, start, count, x + at, along(dy, at), twice ? nullptr : along(other, at),
+             twice ? nullptr : out + at, partial.data() + task * slots, line_partial.data() + task * line_slots);
     });
     for (int64_t s = 0; s < line_slots; s++) {
         double total = 0;
@@ -163,12 +164,11 @@ template <class S, class C> void run(const Call& call) {
         if (s < call.features) ((C*)call.dscale)[s] = total;
         else ((C*)call.dshift)[s - call.features] = total;
     }
-    if (call.dy && call.inverse) {
+    if (twice) {
         const auto rest = from_zero ? choose_ends<S, C, true>(rule) : choose_ends<S, C, false>(rule);
         lines.pass_on(call);
         by_pieces(call, lines, [&](int64_t, int64_t start, int64_t count) {
-            rest(rule, tables[0], lines, start, count, x + start, dy + start, along((const S*)call.other, start),
-                 out + start);
+            rest(rule, tables[0], lines, start, count, x + start, dy + start, along(other, start), out + start);
         });
     }
     if (!slots) return;

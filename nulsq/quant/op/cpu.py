@@ -69,8 +69,9 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | 
     affine map, of its scale and shift.
 
     over: dy is nobody else's, dx may take its memory: a fourth of what backward moves, from memory that is cold.
-    other: what else the gradient of x is made of, behind the batch's own statistics: dx has it in it.
+    other: what else the gradient of x is made of, where there is an affine map: dx has it in it.
     """
+    assert other is None or affine is not None
     stored, kinds = x.dtype, [table.gaps.dtype] * 3 + [each.dtype for each in (affine or ())[1:3]]
     x, table, call, affine = _prepare(x, table, rule, affine)
     given, dy = dy, laid_like(dy, x)

@@ -121,10 +121,10 @@ template <class C, class F> void by_pieces(const Call& call, const Lines<C>& lin
 }
 
 // Mean (dscale) and variance (dshift) of each channel, from sums of x - center and of its square, where center is the
-// channel's first number: like the others.
+// channel's first number: like the others. Of nothing the mean is NaN.
 template <class S, class C> void moments(const Call& call) {
     Lines<C> lines(call);
-    for (int64_t c = 0; c < call.features; c++) {
+    for (int64_t c = 0; call.elements && c < call.features; c++) {
         S first[WIDTH<C>] = {((const S*)call.x)[c * call.plane]};
         lines.center[c] = load(first)[0];
     }
