@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nulsq.quant.op import cpu
-from nulsq.quant.op.oracle import Affine
+from nulsq.quant.op.oracle import Affine, computed_in
 
 
 def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Affine, Tensor, Tensor]:
@@ -23,7 +23,7 @@ def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[A
     if x.numel() // x.shape[1] < 2:
         raise ValueError(f"a batch norm in training needs more than one element of each channel, x is {tuple(x.shape)}")
     if torch._C._are_functorch_transforms_active():  # which see what plain torch does, to any order
-        var, mean = torch.var_mean(x.to(_computed_in(x)), (0, *range(2, x.dim())), correction=0)
+        var, mean = torch.var_mean(x.to(computed_in(x)), (0, *range(2, x.dim())), correction=0)
         return Affine(mean, weight * (var + eps).rsqrt(), bias), mean.detach(), var.detach()
     mean, var = (torch.ops.nulsq.moments if torch.compiler.is_compiling() else cpu.moments)(x.detach())
     inverse = (var + eps).rsqrt()
@@ -37,8 +37,4 @@ _library.impl("moments", cpu.moments, "CPU")
 
 @torch.library.register_fake("nulsq::moments", lib=_library)
 def _moments_like(x):
-    return tuple(x.new_empty(x.shape[1], dtype=_computed_in(x)) for _ in range(2))
-
-
-def _computed_in(x):
-    return torch.promote_types(x.dtype, torch.float32)
+    return tuple(x.new_empty(x.shape[1], dtype=computed_in(x)) for _ in range(2))

@@ -22,10 +22,10 @@
 namespace {
 
 // The ReLU before a kind that does not do its work, where there is one.
-template <class Kind, class C> struct Behind {
+template <class Kind, class C> struct BehindRelu {
     Real<C> floor;
 
-    explicit Behind(const Rule& rule) {                        // nothing is below a NaN
+    explicit BehindRelu(const Rule& rule) {                    // nothing is below a NaN
         floor = all<C>(rule.relu ? C(0) : std::numeric_limits<C>::quiet_NaN());
     }
     INLINED Real<C> level(const Kind& kind, Real<C> x) const {
@@ -42,9 +42,10 @@ template <class Kind, class C> struct Behind {
 // y (FORWARD) or dx and the sums of one piece, the elements from `start` on.
 template <bool FORWARD, class Kind, class S, class C>
 void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64_t start, int64_t count, const S* x,
-           const S* dy, const S* other, S* out, double* total, double* line_total) {
+           const S* dy, S* out, double* total, double* line_total) {
     Kind kind(rule, table);
-    const Behind<Kind, C> behind(rule);
+    const BehindRelu<Kind, C> behind(rule);
+    const S* none = nullptr;
     auto found = [=](auto& kind, Real<C> at, const S* dy) INLINED {  // y or dx
         if constexpr (FORWARD) return behind.level(kind, at);
         else return behind.gradient(kind, at, load(dy));
@@ -52,7 +53,6 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
     if (!lines.features) {
         auto step = [&](const S* x, const S* dy, const S*, S* out) INLINED { store(out, found(kind, load(x), dy)); };
         const int64_t rest = count % WIDTH<C>, full = count - rest;
-        const S* none = nullptr;
         vectors<FORWARD, C>(x, dy, none, out, count / WIDTH<C>, WIDTH<C>, WIDTH<C>, step);
         if (rest) vectors<FORWARD, C>(x + full, along(dy, full), none, out + full, 1, WIDTH<C>, rest, step);
     } else {
@@ -61,16 +61,16 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
                           shift = lines.of(lines.shift, channel) - center * scale;
             Real<C> turned{}, moved{};                         // what the lines' scale and shift get
             std::conditional_t<Kind::SMALL, Kind, Kind&> own = kind;
-            auto step = [&](const S* x, const S* dy, const S* other, S* out) INLINED {
+            auto step = [&](const S* x, const S* dy, const S*, S* out) INLINED {
                 const Real<C> taken = load(x), given = found(own, taken * scale + shift, dy);
                 if constexpr (FORWARD) store(out, given);
                 else {
                     turned += given * (taken - center);
                     moved += given;
-                    if (out) store(out, other ? given * scale + load(other) : given * scale);
+                    if (out) store(out, given * scale);
                 }
             };
-            vectors<FORWARD, C>(x + i, along(dy, i), along(other, i), along(out, i), repeat, stride, lanes, step);
+            vectors<FORWARD, C>(x + i, along(dy, i), none, along(out, i), repeat, stride, lanes, step);
             if constexpr (!FORWARD) {
                 if constexpr (Kind::SMALL) kind = own;
                 lines.add(line_total, channel, turned);
@@ -81,19 +81,22 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
     if constexpr (!FORWARD) kind.add_to(total);
 }
 
-// dx of one piece behind the batch's own statistics, once all sums are known.
+// dx of one piece, with what goes through the batch's own statistics, once all sums are known, and with `other`.
 template <class Kind, class S, class C>
 void passed_on(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64_t start, int64_t count,
                const S* x, const S* dy, const S* other, S* out) {
     const Kind kind(rule, table);
-    const Behind<Kind, C> behind(rule);
+    const BehindRelu<Kind, C> behind(rule);
+    const bool own = !lines.slope.empty();
     lines.stretches(start, count, [&](int64_t i, int64_t repeat, int64_t stride, int64_t lanes, int64_t channel) {
         const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
                       shift = lines.of(lines.shift, channel) - center * scale,
-                      slope = lines.of(lines.slope, channel), rise = lines.of(lines.rise, channel);
+                      slope = own ? lines.of(lines.slope, channel) : Real<C>{},
+                      rise = own ? lines.of(lines.rise, channel) : Real<C>{};
         auto step = [&](const S* x, const S* dy, const S* other, S* out) INLINED {
-            const Real<C> taken = load(x), given = behind.gradient(kind, taken * scale + shift, load(dy)),
-                          dx = given * scale + ((taken - center) * slope + rise);
+            const Real<C> taken = load(x);
+            Real<C> dx = behind.gradient(kind, taken * scale + shift, load(dy)) * scale;
+            if (own) dx += (taken - center) * slope + rise;
             store(out, other ? dx + load(other) : dx);
         };
         vectors<false, C>(x + i, dy + i, along(other, i), out + i, repeat, stride, lanes, step);
@@ -106,12 +109,14 @@ template <class S, class C, bool FROM_ZERO> auto choose_ends(const Rule& rule) {
 
 template <bool FORWARD, class S, class C, int COUNT, bool FROM_ZERO> auto choose_kind(const Rule& rule) {
     if constexpr (!FORWARD) {
-        constexpr bool few = COUNT > 0 && COUNT <= MASKED<C>;
-        if constexpr (few && COUNT > 3)
-            if (rule.low == 0 && rule.reduction == PER_GAP)
-                return piece<FORWARD, Packed<C, COUNT, FROM_ZERO>, S, C>;
-        if (few && rule.reduction == PER_GAP) return piece<FORWARD, Masked<C, COUNT, few ? COUNT : 1, FROM_ZERO>, S, C>;
-        if (rule.reduction == PER_GAP) return piece<FORWARD, Scattered<C, COUNT, PER_GAP>, S, C>;
+        if (rule.reduction == PER_GAP) {
+            if constexpr (COUNT == 0 || COUNT > MASKED<C>) return piece<FORWARD, Scattered<C, COUNT, PER_GAP>, S, C>;
+            else {
+                if constexpr (COUNT > 3)
+                    if (rule.low == 0) return piece<FORWARD, Packed<C, COUNT, FROM_ZERO>, S, C>;
+                return piece<FORWARD, Masked<C, COUNT, COUNT, FROM_ZERO>, S, C>;
+            }
+        }
         if (rule.reduction == PER_CELL) return piece<FORWARD, Scattered<C, COUNT, PER_CELL>, S, C>;
     }
     return piece<FORWARD, Masked<C, COUNT, 1, FROM_ZERO>, S, C>;
@@ -150,13 +155,12 @@ template <class S, class C> void run(const Call& call) {
     std::vector<double> partial(channels * pieces * slots, 0.0), line_partial(pieces * line_slots, 0.0);
     const auto work = call.dy ? choose<false, S, C>(rule, from_zero) : choose<true, S, C>(rule, from_zero);
     const S *x = (const S*)call.x, *dy = (const S*)call.dy;
-    const S* other = (const S*)call.other;
     S* out = (S*)call.out;
-    const bool twice = call.dy && call.inverse;                // dx behind the batch's own statistics needs the sums
+    const bool twice = call.dy && (call.inverse || call.other);  // dx is more than the first pass can say
     by_pieces(call, lines, [&](int64_t task, int64_t start, int64_t count) {
         const int64_t c = task / pieces, at = c * elements + start;
-        work(rule, tables[c], lines, start, count, x + at, along(dy, at), twice ? nullptr : along(other, at),
-             twice ? nullptr : out + at, partial.data() + task * slots, line_partial.data() + task * line_slots);
+        work(rule, tables[c], lines, start, count, x + at, along(dy, at), twice ? nullptr : out + at,
+             partial.data() + task * slots, line_partial.data() + task * line_slots);
     });
     for (int64_t s = 0; s < line_slots; s++) {
         double total = 0;
@@ -166,9 +170,10 @@ template <class S, class C> void run(const Call& call) {
     }
     if (twice) {
         const auto rest = from_zero ? choose_ends<S, C, true>(rule) : choose_ends<S, C, false>(rule);
-        lines.pass_on(call);
+        if (call.inverse) lines.pass_on(call);
         by_pieces(call, lines, [&](int64_t, int64_t start, int64_t count) {
-            rest(rule, tables[0], lines, start, count, x + start, dy + start, along(other, start), out + start);
+            rest(rule, tables[0], lines, start, count, x + start, dy + start, along((const S*)call.other, start),
+                 out + start);
         });
     }
     if (!slots) return;

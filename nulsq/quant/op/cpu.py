@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nulsq.quant.op.layout import dense, gradient_buffers, laid_like, laid_out
-from nulsq.quant.op.oracle import Affine, Rule, Table
+from nulsq.quant.op.oracle import Affine, Rule, Table, computed_in
 from nulsq.quant.settings import STE_RULES
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "kinds.h", "lines.h", "table.h", "lanes.h")]
@@ -96,7 +96,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     x = dense(x)
     x = x if x.dtype in STORAGE else x.to(torch.float32)
     call = _call(x)
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kind = computed_in(x)
     mean, var = (torch.empty(x.shape[1], dtype=kind) for _ in range(2))
     call.features, call.plane = x.shape[1], x.stride(1)
     call.dscale, call.dshift = mean.data_ptr(), var.data_ptr()
@@ -129,7 +129,7 @@ def _prepare(x, table, rule, affine):
 
 def _lines(call, x, affine):
     """Tell the call what lies where; returns the tensors, which have to live as long as it."""
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kind = computed_in(x)
     affine = Affine(*(each if each is None else _in_type(each, kind).contiguous() for each in affine))
     call.features, call.plane = x.shape[1], x.stride(1)
     call.center, call.scale, call.shift = (each.data_ptr() for each in affine[:3])

@@ -118,8 +118,17 @@ int slots_of(const Rule& rule) {
     }
 }
 
+// What lies below and above the range, and inside: sums of what lies above each level, whose differences are the gaps'.
+template <class C, int GAPS>
+void add_gaps(double* total, Real<C> below, Real<C> above, const Real<C> (&sums)[GAPS]) {
+    for (int j = 0; j < WIDTH<C>; j++) {
+        total[0] += below[j], total[GAPS + 1] += above[j];
+        for (int k = 0; k < GAPS; k++) total[k + 1] += sums[k][j] - (k + 1 < GAPS ? double(sums[k + 1][j]) : 0);
+    }
+}
+
 // Sums in one accumulator for each of GAPS gaps, or in one for all of them (GAPS = 1). Those of single gaps add up what
-// lies above each level, which is one comparison where "in this gap" is two; their differences are the gaps'.
+// lies above each level, which is one comparison where "in this gap" is two.
 template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
     static constexpr bool RELU = FROM_ZERO, SMALL = true;
     Rule rule;
@@ -147,11 +156,7 @@ template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
         return input_gradient<FROM_ZERO>(rule.ste, dy, x, x, low, high);
     }
     void add_to(double* total) const {
-        if (rule.reduction == NO_SUMS) return;
-        for (int j = 0; j < WIDTH<C>; j++) {
-            total[0] += below[j], total[GAPS + 1] += above[j];
-            for (int k = 0; k < GAPS; k++) total[k + 1] += sums[k][j] - (k + 1 < GAPS ? double(sums[k + 1][j]) : 0);
-        }
+        if (rule.reduction != NO_SUMS) add_gaps<C>(total, below, above, sums);
     }
 };
 
@@ -212,10 +217,7 @@ template <class C, int COUNT, bool FROM_ZERO> struct Packed {
     }
     void add_to(double* total) {
         aside.put_rest(high, [&](int count) { add_waiting(count); });
-        for (int j = 0; j < WIDTH<C>; j++) {
-            total[0] += below[j], total[COUNT + 1] += above[j];
-            for (int k = 0; k < COUNT; k++) total[k + 1] += sums[k][j] - (k + 1 < COUNT ? double(sums[k + 1][j]) : 0);
-        }
+        add_gaps<C>(total, below, above, sums);
     }
 };
 

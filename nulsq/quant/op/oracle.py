@@ -231,9 +231,10 @@ def _sum(values, channels):
     return values.flatten(1).sum(1, keepdim=True) if channels else values.sum().view(1)
 
 
-def computed_in(x: Tensor, table: Table) -> torch.dtype:
+def computed_in(x: Tensor, table: Table | None = None) -> torch.dtype:
     """float32, or float64 where x or the table is."""
-    return torch.promote_types(torch.promote_types(x.dtype, table.gaps.dtype), torch.float32)
+    kind = torch.promote_types(x.dtype, torch.float32)
+    return kind if table is None else torch.promote_types(kind, table.gaps.dtype)
 
 
 def prepared(x: Tensor, table: Table, rule: Rule) -> tuple[Tensor, Table]:
