@@ -96,14 +96,14 @@ def _convolved(gradient: torch.fx.Node) -> torch.fx.Node | None:
 
 
 class _GradientsInPlace(_Pass):
-    """On the CPU a quantizer's dx takes the place of its dy, where that comes from a convolution and goes nowhere else:
-    a new tensor is memory that is cold. Behind a batch norm the gradient of another branch is added on the way."""
+    """A quantizer's dx takes the place of its dy, where that comes from a convolution and goes nowhere else: a new
+    tensor is memory, and on a CPU cold. Behind a batch norm the gradient of another branch is added on the way."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         place = {node: number for number, node in enumerate(graph.nodes)}
         for node in [node for node in graph.nodes if node.target in IN_PLACE]:
             x, dy, *rest = node.args
-            if _convolved(dy) is None or len(dy.users) > 1 or dy.meta["val"].device.type != "cpu":
+            if _convolved(dy) is None or len(dy.users) > 1:
                 continue
             if not _laid_alike(dy, x):
                 continue  # it would be copied into the other's order, and back

@@ -110,9 +110,9 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     asked = Asked(stop, here, run.path)
     if resumed is None and quantizers_of(model):
         _calibrate(recipe, here, model, loaders, normalize, progress, asked)
-    fold_(model)
     if here.size > 1 and device.type == "cuda":
-        model = sync_batch_norm(model)
+        model = sync_batch_norm(model)  # before fold_, which leaves what needs other ranks as it is
+    fold_(model)
     oscillations = track_oscillations(recipe, model)
     stepped = here.data_parallel(model)
     if recipe.run.compile:

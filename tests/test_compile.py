@@ -19,6 +19,7 @@ from nulsq.optim import Optimizers
 from nulsq.quant.batch_norm import freeze_batch_norm_
 from nulsq.quant.fold import fold_
 from nulsq.quant.op import available, force
+from tests.test_fold import DEVICES
 
 SMALL = """
 import sys, warnings, torch, nulsq
@@ -169,20 +170,21 @@ def test_forward_is_part_of_what_stands_before_and_backward_is_the_kernel():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_folded_batch_norm_is_two_kernels_of_a_compiled_step(frozen):
+def test_a_folded_batch_norm_is_two_kernels_of_a_compiled_step(frozen, device):
     """Beside its moments, where it is not frozen. Gradients and running statistics are those without a compiler; of
     what two convolutions read, each through its own quantizer, one is made again."""
     from torch._inductor.utils import run_and_get_code
 
     torch.manual_seed(0)
-    model, x = Forked(nn.ReLU()).double(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    model, x = (each.to(device, torch.float64) for each in (Forked(nn.ReLU()), torch.randn(2, 3, 9, 9)))
     nulsq.calibrate_(nulsq.quantize_(model, nulsq.Policy(preset="none", bits=3)), [x])
     assert fold_(model) == ["activation", "before.1"]
     if frozen:
         freeze_batch_norm_(model)
     plain = copy.deepcopy(model)
-    quick, kept = nulsq.compile.compiled(model, torch.device("cpu")), []
+    quick, kept = nulsq.compile.compiled(model, torch.device(device)), []
     plain(x).square().sum().backward()
     torch._dynamo.reset()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

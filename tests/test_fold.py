@@ -15,6 +15,8 @@ from nulsq.quant.fold import DeferredBatchNorm, fold_
 from nulsq.quant.op import FORMS, available, force
 
 with_kernel = pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
+                                                                                  reason="no GPU")])]
 
 
 class Residual(nn.Module):
@@ -117,10 +119,10 @@ class Normed(nn.Module):
         return self.last(x).mean((2, 3))
 
 
-def normed(momentum=0.1, memory=torch.contiguous_format):
+def normed(momentum=0.1, memory=torch.contiguous_format, device="cpu"):
     torch.manual_seed(0)
-    model = Normed(momentum).double().to(memory_format=memory)
-    images = torch.randn(4, 3, 11, 11, dtype=torch.float64).contiguous(memory_format=memory)
+    model = Normed(momentum).to(device, torch.float64, memory_format=memory)
+    images = torch.randn(4, 3, 11, 11, dtype=torch.float64).to(device).contiguous(memory_format=memory)
     for norm in (model.forked, model.signed, model.summed):
         nn.init.uniform_(norm.weight, 0.5, 2)
         nn.init.uniform_(norm.bias, -1, 1)
@@ -137,13 +139,16 @@ def assert_same(found, wanted):
 
 
 @with_kernel
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_same_output_gradients_and_state(form, training, momentum, memory):
+def test_same_output_gradients_and_state(form, training, momentum, memory, device):
     """In float64, where nothing lies so near a threshold that rounding decides; state: running statistics, too."""
-    model, images = normed(momentum, memory)
+    if device == "cuda" and form == "eager":
+        pytest.skip("a form for the CPU")
+    model, images = normed(momentum, memory, device)
     folded = copy.deepcopy(model)
     assert fold_(folded) == ["relu", "forked", "signed"]
     model.train(training), folded.train(training)
@@ -225,7 +230,7 @@ def test_the_gradients_of_each_sample_go_through_a_folded_network():
 
 
 @with_kernel
-def test_a_folded_network_says_that_it_runs_on_the_cpu_alone():
+def test_a_folded_network_says_that_it_runs_where_there_are_kernels():
     model, images = normed()
     fold_(model)
     with pytest.raises(RuntimeError, match="on meta: move it before fold_"):

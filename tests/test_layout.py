@@ -47,7 +47,8 @@ def test_import_directions(path):
         # the torchvision loader uses its functional transforms
         assert not used & (MODELS - ({"torchvision"} if str(where) == "nulsq/data/folder.py" else set()))
     if str(where).startswith(("nulsq/quant/", "nulsq/quantizers/")):
-        more = {"triton"} if where.name == "gpu_kernels.py" else set()  # imported when the first of them runs
+        kernels = where.name in ("gpu_kernels.py", "gpu_parts.py")
+        more = {"triton"} if kernels else set()  # imported when the first of them runs
         assert used <= set(sys.stdlib_module_names) | {"torch", "nulsq"} | more
 
 

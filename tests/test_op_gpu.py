@@ -1,21 +1,23 @@
 """The GPU form: equal to the oracle in Triton's interpreter or on a GPU, and compiled for sm_90 without one."""
 
+import copy
 import functools
 import importlib.util
 import os
 import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench import instructions
+from nulsq.quant.fold import fold_
 from nulsq.quant.op import force, gpu, oracle
-from nulsq.quant.op.oracle import Table
-from tests import test_op_fused
+from nulsq.quant.op.oracle import Affine, Table
+from tests import test_fold, test_op_fused
 
+fused = sys.modules["nulsq.quant.op.fused"]  # the package's name of it is the function
 ready = functools.partial(test_op_fused.ready, rows=1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -120,50 +122,139 @@ def test_kernel_over_several_blocks_of_a_program_and_empty_tensors():
     assert_equal_to_oracle(ready("nulsq", 2).to(DEVICE), *tensors(0, 4))
 
 
+# ---- behind a batch norm
+
+
+def assert_behind_equal_to_oracle(quantizer, x, dy, affine, other, tolerance):
+    """The kernels beside autograd through the map in plain PyTorch; levels bit for bit."""
+    table, rule = Table(*(None if t is None else t.detach() for t in quantizer.table())), quantizer.rule()
+    leaves = [x.detach().requires_grad_(), *(each.requires_grad_() for each in affine[1:3])]
+    mapped = affine._replace(scale=leaves[1], shift=leaves[2]).of(leaves[0])
+    wanted_y = oracle.quantize(mapped, table, rule)[0].to(x.dtype)
+    dmapped, *sums = oracle.gradients(mapped.detach(), dy, table, rule)
+    dx, dscale, dshift = torch.autograd.grad(mapped, leaves, dmapped)
+    wanted = [dx if other is None else dx + other, *sums, dscale, dshift]
+
+    affine = Affine(*(each if each is None else each.detach() for each in affine))
+    y = gpu.quantize(x, table, rule, affine)
+    assert y.dtype == x.dtype and y.stride() == x.stride()
+    assert torch.equal(y, wanted_y) or INTERPRETED and x.dtype == torch.bfloat16
+    found = gpu.gradients(x, dy.clone(), table, rule, affine, other=other)
+    assert found[0].dtype == x.dtype and found[0].stride() == x.stride()
+    for mine, theirs in zip(found, wanted, strict=True):
+        if theirs is None:
+            assert not mine.numel()
+        else:
+            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+    over = gpu.gradients(x, given := dy.clone(), table, rule, affine, True, other)
+    assert over[0] is given or over[0].data_ptr() == given.data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(over, found, strict=True))
+
+
+def affine_of(x, own):
+    """A map for each channel of x, by the batch's own statistics or any."""
+    kind, draw = torch.promote_types(x.dtype, torch.float32), torch.Generator().manual_seed(2)
+    weight, bias, center = (torch.randn(x.shape[1], generator=draw).to(DEVICE, kind) for _ in range(3))
+    if not own:
+        return Affine(center, weight, bias)
+    var, mean = torch.var_mean(x.to(kind), (0, 2, 3), correction=0)
+    inverse = (var + 1e-5).rsqrt()
+    return Affine(mean, weight * inverse, bias, inverse)
+
+
+# a row of channels in one tile and in several lanes; planes in one tile and in several; several tiles of a program
+ALL = [(4, 3, 5, 7), (2, 16, 9, 9), (5, 1, 8, 8), (9, 33, 1, 1), (3, 2, 40, 41)]
+
+
+@kernel
+@pytest.mark.parametrize(("shape", "memory"), [(shape, torch.contiguous_format) for shape in ALL]
+                         + [(shape, torch.channels_last) for shape in [*ALL, (3, 130, 3, 2)]], ids=str)
+def test_kernel_behind_a_batch_norm_on_every_shape(shape, memory):
+    x, dy = (t.contiguous(memory_format=memory) for t in tensors(*shape))
+    several = shape == ALL[-1]
+    for name, cases in {"nulsq": [(False, None), (True, dy + 1)] if several else
+                        [(False, None), (False, dy + 1), (True, None), (True, dy + 1)],
+                        "lsq": [(True, dy)], "lcq": [] if several else [(True, None)]}.items():
+        quantizer = ready(name, 3, signed=False).to(DEVICE)
+        quantizer.relu = True
+        for own, other in cases:
+            assert_behind_equal_to_oracle(quantizer, x, dy, affine_of(x, own), other, 1e-4)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("name", ["lsq", "nulsq", "apot", "lcq", "uniq"])
+def test_kernel_behind_a_batch_norm_of_every_method_width_and_type(name, bits, dtype):
+    for signed in (False, True) if dtype == torch.float32 else (bits == 3,):
+        quantizer = ready(name, bits, signed=signed).to(DEVICE)
+        quantizer.relu = not signed
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in tensors(4, 6, 5, 7, dtype=dtype))
+        tolerance = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float64: 1e-10}[dtype]
+        quantizer = quantizer.double() if dtype == torch.float64 else quantizer
+        assert_behind_equal_to_oracle(quantizer, x, dy, affine_of(x, own=True), dy, tolerance)
+
+
+@kernel
+@pytest.mark.parametrize("ste", ["clip", "clip_open", "half", "none"])
+def test_kernel_behind_a_batch_norm_by_every_straight_through_rule(ste):
+    for name in ("lsq", "nulsq"):
+        quantizer = ready(name, 2, signed=True, ste=ste).to(DEVICE).double()
+        x, dy = tensors(4, 6, 5, 7, dtype=torch.float64)
+        x[0, :, 0, 0] = torch.cat([quantizer.levels()[:4], torch.tensor([0.0, torch.inf]).to(x)])
+        plain = Affine(*(torch.full((6,), value, dtype=torch.float64, device=DEVICE) for value in (0, 1, 0)))
+        with torch.no_grad():
+            assert_behind_equal_to_oracle_without_sums(quantizer, x, dy, plain)
+
+
+def assert_behind_equal_to_oracle_without_sums(quantizer, x, dy, affine):
+    table, rule = Table(*(None if t is None else t.detach() for t in quantizer.table())), quantizer.rule()
+    rule = rule._replace(reduction="none")
+    found, wanted = gpu.gradients(x, dy, table, rule, affine), oracle.gradients(x, dy, table, rule)
+    assert torch.equal(found[0], wanted[0])
+    assert all(not each.numel() for each in found[1:4])
+    torch.testing.assert_close(found[5], wanted[0].sum((0, 2, 3)), rtol=1e-12, atol=1e-12)
+
+
+@kernel
+def test_kernel_in_a_network(monkeypatch):
+    """A folded network on the GPU's kernels, where the interpreter has them also for what lies on the CPU, beside the
+    network as it was: in training and in evaluation, running statistics too."""
+    monkeypatch.setitem(fused.KERNELS, DEVICE, gpu)
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    model, images = test_fold.normed(memory=torch.channels_last, device=DEVICE)
+    folded = copy.deepcopy(model)
+    assert fold_(folded) == ["relu", "forked", "signed"]
+    for training in (True, False):
+        model.train(training), folded.train(training)
+        test_fold.assert_same(test_fold.outcome(folded, images), test_fold.outcome(model, images))
+
+
 # ---- without a GPU: what the compiler makes of it
 
 
-def resources(name: str, bits: int, which: str, kind: str) -> tuple[int, int]:
-    """Registers and bytes of local memory of a kernel compiled for sm_90."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    rule, kernels = ready(name, bits, signed=False).rule(), gpu._kernels()
-    function, static = getattr(kernels, which), gpu._static(rule) | {"KIND": kernels.tl.float32}
-    tensors = ["x_from", "y_to"] if which == "quantize" else ["x_from", "dy_from", "dx_to"]
-    signature = dict.fromkeys(tensors, f"*{kind}")
-    if which == "quantize":
-        static["BLOCK"] = gpu.FORWARD_BLOCK
-    else:
-        slots, rows = gpu.slots_and_rows(rule)
-        signature["partial"] = "*fp32"
-        static |= {"STE": rule.ste, "REDUCTION": rule.reduction, "SEGMENTS": rule.segments, "SLOTS": slots,
-                   "BLOCK": gpu._block(rows, 4 if kind == "fp32" else 2)}
-    signature |= dict.fromkeys(("gaps", "levels", "thresholds"), "*fp32") | {"elements": "i64"}
-    place = function.arg_names.index
-    source = ASTSource(function, signature | dict.fromkeys(static, "constexpr"),
-                       {(place(key),): value for key, value in static.items()},
-                       {(place(key),): [["tt.divisibility", 16]] for key in (*tensors, "elements")})
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32),
-                          options={"num_warps": gpu.WARPS, "enable_fp_fusion": False})
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.is_file():
-        pytest.skip("this triton brings no cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", said.stdout)
-    return int(found[1]), int(found[2]) + int(found[3])
-
-
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
-@pytest.mark.parametrize(("name", "bits"), [("lsq", 4), ("nulsq", 2), ("nulsq", 3), ("nulsq", 4), ("lcq", 4)])
-def test_compiled_for_sm_90_nothing_spills(name, bits, kind):
-    for which in ("quantize", "gradients"):
-        registers, local = resources(name, bits, which, kind)
-        assert registers <= 160 and local <= 16, (which, registers, local)
+@pytest.mark.parametrize(("name", "bits", "kind", "most"), [
+    ("lsq", 4, torch.float32, 48), ("nulsq", 2, torch.float32, 38), ("nulsq", 3, torch.float32, 52),
+    ("nulsq", 4, torch.float32, 90), ("nulsq", 4, torch.bfloat16, 90), ("nulsq", 6, torch.float32, 290),
+    ("lcq", 4, torch.float32, 200)])
+def test_compiled_for_sm_90_nothing_spills(name, bits, kind, most):
+    """What training launches, alone and behind a batch norm in both orders of memory; within `most` instructions an
+    element. An H200 can issue about 100 of them in the time that bench.bandwidth's targets leave at 4 bits."""
+    quantizer = ready(name, bits, signed=False)
+    quantizer.relu = True
+    cases = [(torch.channels_last, False), (torch.channels_last, True), (torch.contiguous_format, True)]
+    for memory, behind in cases if (name, bits) == ("nulsq", 4) else cases[:2]:
+        x, dy = (torch.randn(4, 16, 32, 32).to(kind).contiguous(memory_format=memory) for _ in range(2))
+        launched = instructions.launches(quantizer, x, dy, behind)
+        assert [each[0].__name__ for each in launched] == ["quantize", "gradients", "finish"] + ["passed_on"] * behind
+        for launch in launched:
+            try:
+                found = instructions.compile_for_sm_90(launch)
+            except RuntimeError as error:
+                pytest.skip(str(error))
+            assert found.registers <= 230 and found.spilled <= 16, found[:-1]
+            assert launch[0].__name__ == "finish" or found.instructions <= most, found[:-1]
 
 
 # ---- on a GPU

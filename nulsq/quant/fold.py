@@ -6,7 +6,7 @@ float network has in front of a convolution, and what is between them is never w
 and the state dict stay as they are.
 
     ReLU         everywhere; output and gradients are the same, bit for bit (`Rule.relu`)
-    batch norm   on the CPU, where the operation has a kernel for it (`Affine`); the same but for rounding
+    batch norm   where the operation has a kernel for it (`Affine`); the same but for rounding
 
 For a network that is calibrated and about to be trained. What reads an output is found by torch.fx.
 """
@@ -35,7 +35,8 @@ def fold_(model: nn.Module) -> list[str]:
     if not quantizers_of(model):
         return []
     folded = _fold(model, nn.ReLU, _without_relu)
-    if available("cpu") and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if len(devices) == 1 and available(*devices):
         folded += _fold(model, nn.BatchNorm2d, _deferred)
     return folded
 
@@ -72,8 +73,9 @@ class DeferredBatchNorm(nn.BatchNorm2d):
 
     def affine_of(self, x: Tensor, reader: Quantizer) -> Affine:
         """What the quantizer `reader` maps x by; once a forward pass for each reader."""
-        if x.device.type != "cpu":
-            raise RuntimeError(f"a folded network runs on the CPU, its input is on {x.device}: move it before fold_")
+        if not available(x.device.type):
+            raise RuntimeError(f"a folded network needs the fused kernels, there are none for its input on {x.device}: "
+                               "move it before fold_")
         if not self.training:
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             return Affine(self.running_mean, scale, self.bias)

@@ -40,7 +40,7 @@ def fake_quantize(x: Tensor, table: Table, rule: Rule, form: str | None = None,
     form = form or _forced or _choose(x, table)
     if affine is None:
         return FORMS[form](x, table, rule)
-    if form == "fused" and takes_affine(x):
+    if form == "fused" and takes_affine(x, rule):
         return fused(x, table, rule, affine)
     return FORMS[form](affine.of(x), table, rule).to(x.dtype)
 

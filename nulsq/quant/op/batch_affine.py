@@ -10,13 +10,13 @@ goes through them.
 import torch
 from torch import Tensor
 
-from nulsq.quant.op import cpu
+from nulsq.quant.op.fused import KERNELS
 from nulsq.quant.op.oracle import Affine, computed_in
 
 
 def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Affine, Tensor, Tensor]:
-    """What a batch norm in training does to x [N, C, H, W], on the CPU: the map, and without gradient the mean and the
-    variance (of the batch: divided by its count) of each channel [C].
+    """What a batch norm in training does to x [N, C, H, W]: the map, and without gradient the mean and the variance (of
+    the batch: divided by its count) of each channel [C].
 
     Raises ValueError, as torch does, where a channel has one element.
     """
@@ -25,14 +25,16 @@ def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[A
     if torch._C._are_functorch_transforms_active():  # which see what plain torch does, to any order
         var, mean = torch.var_mean(x.to(computed_in(x)), (0, *range(2, x.dim())), correction=0)
         return Affine(mean, weight * (var + eps).rsqrt(), bias), mean.detach(), var.detach()
-    mean, var = (torch.ops.nulsq.moments if torch.compiler.is_compiling() else cpu.moments)(x.detach())
+    moments = torch.ops.nulsq.moments if torch.compiler.is_compiling() else KERNELS[x.device.type].moments
+    mean, var = moments(x.detach())
     inverse = (var + eps).rsqrt()
     return Affine(mean, weight * inverse, bias, inverse), mean, var
 
 
 _library = torch.library.Library("nulsq", "FRAGMENT")
 _library.define("moments(Tensor x) -> (Tensor, Tensor)")
-_library.impl("moments", cpu.moments, "CPU")
+for _device, _kernels in KERNELS.items():
+    _library.impl("moments", _kernels.moments, _device.upper())
 
 
 @torch.library.register_fake("nulsq::moments", lib=_library)

@@ -53,6 +53,11 @@ def available() -> bool:
     return _library() is not None
 
 
+def takes(rule: Rule) -> bool:
+    """Whether the kernel has room for this rule's thresholds and sums: always."""
+    return True
+
+
 def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> Tensor:
     """y: the level of each element, behind `affine` if there is one; shape, type and memory order of x."""
     stored = x.dtype

@@ -25,7 +25,7 @@ from nulsq.quant.op.oracle import Affine, Oracle, Rule, Table, sums_asked_for
 KERNELS = {"cpu": cpu, "cuda": gpu}
 _TABLE = "Tensor gaps, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
 _RULE = "str index, str ste, str reduction, int[] codes, bool[] ties_up, float shift, int segments, bool relu"
-_AFFINE = "Tensor? center=None, Tensor? scale=None, Tensor? shift_by=None, Tensor? inverse=None"  # on the CPU only
+_AFFINE = "Tensor? center=None, Tensor? scale=None, Tensor? shift_by=None, Tensor? inverse=None"
 _FIELDS, _SWITCHES, _LINES = len(Table._fields), len(Rule._fields), len(Affine._fields)
 MOST_INLINED = 15  # thresholds: the comparisons are unrolled
 SMALL, FEW = 2**17, 3  # elements and thresholds (each has a sum) of which a compiler's own backward is quicker
@@ -37,9 +37,10 @@ def available(device: str) -> bool:
     return device in KERNELS and KERNELS[device].available()
 
 
-def takes_affine(x: Tensor) -> bool:
+def takes_affine(x: Tensor, rule: Rule) -> bool:
     """Whether `fused` has a kernel for x behind an affine map."""
-    return x.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
+    return (x.device.type in KERNELS and KERNELS[x.device.type].takes(rule)
+            and not torch._C._are_functorch_transforms_active())
 
 
 def fused(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> Tensor:
@@ -98,14 +99,10 @@ class Fused(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         rule = sums_asked_for(ctx.rule, ctx.needs_input_grad[:_FIELDS + 1])
         table, rule, affine = _table_and_affine(tensors, rule)
-        # over dy, where autograd keeps it for nobody else
+        # over dy, where autograd keeps it for nobody else: on a CPU new memory is dear
         over = (x.device.type == "cpu" and not torch.is_grad_enabled()
                 and sole.references(dy) == sole.references_alone())
-        if x.device.type == "cpu":
-            found = cpu.gradients(x, dy, table, rule, affine, over)
-        else:
-            found = KERNELS[x.device.type].gradients(x, dy, table, rule)
-        dx, *rest = _in_order(found, affine)
+        dx, *rest = _in_order(KERNELS[x.device.type].gradients(x, dy, table, rule, affine, over), affine)
         return dx, *rest[:_FIELDS], None, *rest[_FIELDS:]
 
 
@@ -115,9 +112,7 @@ def _table_and_affine(tensors, rule):
 
 
 def _quantize(x, table, rule, affine):
-    if x.device.type == "cpu":
-        return cpu.quantize(x, table, rule, affine)
-    return KERNELS[x.device.type].quantize(x, table, rule)
+    return KERNELS[x.device.type].quantize(x, table, rule, affine)
 
 
 class Transformed(Oracle):
@@ -158,8 +153,7 @@ for _suffix in ("", "_inline"):  # _inline: the same, of which Inductor may make
     _library.define(f"gradients{_suffix}(Tensor x, Tensor dy, {_TABLE}, {_RULE}) -> (Tensor, {_SUMS})")
 _library.define(f"gradients_behind(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> "
                 f"(Tensor, {_SUMS}, Tensor, Tensor)")
-# The same with dx in the place of dy, for a compiler that knows whose dy is; on the CPU only, where it pays. `other` is
-# added to dx.
+# The same with dx in the place of dy, for a compiler that knows whose dy is. `other` is added to dx.
 _library.define(f"gradients_over(Tensor x, Tensor(a!) dy, {_TABLE}, {_RULE}) -> ({_SUMS})")
 _library.define(f"gradients_behind_over(Tensor x, Tensor(a!) dy, Tensor? other, {_TABLE}, {_RULE}, {_AFFINE}) -> "
                 f"({_SUMS}, Tensor, Tensor)")
@@ -174,23 +168,23 @@ def _read(arguments):
 
 
 def _gradients_of(x, dy, *rest):
-    return KERNELS[x.device.type].gradients(x, dy, *_read(rest)[:2])
+    return KERNELS[x.device.type].gradients(x, dy, *_read(rest))
 
 
 def _gradients_over(x, dy, other, *rest):
-    dx, *sums = cpu.gradients(x, dy, *_read(rest), over=True, other=other)
+    dx, *sums = KERNELS[x.device.type].gradients(x, dy, *_read(rest), over=True, other=other)
     if dx is not dy:  # another order of memory, or another type
         dy.copy_(dx)
     return tuple(sums)
 
 
-for _suffix in ("", "_inline"):
-    for _device in KERNELS:
+for _device in KERNELS:
+    for _suffix in ("", "_inline"):
         _library.impl(f"quantize{_suffix}", lambda x, *rest: _quantize(x, *_read(rest)), _device.upper())
+    for _suffix in ("", "_inline", "_behind"):
         _library.impl(f"gradients{_suffix}", _gradients_of, _device.upper())
-_library.impl("gradients_behind", lambda x, dy, *rest: cpu.gradients(x, dy, *_read(rest)), "CPU")
-_library.impl("gradients_over", lambda x, dy, *rest: _gradients_over(x, dy, None, *rest), "CPU")
-_library.impl("gradients_behind_over", _gradients_over, "CPU")
+    _library.impl("gradients_over", lambda x, dy, *rest: _gradients_over(x, dy, None, *rest), _device.upper())
+    _library.impl("gradients_behind_over", _gradients_over, _device.upper())
 
 
 @torch.library.register_fake("nulsq::quantize_inline", lib=_library)

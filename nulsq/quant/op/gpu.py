@@ -1,4 +1,9 @@
-"""The GPU form: the Triton kernels of gpu_kernels.py, one pass over memory in each direction.
+"""The GPU form: the Triton kernels of gpu_kernels.py.
+
+    forward                  one pass
+    backward                 one pass, which gives dx, and a small kernel that finishes the sums
+    backward behind a batch  two passes: the first for the sums alone, the second gives dx, with what goes through the
+    norm                     batch's statistics and another branch's gradient in it
 
 Nothing here reads a number back from the device, and sums have one order: a step can be captured as a CUDA graph, and
 gives the same bits every time. Tables of more than 63 thresholds, or sums of more than 100 slots, are left to the
@@ -8,18 +13,21 @@ oracle's plain PyTorch: unrolled they would not fit into registers.
 import functools
 import importlib
 import importlib.util
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nulsq.quant.op import oracle
 from nulsq.quant.op.layout import gradient_buffers, laid_like, laid_out
-from nulsq.quant.op.oracle import Rule, Table
+from nulsq.quant.op.oracle import Affine, Rule, Table, computed_in
 
 MOST_THRESHOLDS, MOST_SLOTS = 63, 100
 FORWARD_BLOCK, WARPS = 1024, 4
 NARROW = (torch.bfloat16, torch.float16)
 WAVES = 8  # programs for each multiprocessor
+MOST_COLUMNS = 128  # of a tile that lies across channels
+LINES_AT_ONCE, NUMBERS_AT_ONCE, FINISH_WARPS = 32, 4096, 8  # of the kernel that finishes the sums
 
 
 def available() -> bool:
@@ -27,50 +35,59 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
 
 
-def quantize(x: Tensor, table: Table, rule: Rule) -> Tensor:
-    """y: the level of each element; shape, type and memory order of x."""
-    if len(rule.ties_up) > MOST_THRESHOLDS:
+def takes(rule: Rule) -> bool:
+    """Whether the kernels have room for this many thresholds and sums; else the oracle serves, without a batch norm."""
+    return slots_and_rows(rule)[1] <= MOST_SLOTS and len(rule.ties_up) <= MOST_THRESHOLDS
+
+
+def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> Tensor:
+    """y: the level of each element, behind `affine` if there is one; shape, type and memory order of x."""
+    if not takes(rule):
+        assert affine is None
         return oracle.quantize(x, table, rule)[0].to(x.dtype)
     stored = x.dtype
     x, table, channels = laid_out(x, table, NARROW)
     y = torch.empty_like(x)
     if x.numel():
-        elements = x.numel() // channels
-        grid = (_programs(elements, FORWARD_BLOCK, channels, x.device), channels)
-        _kernels().quantize[grid](x, y, *_pointers(table), elements, **_static(rule), KIND=_kind(table),
-                                  BLOCK=FORWARD_BLOCK, num_warps=WARPS, enable_fp_fusion=False)
+        affine = _lines(x, affine)
+        walk = tiles(x, channels, affine, FORWARD_BLOCK)
+        _kernels().quantize[walk.grid(x.device)](
+            x, y, *_pointers(table), *_or(affine, x)[:3], *walk.numbers, **_static(rule), KIND=_kind(x, table),
+            **walk.constants, num_warps=WARPS, enable_fp_fusion=False)
     return y.to(stored)
 
 
-def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor, ...]:
-    """dx and the gradients of gaps, offset and slope; empty where the rule's reduction has none."""
-    slots, rows = slots_and_rows(rule)
-    if rows > MOST_SLOTS or len(rule.ties_up) > MOST_THRESHOLDS:
+def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
+              over: bool = False, other: Tensor | None = None) -> tuple[Tensor, ...]:
+    """dx and the gradients of gaps, offset and slope, empty where the rule's reduction has none; and, where there is an
+    affine map, of its scale and shift.
+
+    over: dy is nobody else's, dx may take its memory.
+    other: what else the gradient of x is made of, where there is an affine map: dx has it in it.
+    """
+    assert affine is not None or other is None
+    if not takes(rule):
+        assert affine is None
         found = oracle.gradients(x, dy, table, rule)
         return tuple(table.gaps.new_empty(0) if each is None else each for each in found)
-    buffers, stored = gradient_buffers(table, rule), x.dtype
+    stored, kinds = x.dtype, [table.gaps.dtype] * 3 + [each.dtype for each in (affine or ())[1:3]]
+    buffers = gradient_buffers(table, rule)
     x, table, channels = laid_out(x, table, NARROW)
-    dy, dx = laid_like(dy, x), torch.empty_like(x)
-    if not x.numel():
-        return dx.to(stored), *(each.zero_() for each in buffers)
-    elements, block = x.numel() // channels, _block(rows, x.element_size())
-    programs = _programs(elements, block, channels, x.device)
-    partial = torch.empty(channels, programs, rows, dtype=table.gaps.dtype, device=x.device)
-    _kernels().gradients[(programs, channels)](
-        x, dy, dx, partial, *_pointers(table), elements, **_static(rule), STE=rule.ste, REDUCTION=rule.reduction,
-        SEGMENTS=rule.segments, SLOTS=slots, KIND=_kind(table), BLOCK=block, num_warps=WARPS, enable_fp_fusion=False)
-    if not rows:
-        return dx.to(stored), *buffers
-    sums = partial.double().sum(1)
-    rows_of = Table(*(each if each is None else each.view(channels, -1) for each in table))
-    below, middle, above = sums[:, :1], sums[:, 1:slots - 1], sums[:, slots - 1:slots]
-    if rule.reduction == "per_cell":
-        found = [oracle.gap_gradient(0.0, below, above, rows_of, rule), middle, sums[:, slots + 1:2 * slots - 1]]
-    else:  # a uniform grid's errors are in steps already
-        errors = middle if rule.index == "uniform" else middle / rows_of.gaps
-        found = [oracle.gap_gradient(errors, below, above, rows_of, rule), *buffers[1:]]
-    pairs = zip(found, buffers, strict=True)
-    return dx.to(stored), *(each.view(buffer.shape).to(buffer.dtype) for each, buffer in pairs)
+    affine = _lines(x, affine)
+    buffers += [torch.empty_like(each) for each in (affine or ())[1:3]]
+    given, dy = dy, laid_like(dy, x)
+    dx = dy if over or dy is not given else torch.empty_like(x)
+    if x.numel():
+        _run(x, dy, dx, None if other is None else laid_like(other, x), table, rule, affine, buffers, channels)
+    else:
+        buffers = [each.zero_() for each in buffers]
+    return dx.to(stored), *(each.to(kind) for each, kind in zip(buffers, kinds, strict=True))
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (divided by the count) of each channel of x [N, C, ...]; float32, of a double in its type."""
+    mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)  # of bfloat16 in float32, in one pass
+    return mean.to(computed_in(x)), var.to(computed_in(x))
 
 
 def slots_and_rows(rule: Rule) -> tuple[int, int]:
@@ -79,15 +96,92 @@ def slots_and_rows(rule: Rule) -> tuple[int, int]:
     return slots, 2 * slots if rule.reduction == "per_cell" else slots
 
 
-def _block(rows, element_size):
+class Tiles(NamedTuple):
+    """How programs walk over a tensor, see gpu_kernels.py."""
+
+    lanes: int  # dimension 1 of the grid
+    numbers: tuple[int, ...]  # tiles of a lane, rows, columns, strides of rows and lanes, channels of x
+    constants: dict  # LINES: "none", or where x's channels are: "last", or each in a "plane"; ROWS and COLS of a tile
+
+    def grid(self, device: torch.device) -> tuple[int, int]:
+        return max(1, min(self.numbers[0], WAVES * _multiprocessors(device) // self.lanes)), self.lanes
+
+
+def tiles(x: Tensor, channels: int, affine: Affine | None, block: int) -> Tiles:
+    """Tiles of `block` elements for x, dense, with `channels` rows of a table, or behind an affine map."""
+    if affine is None:
+        kind, lanes, rows, columns, across = "none", channels, 1, x.numel() // channels, block
+        row_stride, lane_stride, features = 0, columns, 1
+    elif x.stride(1) == 1:
+        features = row_stride = columns = x.shape[1]
+        kind, across, rows = "last", min(_power(features), MOST_COLUMNS, block), x.numel() // features
+        lanes, lane_stride = -(-features // across), across
+    else:
+        features = lanes = x.shape[1]
+        kind, rows, columns = "plane", x.shape[0], x.stride(1)
+        across, row_stride, lane_stride = min(_power(columns), block), features * columns, columns
+    down = block // across
+    count = -(-rows // down) * (1 if kind == "last" else -(-columns // across))
+    return Tiles(lanes, (count, rows, columns, row_stride, lane_stride, features),
+                 {"LINES": kind, "ROWS": down, "COLS": across})
+
+
+def _run(x, dy, dx, other, table, rule, affine, buffers, channels):
+    """The kernels of backward: fill dx and the buffers."""
+    (slots, rows), kernels, kind = slots_and_rows(rule), _kernels(), _kind(x, table)
+    walk = tiles(x, channels, affine, _block(rows, x.element_size(), affine is not None))
+    (programs, lanes), lines = walk.grid(x.device), _or(affine, x)
+    twice = affine is not None and (affine.inverse is not None or other is not None)
+    partial = x.new_empty(lanes * programs * rows, dtype=table.gaps.dtype)
+    line_partial = partial if affine is None else partial.new_empty(programs * 2 * walk.numbers[-1])
+    static = _static(rule) | {"STE": rule.ste, "FROM_ZERO": _from_zero(rule)}
+    options = {"num_warps": WARPS, "enable_fp_fusion": False}
+    kernels.gradients[programs, lanes](
+        x, dy, dx, partial, line_partial, *_pointers(table), *lines[:3], *walk.numbers, **static, **walk.constants,
+        REDUCTION=rule.reduction, SEGMENTS=rule.segments, SLOTS=slots, KIND=kind, TWICE=twice, **options)
+
+    features = 0 if affine is None else walk.numbers[-1]
+    tables = 0 if not rows else channels
+    wide = max(2, _power(rows))
+    if tables or features:
+        ends = {name: static[name] for name in ("UNIFORM", "LOW", "HIGH", "SHIFT", "COUNT")}
+        kernels.finish[(tables + -(-features // LINES_AT_ONCE),)](
+            partial, line_partial, *_pointers(table)[:2], *(each if each.numel() else partial for each in buffers),
+            *(partial for _ in range(5 - len(buffers))), tables, programs if affine is None else lanes * programs,
+            programs, features, **ends, NEGATIVE=-rule.codes[0], REDUCTION=rule.reduction, SLOTS=slots, WIDE=wide,
+            AT_ONCE=NUMBERS_AT_ONCE // max(wide, LINES_AT_ONCE), LINE_COLS=LINES_AT_ONCE if features else 0,
+            num_warps=FINISH_WARPS, enable_fp_fusion=False)
+    if twice:
+        walk = tiles(x, channels, affine, FORWARD_BLOCK)
+        static = {name: value for name, value in static.items() if name not in ("TIES", "DEPTH")}
+        kernels.passed_on[walk.grid(x.device)](
+            x, dy, dx if other is None else other, dx, *_pointers(table)[:2], *lines, *buffers[3:], *walk.numbers,
+            x.numel() // features, **static, **walk.constants, KIND=kind, OWN=affine.inverse is not None,
+            OTHER=other is not None, **options)
+
+
+def _block(rows, element_size, lines=False):
     """16 bytes a thread where the accumulators leave room for that; four elements, or one, where there are many."""
-    each = 16 // element_size if rows <= 9 else 4 if rows <= 20 else 1
+    rows += 5 * lines  # two sums and three numbers of each channel
+    each = 16 // element_size if rows <= 9 else 4 if rows <= 24 else 1
     return 32 * WARPS * each
 
 
-def _kind(table):
+def _lines(x, affine):
+    """The lines in the type that x is computed in."""
+    if affine is None:
+        return None
+    return Affine(*(each if each is None else each.to(computed_in(x)).contiguous() for each in affine))
+
+
+def _or(affine, x):
+    """The four lines as arguments of a kernel: anything stands for those that are not there, and is not read."""
+    return (x,) * 4 if affine is None else tuple(x if each is None else each for each in affine)
+
+
+def _kind(x, table):
     """The type to compute in, as Triton has it."""
-    return _kernels().tl.float64 if table.gaps.dtype == torch.float64 else _kernels().tl.float32
+    return _kernels().tl.float64 if computed_in(x, table) == torch.float64 else _kernels().tl.float32
 
 
 def _pointers(table):
@@ -101,12 +195,28 @@ def _pointers(table):
 def _static(rule):
     return {"UNIFORM": rule.index == "uniform", "LOW": float(rule.codes[0]), "HIGH": float(rule.codes[1]),
             "SHIFT": float(rule.shift), "COUNT": len(rule.ties_up), "RELU": rule.relu,
-            "TIES": sum(1 << k for k, up in enumerate(rule.ties_up) if up)}
+            "TIES": sum(1 << k for k, up in enumerate(rule.ties_up) if up), "DEPTH": halves(rule.ties_up)}
 
 
-def _programs(elements, block, channels, device):
-    blocks = -(-elements // block)
-    return max(1, min(blocks, WAVES * _multiprocessors(device) // channels))
+def halves(ties_up: tuple[bool, ...]) -> int:
+    """How often the thresholds can be halved until one is left, where the kernel's look-up can do that; else 0.
+
+    Of those beside the middle one each half has one rule for ties, the lower "up" where they differ: as in a grid with
+    a zero in its middle, whose ties go to the level nearer zero.
+    """
+    depth = (len(ties_up) + 1).bit_length() - 1
+    lower, upper = (set(half) for half in (ties_up[:len(ties_up) // 2], ties_up[len(ties_up) // 2 + 1:]))
+    alike = len(lower) == len(upper) == 1 and (lower == upper or lower == {True})
+    return depth if alike and len(ties_up) + 1 == 1 << depth else 0
+
+
+def _from_zero(rule):
+    """Whether nothing can lie below the range: behind a ReLU, on a grid whose lowest level is zero."""
+    return rule.relu and rule.codes[0] + rule.shift == 0 and (rule.index == "uniform" or rule.reduction == "per_gap")
+
+
+def _power(number):
+    return 1 << max(0, number - 1).bit_length()
 
 
 @functools.cache
