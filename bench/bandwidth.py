@@ -7,11 +7,9 @@ Forward counts x in, y out; backward x and dy in, dx out. A copy of the same ten
 On a GPU the clock stops when the device has finished, and five launches share a reading.
 """
 
-import time
-
 import torch
 
-from bench.timing import add_options, begin, interleaved, ratios, row, write_json
+from bench.timing import add_options, begin, clock_of, interleaved, ratios, row, write_json
 from nulsq.errors import InputError, Parser, exit_on_input_error
 from nulsq.quant.op import available
 from nulsq.quant.op.fused import KERNELS
@@ -21,15 +19,6 @@ from nulsq.quantizers import get_quantizer
 
 TARGETS = {("float32", "forward"): {2: 0.80, 3: 0.80, 4: 0.80}, ("float32", "backward"): {2: 0.80, 3: 0.80, 4: 0.60},
            ("bfloat16", "forward"): {2: 0.80, 3: 0.80, 4: 0.80}, ("bfloat16", "backward"): {2: 0.80, 3: 0.60, 4: 0.45}}
-
-
-def clock_of(device: torch.device):
-    """Seconds, after everything before has run."""
-    def clock():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return clock
 
 
 def measure(method: str, bits: int, kind: torch.dtype, device: torch.device, elements: int, rounds: int) -> list[dict]:
@@ -56,11 +45,10 @@ def measure(method: str, bits: int, kind: torch.dtype, device: torch.device, ele
 
 def parser() -> Parser:
     made = Parser(prog="python -m bench.bandwidth", description=__doc__)
-    made.add_argument("--device", choices=KERNELS, default="cuda" if torch.cuda.is_available() else "cpu",
-                      help="(%(default)s)")
     made.add_argument("--methods", nargs="+", default=["nulsq", "lsq"], help="(nulsq lsq)")
     made.add_argument("--elements", type=int, default=50_000_000, help="(%(default)s)")
-    add_options(made, rounds=15)
+    here = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu", "cuda")
+    add_options(made, rounds=15, devices=here)
     return made
 
 
@@ -69,10 +57,7 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     if not available(arguments.device):
         raise InputError(f"--device {arguments.device}: there is no kernel for it here")
-    begin(arguments)
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        print(torch.cuda.get_device_name())
+    device = begin(arguments)
     print("| method | bits | type | pass | share of a copy's bandwidth | target |", "|---" * 6 + "|", sep="\n")
     rows = [each for method in arguments.methods for bits in (2, 3, 4) for kind in (torch.float32, torch.bfloat16)
             for each in measure(method, bits, kind, device, arguments.elements, arguments.rounds)]

@@ -1,5 +1,7 @@
 """What is counted rather than timed: synchronizations, graph breaks, compilations, bytes; and where the time goes."""
 
+import warnings
+
 import torch
 import torch._dynamo.testing
 from torch import nn
@@ -22,17 +24,33 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def synchronizations(run) -> int:
+def synchronizations(run, device: str = "cpu") -> int:
+    """How often a call makes the host wait for a device: on a GPU counted by torch, on the CPU by the operations."""
     run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(each.message) for each in seen)
     with Waits() as waits:
         run()
     return waits.count
 
 
-def peak_bytes(run) -> int:
+def peak_bytes(run, device: str = "cpu") -> int:
     """Most bytes that are allocated at one time in a call, above what was there before it."""
     for _ in range(2):
         run()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -50,7 +68,7 @@ def graph_breaks(model: nn.Module, images: torch.Tensor) -> int:
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-def compilations(quantizer: nn.Module) -> int:
+def compilations(quantizer: nn.Module, device: str = "cpu") -> int:
     """Graphs that one quantizer is compiled to when it meets 14 activation shapes, none like another."""
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -58,7 +76,8 @@ def compilations(quantizer: nn.Module) -> int:
     folded = getattr(quantizer, "batch_norm", ())
     channels = folded[0].num_features if folded else 3
     for size in range(2, 16):
-        quick(torch.randn(size, channels, size + 1, size + 2, requires_grad=True)).sum().backward()
+        x = torch.randn(size, channels, size + 1, size + 2, device=device, requires_grad=True)
+        quick(x).sum().backward()
     return graphs.frame_count
 
 

@@ -4,7 +4,8 @@
     python -m bench.quantizers --scaling
 
 Both sides run on one activation, 128 x 16 x 32 x 32, that needs a gradient; a side is forward and backward through
-autograd, with the quantizer's own parameters. Targets are those of the project for the fused form on two cores.
+autograd, with the quantizer's own parameters. Targets are those of the project for the fused form on two cores; on a
+GPU (`--device cuda`) there are none, see bench.bandwidth.
 `--scaling` has time per element for bits 2 to 8, batches 32 to 512 and 16 to 256 channels, beside ReLU's.
 """
 
@@ -14,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.timing import add_options, begin, interleaved, ratios, show, table, timed_row, write_json
-from nulsq.errors import Parser, exit_on_input_error
+from bench.timing import add_options, begin, clock_of, interleaved, ratios, show, table, timed_row, write_json
+from nulsq.errors import InputError, Parser, exit_on_input_error
 from nulsq.quant.op import FORMS, force
 from nulsq.quant.statistics import Statistics
 from nulsq.quantizers import get_quantizer
@@ -23,7 +24,7 @@ from nulsq.quantizers import get_quantizer
 METHODS = {"lsq": "LSQ", "nulsq": "nuLSQ", "apot": "APoT", "lcq": "LCQ", "uniq": "UniQ", "minmax": "MinMax"}
 TARGETS = {"lsq": {2: 1.3, 3: 1.3, 4: 1.3}, "nulsq": {2: 1.7, 3: 2.0, 4: 2.5}, "apot": {2: 2.0, 3: 2.0, 4: 2.0},
            "lcq": {2: 6.0, 3: 6.0, 4: 6.0}}
-SHAPE = (128, 16, 32, 32)
+SHAPE, CPU = (128, 16, 32, 32), torch.device("cpu")
 
 
 def activation(shape: tuple[int, ...], kind: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,7 @@ def both_passes(operation: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) ->
 def quantizer(method: str, bits: int, x: Tensor):
     """An activation quantizer that has seen x; None where the method has no such width."""
     try:
-        made = get_quantizer(method)(bits, "activation", signed=False)
+        made = get_quantizer(method)(bits, "activation", signed=False).to(x.device)
     except ValueError:
         return None
     made.reset_(Statistics.of(x))
@@ -78,17 +79,20 @@ def others(x: Tensor, bits: int) -> tuple[dict[str, Callable[[Tensor], Tensor]],
     return found, missing
 
 
-def measure(methods: list[str], bits: list[int], rounds: int, form: str | None, kind: torch.dtype) -> list[dict]:
-    x, dy = activation(SHAPE, kind)
+def measure(methods: list[str], bits: list[int], rounds: int, form: str | None, kind: torch.dtype,
+            device: torch.device = CPU) -> list[dict]:
+    x, dy = (each.to(device) for each in activation(SHAPE, kind))
     setting, rows = f"{form or 'fused'} {str(kind).removeprefix('torch.')}", []
     for method in methods:
         for width in bits:
             if (made := quantizer(method, width, x.float())) is None:
                 continue
             with force(form):
-                times = interleaved({"relu": both_passes(torch.relu, x, dy), "q": both_passes(made, x, dy)}, rounds, 5)
+                times = interleaved({"relu": both_passes(torch.relu, x, dy), "q": both_passes(made, x, dy)}, rounds, 5,
+                                    clock=clock_of(device))
+            aimed = form in (None, "fused") and device.type == "cpu"
             rows.append(timed_row(METHODS[method], width, setting, times["q"], times["relu"],
-                                  TARGETS.get(method, {}).get(width) if form in (None, "fused") else None))
+                                  TARGETS.get(method, {}).get(width) if aimed else None))
             show(rows[-1:])
     return rows
 
@@ -132,7 +136,7 @@ def parser() -> Parser:
     made = Parser(prog="python -m bench.quantizers", description=__doc__)
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
     made.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="(2 3 4)")
-    add_options(made, rounds=31)
+    add_options(made, rounds=31, devices=("cpu", "cuda"))
     made.add_argument("--form", choices=FORMS, help="force this form of the operation (the usual choice)")
     made.add_argument("--bf16", action="store_true", help="activations and gradients in bfloat16")
     made.add_argument("--scaling", action="store_true", help="time per element over bits, batches and channels")
@@ -142,14 +146,16 @@ def parser() -> Parser:
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    begin(arguments)
+    if arguments.scaling and arguments.device != "cpu":
+        raise InputError("--scaling is of the CPU; on a GPU bench.bandwidth has its speed by the byte")
+    device = begin(arguments)
     if arguments.scaling:
         rows = scaling([method for method in arguments.methods if method != "minmax"], arguments.rounds)
     else:
         print(table([]))
         kind = torch.bfloat16 if arguments.bf16 else torch.float32
-        rows = measure(arguments.methods, arguments.bits, arguments.rounds, arguments.form, kind)
-        if not arguments.bf16:
+        rows = measure(arguments.methods, arguments.bits, arguments.rounds, arguments.form, kind, device)
+        if not arguments.bf16 and device.type == "cpu":
             rows += measure_others(arguments.bits, arguments.rounds)
     write_json(arguments.json, rows)
     return 0

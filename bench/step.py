@@ -12,6 +12,7 @@ setting.
     traced        compiled, with the oracle in the graph in place of the fused operator
     bf16, bf16-eager   under autocast                    preresnet18, preresnet18-eager   32 images of 224 pixels
     memory, memory-eager     bytes that a step allocates at its peak
+    cuda-graph    eager, the whole step captured as a CUDA graph: what it costs the GPU alone (--device cuda)
     syncs         reads of a device number by the host in a step (the ratio is their count, the target none)
     graphs        graph breaks of a compiled step, compilations over 14 activation shapes (likewise counts)
 
@@ -21,11 +22,11 @@ setting.
 import torch
 
 from bench.counts import compilations, graph_breaks, operations, peak_bytes, synchronizations
-from bench.timing import add_options, begin, interleaved, row, show, table, timed_row, write_json
+from bench.timing import add_options, begin, clock_of, interleaved, row, show, table, timed_row, write_json
 from nulsq.compile import compiled
 from nulsq.config import load_recipe
 from nulsq.divergence import DivergenceGuard, gradient_norm
-from nulsq.errors import Parser, exit_on_input_error
+from nulsq.errors import InputError, Parser, exit_on_input_error
 from nulsq.loss import backward
 from nulsq.metrics import Counters
 from nulsq.models import network
@@ -40,8 +41,9 @@ METHODS = {"nulsq-a": ("nuLSQ-A", "lsq", "nulsq"), "nulsq-wa": ("nuLSQ-WA", "nul
            "lsq": ("LSQ", "lsq", "lsq"), "lcq": ("LCQ", "lcq", "lcq"), "apot": ("APoT", "apot", "apot"),
            "uniq": ("UniQ", "uniq", "uniq")}
 FLOAT = ["quant.weight.quantizer=fp", "quant.activation.quantizer=fp", "quant.rules.edges.enabled=false"]
+CPU = torch.device("cpu")
 TIMED = ("compiled", "traced", "eager", "eager-nchw", "no-compiler", "bf16", "bf16-eager", "preresnet18",
-         "preresnet18-eager")
+         "preresnet18-eager", "cuda-graph")
 COUNTED = ("memory", "memory-eager", "syncs", "graphs")
 SMOKE = [("compiled", "nulsq-a", 2), ("compiled", "lsq", 2), ("eager", "nulsq-a", 2), ("eager", "nulsq-a", 4)]
 
@@ -59,7 +61,7 @@ def target(setting: str, method: str, bits: int) -> float | None:
 class Step:
     """Calling it makes one training step."""
 
-    def __init__(self, overrides: list[str], setting: str):
+    def __init__(self, overrides: list[str], setting: str, device: torch.device = CPU):
         large = setting.startswith("preresnet18")
         channels_last = setting != "eager-nchw"
         more = [f"run.channels_last={str(channels_last).lower()}"]
@@ -71,29 +73,55 @@ class Step:
         torch.manual_seed(0)
         classes, batch, side = (1000, 32, 224) if large else (10, 128, 32)
         memory = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = network(self.recipe, classes, start=False).to(memory_format=memory)
+        self.model = network(self.recipe, classes, start=False).to(device, memory_format=memory)
         draw = torch.Generator().manual_seed(1)
-        self.images = torch.randn(batch, 3, side, side, generator=draw).contiguous(memory_format=memory)
-        self.labels = torch.randint(0, classes, (batch,), generator=draw)
+        self.images = torch.randn(batch, 3, side, side, generator=draw).to(device).contiguous(memory_format=memory)
+        self.labels = torch.randint(0, classes, (batch,), generator=draw).to(device)
         if quantizers_of(self.model):
             calibrate_(self.model, [self.images])
             fold_(self.model)
         self.model.train()
         self.stepped = self.model
         if setting in ("compiled", "traced", "bf16", "preresnet18", "memory"):
-            self.stepped = compiled(self.model, torch.device("cpu"))
+            self.stepped = compiled(self.model, device)
         self.form = {"no-compiler": "eager", "traced": "oracle"}.get(setting)
         self.optimizers = Optimizers(self.model, self.recipe.optim)
-        self.counters = Counters(torch.device("cpu"))
-        self.guard = DivergenceGuard(self.recipe.guard, classes, World(0, 1, torch.device("cpu")))
+        self.counters = Counters(device)
+        self.guard = DivergenceGuard(self.recipe.guard, classes, World(0, 1, device))
         self.level, self.done = [0.0, 0], 0
+        self.graph = self._captured() if setting == "cuda-graph" else None
 
     def __call__(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+            return
         with force(self.form):
             loss = backward(self.stepped, self.images, self.labels, self.recipe, self.counters)
             self.guard.look(self.done, loss, gradient_norm(self.model), self.level)
             self.optimizers.step(0.01)
         self.done += 1
+
+    def _captured(self) -> "torch.cuda.CUDAGraph":
+        """The step without the guard's look, which reads numbers every so often."""
+        for optimizer in filter(None, (self.optimizers.weights, self.optimizers.quantizers)):
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+
+        def step():
+            backward(self.stepped, self.images, self.labels, self.recipe, self.counters)
+            gradient_norm(self.model)
+            self.optimizers.step(0.01)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph
 
 
 def quantized(method: str, bits: int) -> list[str]:
@@ -101,23 +129,23 @@ def quantized(method: str, bits: int) -> list[str]:
     return [f"quant.weight.quantizer={weight}", f"quant.activation.quantizer={activation}", f"quant.bits={bits}"]
 
 
-def measure(setting: str, wanted: list[tuple[str, int]], rounds: int) -> list[dict]:
+def measure(setting: str, wanted: list[tuple[str, int]], rounds: int, device: torch.device = CPU) -> list[dict]:
     """Rows of one setting. Methods one after the other, each beside a float step of its own rounds."""
     rows = []
     if setting in ("graphs", "syncs"):
         for method, bits in wanted:
-            rows += _counted(setting, method, bits)
+            rows += _counted(setting, method, bits, device)
         return rows
     for method in dict.fromkeys(method for method, _ in wanted):
         torch._dynamo.reset()  # more than eight networks of one class, and torch.compile would go eager
-        steps = {"float": Step(FLOAT, setting)}
-        steps |= {bits: Step(quantized(method, bits), setting) for name, bits in wanted if name == method}
+        steps = {"float": Step(FLOAT, setting, device)}
+        steps |= {bits: Step(quantized(method, bits), setting, device) for name, bits in wanted if name == method}
         if setting in COUNTED:
-            peaks = {name: peak_bytes(step) for name, step in steps.items()}
+            peaks = {name: peak_bytes(step, device.type) for name, step in steps.items()}
             found = [row(METHODS[method][0], bits, setting, peaks[bits] / peaks["float"], target(setting, method, bits),
                          megabytes=round(peaks[bits] / 2**20, 1)) for bits in peaks if bits != "float"]
         else:
-            times = interleaved(steps, rounds, warm_up=6)  # the first ones also grow the heap
+            times = interleaved(steps, rounds, warm_up=6, clock=clock_of(device))  # the first ones also grow the heap
             found = [timed_row(METHODS[method][0], bits, setting, times[bits], times["float"],
                                target(setting, method, bits)) for bits in times if bits != "float"]
         rows += found
@@ -125,13 +153,14 @@ def measure(setting: str, wanted: list[tuple[str, int]], rounds: int) -> list[di
     return rows
 
 
-def _counted(setting: str, method: str, bits: int) -> list[dict]:
-    step = Step(quantized(method, bits), setting)
+def _counted(setting: str, method: str, bits: int, device: torch.device) -> list[dict]:
+    step = Step(quantized(method, bits), setting, device)
     if setting == "syncs":
-        counts = {setting: synchronizations(step)}
+        counts = {setting: synchronizations(step, device.type)}
     else:
         quantizer = next(each for each in quantizers_of(step.model) if each.role == "activation" and each.bits == bits)
-        counts = {"graph breaks": graph_breaks(step.model, step.images), "compilations": compilations(quantizer)}
+        counts = {"graph breaks": graph_breaks(step.model, step.images),
+                  "compilations": compilations(quantizer, device.type)}
     found = [row(METHODS[method][0], bits, name, float(count), target(name, method, bits))
              for name, count in counts.items()]
     show(found)
@@ -158,14 +187,16 @@ def parser() -> Parser:
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
     made.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="(2 3 4)")
     made.add_argument("--profile", action="store_true", help="where an eager step's time goes, by operation")
-    add_options(made, rounds=21)
+    add_options(made, rounds=21, devices=("cpu", "cuda"))
     return made
 
 
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    begin(arguments)
+    if "cuda-graph" in arguments.settings and arguments.device != "cuda":
+        raise InputError("--settings cuda-graph needs --device cuda")
+    device = begin(arguments)
     if arguments.profile:
         for method in arguments.methods:
             for bits in arguments.bits:
@@ -177,7 +208,7 @@ def main(argv: list[str]) -> int:
     if arguments.smoke:
         wanted = {setting: [(method, bits) for kind, method, bits in SMOKE if kind == setting]
                   for setting in ("eager", "compiled")}
-    rows = [each for setting, pairs in wanted.items() for each in measure(setting, pairs, arguments.rounds)]
+    rows = [each for setting, pairs in wanted.items() for each in measure(setting, pairs, arguments.rounds, device)]
     write_json(arguments.json, rows)
     missed = [each for each in rows if each["met"] is False]
     print(f"{len(rows)} rows, {len(missed)} over their target")

@@ -20,21 +20,39 @@ from nulsq.errors import InputError, Parser
 from nulsq.memory import keep_freed_memory
 
 
-def add_options(parser: Parser, rounds: int | None) -> None:
+def add_options(parser: Parser, rounds: int | None, devices: tuple[str, ...] = ("cpu",)) -> None:
     """What every measurement can be told; `rounds` is the default, None: it has no rounds."""
+    if len(devices) > 1:
+        parser.add_argument("--device", choices=devices, default=devices[0], help="(%(default)s)")
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds, help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
 
 
-def begin(arguments) -> None:
-    """Threads and memory as they are asked for and as the trainer has them; says on what machine this is."""
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds, after everything before has run."""
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return clock
+
+
+def begin(arguments) -> torch.device:
+    """Threads and memory as they are asked for and as the trainer has them; says on what machine this is. The device.
+
+    Raises InputError for a device that is not there.
+    """
     if getattr(arguments, "rounds", 1) < 1:
         raise InputError(f"--rounds {arguments.rounds}, allowed: 1 and more")
+    device = torch.device(getattr(arguments, "device", "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here, allowed: cpu")
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     print(machine())
+    return device
 
 
 def interleaved(sides: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2, repeat: int = 1,
@@ -121,5 +139,6 @@ def machine() -> str:
                      if line.startswith("model name"))
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores, Python {platform.python_version()}, " \
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{model}, {torch.get_num_threads()} of {os.cpu_count()} cores, Python {platform.python_version()}, " \
            f"torch {torch.__version__}"

@@ -152,3 +152,19 @@ def test_another_commits_kernel_is_called_in_turn(tmp_path, capsys):
     assert kernels.library_of("HEAD", tmp_path)._name.startswith(str(tmp_path))
     assert kernels.main(["no-such-commit"]) == 2
     assert "COMMIT no-such-commit" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("setting", ["eager", "cuda-graph", "compiled", "memory-eager"])
+def test_a_whole_step_on_a_gpu(setting):
+    """Also captured as a CUDA graph: then it reads nothing back, and the replayed steps train."""
+    device = torch.device("cuda")
+    rows = step.measure(setting, [("nulsq-a", 2)], 3, device)
+    assert len(rows) == 1 and rows[0]["ratio"] > 0
+    assert step.measure("syncs", [("nulsq-a", 2)], 1, device)[0]["ratio"] == 0
+    if setting == "cuda-graph":
+        made = step.Step(step.quantized("nulsq-a", 2), setting, device)
+        before = [each.clone() for each in made.model.parameters()]
+        made()
+        assert all(not torch.equal(a, b) for a, b in zip(before, made.model.parameters(), strict=True) if a.numel() > 1)

@@ -216,8 +216,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def after_step_(self) -> None:
         """Called after every optimizer step. Projects the steps to positive values; a NaN stays a NaN."""
-        for parameter in self.positive_parameters():
-            parameter.clamp_(min=SMALLEST_STEP)
+        project_([self])
 
     def positive_parameters(self) -> list[Tensor]:
         """The parameters that have to stay positive: steps and clipping thresholds. All of them, unless overridden."""
@@ -250,6 +249,14 @@ class Quantizer(nn.Module):
         if not self.ready:
             raise RuntimeError(f"this {self.name()} {self.role} quantizer has no step sizes yet: "
                                "call nulsq.calibrate_(model, batches) or load a state dict first")
+
+
+@torch.no_grad()
+def project_(quantizers: list[Quantizer]) -> None:
+    """Make what has to be positive at least SMALLEST_STEP, in one operation for all of them."""
+    parameters = [parameter for quantizer in quantizers for parameter in quantizer.positive_parameters()]
+    if parameters:
+        torch._foreach_clamp_min_(parameters, SMALLEST_STEP)
 
 
 def _read_sign(quantizer: Quantizer, incompatible) -> None:

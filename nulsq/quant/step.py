@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from nulsq.quant.base import Quantizer
+from nulsq.quant.base import Quantizer, project_
 
 
 def quantizers_of(model: nn.Module) -> list[Quantizer]:
@@ -22,10 +22,13 @@ def follow_step_(optimizer: Optimizer, model: nn.Module):
     collective for all of them.
     """
     found = quantizers_of(model)
+    usual = [quantizer for quantizer in found if type(quantizer).after_step_ is Quantizer.after_step_]
+    others = [quantizer for quantizer in found if type(quantizer).after_step_ is not Quantizer.after_step_]
 
     def after_step(*_):
         _share_maxima_(found)
-        for quantizer in found:
+        project_(usual)  # together: on a GPU the dozens of clampings cost a launch each
+        for quantizer in others:
             quantizer.after_step_()
 
     return optimizer.register_step_post_hook(after_step)
