@@ -52,7 +52,8 @@ class NuLSQ(Quantizer):
             down, up = negative.cumsum(-1), positive.cumsum(-1)
             zero = torch.zeros_like(self.steps[..., :1])
             levels = torch.cat([-down.flip(-1), zero, up], -1)
-            thresholds = torch.cat([-(down - negative / 2).flip(-1), up - positive / 2], -1)
+            halfway = torch.sub(down, negative, alpha=0.5), torch.sub(up, positive, alpha=0.5)
+            thresholds = torch.cat([-halfway[0].flip(-1), halfway[1]], -1)
         return Table(gaps=torch.cat([negative.flip(-1), positive], -1), levels=levels, thresholds=thresholds)
 
     def _positive(self, elements):
@@ -62,7 +63,7 @@ class NuLSQ(Quantizer):
             steps = scale_gradient(steps, self.gradient_factor(elements, steps.shape[-1]))
         fixed = steps.detach()
         up = fixed.cumsum(-1)
-        return Table(gaps=steps, levels=nn.functional.pad(up, (1, 0)), thresholds=up - fixed / 2)
+        return Table(gaps=steps, levels=nn.functional.pad(up, (1, 0)), thresholds=torch.sub(up, fixed, alpha=0.5))
 
     def ties_up(self):
         low, high = self.codes
