@@ -69,8 +69,8 @@ def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) 
 
 
 def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
-              over: bool = False, other: Tensor | None = None) -> tuple[Tensor, ...]:
-    """dx and the gradients of gaps, offset and slope, empty where the rule's reduction has none; and, where there is an
+              over: bool = False, other: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """dx and the gradients of gaps, offset and slope, None where the rule's reduction has none; and, where there is an
     affine map, of its scale and shift.
 
     over: dy is nobody else's, dx may take its memory: a fourth of what backward moves, from memory that is cold.
@@ -84,7 +84,7 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | 
     sums = gradient_buffers(table, rule) + [torch.empty_like(each) for each in (affine or ())[1:3]]
     if dy.numel():
         call.dy, call.out = dy.data_ptr(), dx.data_ptr()
-        call.dgaps, call.doffset, call.dslope = (each.data_ptr() for each in sums[:3])
+        call.dgaps, call.doffset, call.dslope = (each if each is None else each.data_ptr() for each in sums[:3])
         if affine is not None:
             call.dscale, call.dshift = (each.data_ptr() for each in sums[3:])
         if other is not None:
@@ -92,7 +92,7 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | 
             call.other = other.data_ptr()
         _library().nulsq_run(call)
     else:
-        sums = [each.zero_() for each in sums]
+        sums = [each if each is None else each.zero_() for each in sums]
     return _in_type(dx, stored), *map(_in_type, sums, kinds)
 
 
@@ -111,7 +111,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _in_type(tensor, kind):
     """As `to`, which takes a microsecond to find that there is nothing to do; some hundred of them are in a step."""
-    return tensor if tensor.dtype == kind else tensor.to(kind)
+    return tensor if tensor is None or tensor.dtype == kind else tensor.to(kind)
 
 
 def _call(x, channels=1):

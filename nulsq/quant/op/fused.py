@@ -136,7 +136,7 @@ class Transformed(Oracle):
 def _in_order(found, affine=None):
     """Gradients of x, the table and the affine map, None where there is none, as their arguments stand."""
     dx, *sums = found
-    dgaps, doffset, dslope = (each if each.numel() else None for each in sums[:3])
+    dgaps, doffset, dslope = (each if each is not None and each.numel() else None for each in sums[:3])
     if affine is None:
         return dx, dgaps, None, None, doffset, dslope, *(None,) * _LINES
     dscale, dshift = sums[3:]
@@ -168,14 +168,19 @@ def _read(arguments):
 
 
 def _gradients_of(x, dy, *rest):
-    return KERNELS[x.device.type].gradients(x, dy, *_read(rest))
+    return _as_tensors(KERNELS[x.device.type].gradients(x, dy, *_read(rest)), x)
+
+
+def _as_tensors(found, x):
+    """What an operator returns: a tensor of its own where there is none."""
+    return tuple(x.new_empty(0) if each is None else each for each in found)
 
 
 def _gradients_over(x, dy, other, *rest):
     dx, *sums = KERNELS[x.device.type].gradients(x, dy, *_read(rest), over=True, other=other)
     if dx is not dy:  # another order of memory, or another type
         dy.copy_(dx)
-    return tuple(sums)
+    return _as_tensors(sums, x)
 
 
 for _device in KERNELS:
@@ -203,7 +208,7 @@ def _gradients_like(x, dy, *rest):
 @torch.library.register_fake("nulsq::gradients_over", lib=_library)
 def _sums_like(x, dy, *rest):
     table, rule, affine = _read(rest)
-    return *gradient_buffers(table, rule), *(torch.empty_like(each) for each in (affine or ())[1:3])
+    return _as_tensors((*gradient_buffers(table, rule), *map(torch.empty_like, (affine or ())[1:3])), x)
 
 
 @torch.library.register_fake("nulsq::gradients_behind_over", lib=_library)
@@ -252,7 +257,7 @@ def inline_forward() -> None:
     @register_decomposition([torch.ops.nulsq.gradients_inline.default])
     def gradients(x, dy, *rest):
         table, rule, _ = _read(rest)
-        return tuple(table.gaps.new_empty(0) if each is None else each for each in oracle.gradients(x, dy, table, rule))
+        return _as_tensors(oracle.gradients(x, dy, table, rule), x)
 
     fast_random_decomps.cache_clear()  # Inductor's copy of its table, if anything was compiled before
 

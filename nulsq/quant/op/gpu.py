@@ -58,8 +58,8 @@ def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) 
 
 
 def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
-              over: bool = False, other: Tensor | None = None) -> tuple[Tensor, ...]:
-    """dx and the gradients of gaps, offset and slope, empty where the rule's reduction has none; and, where there is an
+              over: bool = False, other: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """dx and the gradients of gaps, offset and slope, None where the rule's reduction has none; and, where there is an
     affine map, of its scale and shift.
 
     over: dy is nobody else's, dx may take its memory.
@@ -68,8 +68,7 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | 
     assert affine is not None or other is None
     if not takes(rule):
         assert affine is None
-        found = oracle.gradients(x, dy, table, rule)
-        return tuple(table.gaps.new_empty(0) if each is None else each for each in found)
+        return oracle.gradients(x, dy, table, rule)
     stored, kinds = x.dtype, [table.gaps.dtype] * 3 + [each.dtype for each in (affine or ())[1:3]]
     buffers = gradient_buffers(table, rule)
     x, table, channels = laid_out(x, table, NARROW)
@@ -80,8 +79,8 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | 
     if x.numel():
         _run(x, dy, dx, None if other is None else laid_like(other, x), table, rule, affine, buffers, channels)
     else:
-        buffers = [each.zero_() for each in buffers]
-    return dx.to(stored), *(each.to(kind) for each, kind in zip(buffers, kinds, strict=True))
+        buffers = [each if each is None else each.zero_() for each in buffers]
+    return dx.to(stored), *(each if each is None else each.to(kind) for each, kind in zip(buffers, kinds, strict=True))
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +145,7 @@ def _run(x, dy, dx, other, table, rule, affine, buffers, channels):
     if tables or features:
         ends = {name: static[name] for name in ("UNIFORM", "LOW", "HIGH", "SHIFT", "COUNT")}
         kernels.finish[(tables + -(-features // LINES_AT_ONCE),)](
-            partial, line_partial, *_pointers(table)[:2], *(each if each.numel() else partial for each in buffers),
+            partial, line_partial, *_pointers(table)[:2], *(partial if each is None else each for each in buffers),
             *(partial for _ in range(5 - len(buffers))), tables, programs if affine is None else lanes * programs,
             programs, features, **ends, NEGATIVE=-rule.codes[0], REDUCTION=rule.reduction, SLOTS=slots, WIDE=wide,
             AT_ONCE=NUMBERS_AT_ONCE // max(wide, LINES_AT_ONCE), LINE_COLS=LINES_AT_ONCE if features else 0,

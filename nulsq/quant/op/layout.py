@@ -31,10 +31,8 @@ def laid_like(dy: Tensor, x: Tensor) -> Tensor:
     return dy if dy.dtype == x.dtype and dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
 
 
-def gradient_buffers(table: Table, rule: Rule) -> list[Tensor]:
-    """Room for the gradients of gaps, offset and slope: like those, or empty. No two are one, as operators promise."""
-    def room(tensor, wanted):
-        return torch.empty_like(tensor) if wanted else table.gaps.new_empty(0)
-
-    cells = rule.reduction == "per_cell"
-    return [room(table.gaps, rule.reduction != "none"), room(table.offset, cells), room(table.slope, cells)]
+def gradient_buffers(table: Table, rule: Rule) -> list[Tensor | None]:
+    """Room for the gradients of gaps, offset and slope; None where the rule's reduction has none."""
+    wanted = rule.reduction != "none", rule.reduction == "per_cell", rule.reduction == "per_cell"
+    return [torch.empty_like(each) if asked else None
+            for each, asked in zip((table.gaps, table.offset, table.slope), wanted, strict=True)]
