@@ -84,7 +84,8 @@ class Step:
         self.stepped = self.model
         if setting in ("compiled", "traced", "bf16", "preresnet18", "memory"):
             self.stepped = compiled(self.model, device)
-        self.form = {"no-compiler": "eager", "traced": "oracle"}.get(setting)
+        plain = "eager" if device.type == "cpu" else "oracle"  # what is chosen where there is no kernel
+        self.form = {"no-compiler": plain, "traced": "oracle"}.get(setting)
         self.optimizers = Optimizers(self.model, self.recipe.optim)
         self.counters = Counters(device)
         self.guard = DivergenceGuard(self.recipe.guard, classes, World(0, 1, device))
@@ -196,6 +197,8 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     if "cuda-graph" in arguments.settings and arguments.device != "cuda":
         raise InputError("--settings cuda-graph needs --device cuda")
+    if arguments.profile and arguments.device != "cpu":
+        raise InputError("--profile is of the CPU; on a GPU nsys or torch.profiler say more")
     device = begin(arguments)
     if arguments.profile:
         for method in arguments.methods:

@@ -122,6 +122,23 @@ def test_kernel_over_several_blocks_of_a_program_and_empty_tensors():
     assert_equal_to_oracle(ready("nulsq", 2).to(DEVICE), *tensors(0, 4))
 
 
+def test_the_grid_is_long_in_its_first_dimension_only():
+    """CUDA's others end at 65,535: the gradients of each sample make a table for each of them."""
+    for shape in ((100_000, 3), (3, 10_000_000)):
+        lanes, programs = gpu.tiles(torch.empty(shape, device="meta"), shape[0], None, 1024).grid(torch.device("cpu"))
+        assert lanes == shape[0] and 1 <= programs < 65_536
+
+
+def test_tiles_across_channels_leave_little_empty():
+    found = {}
+    for channels in (16, 24, 64, 96, 130, 192, 512):
+        x = torch.empty(2, channels, 5, 7, device="meta").contiguous(memory_format=torch.channels_last)
+        walk = gpu.tiles(x, 1, Affine(*[torch.empty(channels)] * 3), 512)
+        found[channels] = walk.lanes, walk.constants["COLS"]
+    assert found == {16: (1, 16), 24: (1, 32), 64: (1, 64), 96: (3, 32), 130: (5, 32), 192: (3, 64),
+                     512: (4, 128)}
+
+
 # ---- behind a batch norm
 
 

@@ -26,7 +26,7 @@ MOST_THRESHOLDS, MOST_SLOTS = 63, 100
 FORWARD_BLOCK, WARPS = 1024, 4
 NARROW = (torch.bfloat16, torch.float16)
 WAVES = 8  # programs for each multiprocessor
-MOST_COLUMNS = 128  # of a tile that lies across channels
+COLUMNS = 128, 64, 32  # of a tile that lies across channels
 LINES_AT_ONCE, NUMBERS_AT_ONCE, FINISH_WARPS = 32, 4096, 8  # of the kernel that finishes the sums
 
 
@@ -98,12 +98,12 @@ def slots_and_rows(rule: Rule) -> tuple[int, int]:
 class Tiles(NamedTuple):
     """How programs walk over a tensor, see gpu_kernels.py."""
 
-    lanes: int  # dimension 1 of the grid
+    lanes: int  # dimension 0 of the grid, which may be long
     numbers: tuple[int, ...]  # tiles of a lane, rows, columns, strides of rows and lanes, channels of x
     constants: dict  # LINES: "none", or where x's channels are: "last", or each in a "plane"; ROWS and COLS of a tile
 
     def grid(self, device: torch.device) -> tuple[int, int]:
-        return max(1, min(self.numbers[0], WAVES * _multiprocessors(device) // self.lanes)), self.lanes
+        return self.lanes, max(1, min(self.numbers[0], WAVES * _multiprocessors(device) // self.lanes))
 
 
 def tiles(x: Tensor, channels: int, affine: Affine | None, block: int) -> Tiles:
@@ -113,7 +113,7 @@ def tiles(x: Tensor, channels: int, affine: Affine | None, block: int) -> Tiles:
         row_stride, lane_stride, features = 0, columns, 1
     elif x.stride(1) == 1:
         features = row_stride = columns = x.shape[1]
-        kind, across, rows = "last", min(_power(features), MOST_COLUMNS, block), x.numel() // features
+        kind, across, rows = "last", min(_columns(features), block), x.numel() // features
         lanes, lane_stride = -(-features // across), across
     else:
         features = lanes = x.shape[1]
@@ -129,13 +129,13 @@ def _run(x, dy, dx, other, table, rule, affine, buffers, channels):
     """The kernels of backward: fill dx and the buffers."""
     (slots, rows), kernels, kind = slots_and_rows(rule), _kernels(), _kind(x, table)
     walk = tiles(x, channels, affine, _block(rows, x.element_size(), affine is not None))
-    (programs, lanes), lines = walk.grid(x.device), _or(affine, x)
+    (lanes, programs), lines = walk.grid(x.device), _or(affine, x)
     twice = affine is not None and (affine.inverse is not None or other is not None)
     partial = x.new_empty(lanes * programs * rows, dtype=table.gaps.dtype)
     line_partial = partial if affine is None else partial.new_empty(programs * 2 * walk.numbers[-1])
     static = _static(rule) | {"STE": rule.ste, "FROM_ZERO": _from_zero(rule)}
     options = {"num_warps": WARPS, "enable_fp_fusion": False}
-    kernels.gradients[programs, lanes](
+    kernels.gradients[lanes, programs](
         x, dy, dx, partial, line_partial, *_pointers(table), *lines[:3], *walk.numbers, **static, **walk.constants,
         REDUCTION=rule.reduction, SEGMENTS=rule.segments, SLOTS=slots, KIND=kind, TWICE=twice, **options)
 
@@ -212,6 +212,11 @@ def halves(ties_up: tuple[bool, ...]) -> int:
 def _from_zero(rule):
     """Whether nothing can lie below the range: behind a ReLU, on a grid whose lowest level is zero."""
     return rule.relu and rule.codes[0] + rule.shift == 0 and (rule.index == "uniform" or rule.reduction == "per_gap")
+
+
+def _columns(features):
+    """How many channels a tile has beside each other: of 128, 64 and 32 what leaves least of the last tile empty."""
+    return min(_power(features), min(COLUMNS, key=lambda columns: -(-features // columns) * columns))
 
 
 def _power(number):

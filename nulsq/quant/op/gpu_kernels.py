@@ -1,6 +1,6 @@
 """The kernels of the GPU form, in Triton. oracle.py defines what is computed, gpu.py calls them.
 
-Tensors are walked in tiles of ROWS x COLS elements, as `Call` in gpu.py lays them out: along dimension 1 of the grid
+Tensors are walked in tiles of ROWS x COLS elements, as `tiles` in gpu.py lays them out: along dimension 0 of the grid
 (`lane`) lie the channels of a table, or of x behind a batch norm. A program takes every `programs`-th tile of its lane,
 so its sums stay in registers, an accumulator for each slot and place in the tile, until its last tile: then each slot
 is added up once and stored for itself, and `finish` adds up the programs. No atomics: the same bits every time.
@@ -28,9 +28,9 @@ def quantize(x_from, y_to, gaps, levels, thresholds, center, scale, shift, tiles
              RELU: tl.constexpr, TIES: tl.constexpr, DEPTH: tl.constexpr, KIND: tl.constexpr, LINES: tl.constexpr,
              ROWS: tl.constexpr, COLS: tl.constexpr):
     if LINES == "none":
-        gaps += tl.program_id(1)
-        levels += tl.program_id(1) * (COUNT + 1)
-        thresholds += tl.program_id(1) * COUNT
+        gaps += tl.program_id(0)
+        levels += tl.program_id(0) * (COUNT + 1)
+        thresholds += tl.program_id(0) * COUNT
     else:
         slope = line(scale, features, LINES, COLS)
         rise = line(shift, features, LINES, COLS) - line(center, features, LINES, COLS) * slope
@@ -40,7 +40,7 @@ def quantize(x_from, y_to, gaps, levels, thresholds, center, scale, shift, tiles
         its_levels = read(levels, COUNT + 1)
         its_thresholds = read(thresholds, COUNT)
 
-    for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for number in range(tl.program_id(1), tiles, tl.num_programs(1)):
         at, there = place(number, rows, cols, row_stride, lane_stride, features, LINES, ROWS, COLS)
         x = tl.load(x_from + at, there, other=0).to(KIND)
         if LINES != "none":
@@ -80,7 +80,7 @@ def gradients(x_from, dy_from, dx_to, partial, line_partial, gaps, levels, thres
     """dx, unless a second pass makes it (`passed_on`), and the sums of this program: partial [lanes, programs, SLOTS],
     twice as many slots for per_cell; line_partial [programs, 2, features]: of scale and of shift.
     """
-    lane = tl.program_id(1)
+    lane = tl.program_id(0)
     nothing = tl.zeros((ROWS, COLS), KIND)
     if LINES == "none":
         gaps += lane
@@ -108,7 +108,7 @@ def gradients(x_from, dy_from, dx_to, partial, line_partial, gaps, levels, thres
         if REDUCTION == "per_cell":
             moments = moments + (nothing,)
 
-    for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for number in range(tl.program_id(1), tiles, tl.num_programs(1)):
         at, there = place(number, rows, cols, row_stride, lane_stride, features, LINES, ROWS, COLS)
         taken = tl.load(x_from + at, there, other=0).to(KIND)
         dy = tl.load(dy_from + at, there, other=0).to(KIND)
@@ -161,13 +161,13 @@ def gradients(x_from, dy_from, dx_to, partial, line_partial, gaps, levels, thres
 
     if REDUCTION != "none":
         numbers: tl.constexpr = 2 * SLOTS if REDUCTION == "per_cell" else SLOTS
-        partial += (lane.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * numbers
+        partial += (lane.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * numbers
         for k in tl.static_range(SLOTS):
             tl.store(partial + k, tl.sum(sums[k]))
             if REDUCTION == "per_cell":
                 tl.store(partial + SLOTS + k, tl.sum(moments[k]))
     if LINES != "none":
-        line_partial += tl.program_id(0).to(tl.int64) * 2 * features
+        line_partial += tl.program_id(1).to(tl.int64) * 2 * features
         if LINES == "last":
             channel = lane * COLS + tl.arange(0, COLS)
             tl.store(line_partial + channel, tl.sum(turned, 0), channel < features)
@@ -204,7 +204,7 @@ def passed_on(x_from, dy_from, other_from, dx_to, gaps, levels, center, scale, s
         low = tl.load(levels) + nothing
         high = tl.load(levels + COUNT) + nothing
 
-    for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for number in range(tl.program_id(1), tiles, tl.num_programs(1)):
         at, there = place(number, rows, cols, row_stride, lane_stride, features, LINES, ROWS, COLS)
         taken = tl.load(x_from + at, there, other=0).to(KIND)
         dy = tl.load(dy_from + at, there, other=0).to(KIND)

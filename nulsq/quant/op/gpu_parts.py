@@ -96,7 +96,7 @@ def look_up(x, levels, thresholds, COUNT: tl.constexpr, TIES: tl.constexpr, DEPT
 @triton.jit
 def line(of, features, LINES: tl.constexpr, COLS: tl.constexpr):
     """What a tile's elements have of numbers [features], one for each channel."""
-    lane = tl.program_id(1)
+    lane = tl.program_id(0)
     if LINES == "last":
         channel = lane * COLS + tl.arange(0, COLS)[None, :]
         found = tl.load(of + channel, channel < features, other=0)
@@ -109,15 +109,15 @@ def line(of, features, LINES: tl.constexpr, COLS: tl.constexpr):
 def place(number, rows, cols, row_stride, lane_stride, features,
            LINES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Offsets of tile `number` of this lane, and which of them are there."""
-    start = tl.program_id(1).to(tl.int64) * lane_stride
+    start = tl.program_id(0).to(tl.int64) * lane_stride
     down = tl.arange(0, ROWS)[:, None]
     across = tl.arange(0, COLS)[None, :]
     if LINES == "none":  # one row
         across += tl.full((1, 1), number, tl.int64) * COLS
         there = (across < cols) & (down < rows)
     elif LINES == "last":  # a row is all channels, a lane COLS of them
-        down += number * ROWS
-        there = (down < rows) & (tl.program_id(1) * COLS + across < features)
+        down += tl.full((1, 1), number, tl.int64) * ROWS
+        there = (down < rows) & (tl.program_id(0) * COLS + across < features)
     else:  # a row is one channel of an image
         tiles_across = tl.cdiv(cols, COLS)
         down += number // tiles_across * ROWS
