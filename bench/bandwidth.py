@@ -2,10 +2,13 @@
 
     python -m bench.bandwidth [--device cuda] [--json FILE]
 
-Forward counts x in, y out; backward x and dy in, dx out. A copy of the same tensor, interleaved, is the measure. The
-`ratio` of a row is that share, so here a target is met from below: `met` says whether the share is at least as high.
+Forward counts x in, y out; backward x and dy in, dx out; behind a batch norm, whose work is then part of the pass, x
+and dy twice. A copy of the same tensor, interleaved, is the measure. The `ratio` of a row is that share, so here a
+target is met from below: `met` says whether the share is at least as high.
 On a GPU the clock stops when the device has finished, and five launches share a reading.
 """
+
+import math
 
 import torch
 
@@ -13,7 +16,7 @@ from bench.timing import add_options, begin, clock_of, interleaved, ratios, row,
 from nulsq.errors import InputError, Parser, exit_on_input_error
 from nulsq.quant.op import available
 from nulsq.quant.op.fused import KERNELS
-from nulsq.quant.op.oracle import Table
+from nulsq.quant.op.oracle import Affine, Table
 from nulsq.quant.statistics import Statistics
 from nulsq.quantizers import get_quantizer
 
@@ -21,22 +24,32 @@ TARGETS = {("float32", "forward"): {2: 0.80, 3: 0.80, 4: 0.80}, ("float32", "bac
            ("bfloat16", "forward"): {2: 0.80, 3: 0.80, 4: 0.80}, ("bfloat16", "backward"): {2: 0.80, 3: 0.60, 4: 0.45}}
 
 
+IMAGE = (64, 32, 32)  # an activation's channels and plane, channels last
+PASSES = {"forward": 2, "backward": 3, "forward behind a batch norm": 2, "backward behind a batch norm": 5}
+
+
 def measure(method: str, bits: int, kind: torch.dtype, device: torch.device, elements: int, rounds: int) -> list[dict]:
-    draw = torch.Generator(device).manual_seed(0)
-    x, dy = (torch.randn(elements, generator=draw, device=device).to(kind) for _ in range(2))
+    """Rows for a tensor of so many elements, to the next whole image."""
+    draw, images = torch.Generator(device).manual_seed(0), -(-elements // math.prod(IMAGE))
+    x, dy = (torch.randn(images, *IMAGE, generator=draw, device=device).to(kind, memory_format=torch.channels_last)
+             for _ in range(2))
     x.relu_()
     quantizer = get_quantizer(method)(bits, "activation", signed=False).to(device)
-    quantizer.reset_(Statistics.of(x[:1_000_000].float()))
+    quantizer.reset_(Statistics.of(x[:16].float()))
     table, rule = Table(*(t if t is None else t.detach() for t in quantizer.table())), quantizer.rule()
     kernel, copy, name = KERNELS[device.type], torch.empty_like(x), str(kind).removeprefix("torch.")
+    mean, var = kernel.moments(x)
+    affine, folded = Affine(mean, var.rsqrt(), torch.zeros_like(mean), var.rsqrt()), rule._replace(relu=True)
     sides = {"copy": lambda: copy.copy_(x), "forward": lambda: kernel.quantize(x, table, rule),
-             "backward": lambda: kernel.gradients(x, dy, table, rule)}
+             "backward": lambda: kernel.gradients(x, dy, table, rule),
+             "forward behind a batch norm": lambda: kernel.quantize(x, table, folded, affine),
+             "backward behind a batch norm": lambda: kernel.gradients(x, dy, table, folded, affine)}
     repeat = 5 if device.type == "cuda" else 1  # launches run ahead of the clock
     times = interleaved(sides, rounds, 3, repeat, clock_of(device))
     rows = []
-    for side, tensors in (("forward", 2), ("backward", 3)):
+    for side, tensors in PASSES.items():
         share = tensors / 2 * ratios(times["copy"], times[side])[0]
-        target = TARGETS[name, side][bits] if device.type == "cuda" and method == "nulsq" else None
+        target = TARGETS.get((name, side), {}).get(bits) if device.type == "cuda" and method == "nulsq" else None
         rows.append(row(method, bits, f"{device.type} {name} {side}", share, target)
                     | {"met": None if target is None else share >= target})
         print(f"| {method} | {bits} | {name} | {side} | {share:.2f} | {'' if target is None else target} |", flush=True)
