@@ -14,7 +14,7 @@ from nulsq.quant.statistics import Statistics
 pytestmark = pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
 METHODS = ("lsq", "nulsq", "lcq", "apot", "uniq")
 # rows of channels: less than a vector, whole vectors, vectors and a rest; planes likewise; one piece and several
-SHAPES = [(4, 3, 5, 7), (2, 16, 9, 9), (3, 19, 31, 29), (2, 64, 17, 16), (5, 1, 8, 8), (40, 33, 1, 1)]
+SHAPES = [(4, 3, 5, 7), (2, 16, 9, 9), (3, 19, 31, 29), (2, 64, 17, 16), (5, 1, 8, 8), (40, 33, 1, 1), (2, 300, 12, 12)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 

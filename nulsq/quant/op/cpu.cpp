@@ -53,10 +53,10 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
     if (!lines.features) {
         auto step = [&](const S* x, const S* dy, const S*, S* out) INLINED { store(out, found(kind, load(x), dy)); };
         const int64_t rest = count % WIDTH<C>, full = count - rest;
-        vectors<FORWARD, C>(x, dy, none, out, count / WIDTH<C>, WIDTH<C>, WIDTH<C>, step);
-        if (rest) vectors<FORWARD, C>(x + full, along(dy, full), none, out + full, 1, WIDTH<C>, rest, step);
+        vectors<FORWARD, C>(x, dy, none, out, Walk{count / WIDTH<C>, WIDTH<C>, WIDTH<C>, AHEAD}, step);
+        if (rest) vectors<FORWARD, C>(x + full, along(dy, full), none, out + full, Walk{1, WIDTH<C>, rest, AHEAD}, step);
     } else {
-        lines.stretches(start, count, [&](int64_t i, int64_t repeat, int64_t stride, int64_t lanes, int64_t channel) {
+        lines.stretches(start, count, [&](int64_t i, const Walk& walk, int64_t channel) {
             const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
                           shift = lines.of(lines.shift, channel) - center * scale;
             Real<C> turned{}, moved{};                         // what the lines' scale and shift get
@@ -70,7 +70,7 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
                     if (out) store(out, given * scale);
                 }
             };
-            vectors<FORWARD, C>(x + i, along(dy, i), none, along(out, i), repeat, stride, lanes, step);
+            vectors<FORWARD, C>(x + i, along(dy, i), none, along(out, i), walk, step);
             if constexpr (!FORWARD) {
                 if constexpr (Kind::SMALL) kind = own;
                 lines.add(line_total, channel, turned);
@@ -88,7 +88,7 @@ void passed_on(const Rule& rule, const Table<C>& table, const Lines<C>& lines, i
     const Kind kind(rule, table);
     const BehindRelu<Kind, C> behind(rule);
     const bool own = !lines.slope.empty();
-    lines.stretches(start, count, [&](int64_t i, int64_t repeat, int64_t stride, int64_t lanes, int64_t channel) {
+    lines.stretches(start, count, [&](int64_t i, const Walk& walk, int64_t channel) {
         const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
                       shift = lines.of(lines.shift, channel) - center * scale,
                       slope = own ? lines.of(lines.slope, channel) : Real<C>{},
@@ -99,7 +99,7 @@ void passed_on(const Rule& rule, const Table<C>& table, const Lines<C>& lines, i
             if (own) dx += (taken - center) * slope + rise;
             store(out, other ? dx + load(other) : dx);
         };
-        vectors<false, C>(x + i, dy + i, along(other, i), out + i, repeat, stride, lanes, step);
+        vectors<false, C>(x + i, dy + i, along(other, i), out + i, walk, step);
     });
 }
 

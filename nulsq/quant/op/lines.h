@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int64_t PIECE = 8192;
+constexpr int64_t ROWS = 128;    // of channels, in a piece at least: what a stretch begins and ends with is dear
 constexpr int64_t AHEAD = 512;   // elements that memory is asked for in advance: by itself it is late
 
 // What all functions are called with, as cpu.py lays it out. Tables are [channels, ...] in the type of computation; x
@@ -24,6 +25,12 @@ struct Call {
     const uint8_t* ties_up;
     const void *gaps, *levels, *thresholds, *center, *scale, *shift, *inverse, *x, *dy, *other;  // dy: null forward
     void *out, *dgaps, *doffset, *dslope, *dscale, *dshift;    // out: y or dx, to which other is added
+};
+
+// `repeat` vectors of `lanes` elements each, `stride` apart, of one channel or of WIDTH channels beside each other; the
+// first of them asks memory for what lies `ahead` elements behind it, each further one for the next vector.
+struct Walk {
+    int64_t repeat, stride, lanes, ahead;
 };
 
 // A line for each channel of x: (x - center) scale + shift. A channel's elements lie together, `plane` by `plane`; or,
@@ -53,24 +60,28 @@ template <class C> struct Lines {
     Real<C> of(const std::vector<C>& values, int64_t channel) const {
         return plane == 1 ? load(values.data() + channel) : all<C>(values[channel]);
     }
-    // Elements that can be walked by themselves: about PIECE, in whole rows of channels.
+    // Elements that can be walked by themselves: about PIECE; of whole rows of channels ROWS, if that is not much more.
     int64_t piece() const {
-        return features && plane == 1 ? std::max<int64_t>(1, PIECE / features) * features : PIECE;
+        if (!features || plane > 1) return PIECE;
+        return std::max<int64_t>(1, std::clamp(ROWS, PIECE / features, 8 * PIECE / features)) * features;
     }
     int64_t pieces(int64_t elements) const { return (elements + piece() - 1) / piece(); }
-    // Calls each(at, repeat, stride, lanes, channel) for the stretches that make up the elements from `start` on: each
-    // is `repeat` vectors, `stride` elements apart, of one channel or of WIDTH channels beside each other.
+    // Calls each(at, walk, channel) for the stretches that make up the elements from `start` on.
     template <class F> void stretches(int64_t start, int64_t count, F each) const {
         if (plane == 1) {
+            // Where a row is wider than a vector its stretches go over the piece again and again: what they ask memory
+            // for, one after the other, is the next piece.
+            const int64_t rows = count / features;
             for (int64_t c = 0; c < features; c += WIDTH<C>)
-                each(c, count / features, features, std::min<int64_t>(WIDTH<C>, features - c), c);
+                each(c, Walk{rows, features, std::min<int64_t>(WIDTH<C>, features - c),
+                             features > WIDTH<C> ? count + c * rows - c : AHEAD}, c);
             return;
         }
         for (int64_t i = 0; i < count;) {
             const int64_t run = std::min(plane - (start + i) % plane, count - i), rest = run % WIDTH<C>;
             const int64_t channel = (start + i) / plane % features;
-            if (run > rest) each(i, run / WIDTH<C>, WIDTH<C>, WIDTH<C>, channel);
-            if (rest) each(i + run - rest, 1, WIDTH<C>, rest, channel);
+            if (run > rest) each(i, Walk{run / WIDTH<C>, WIDTH<C>, WIDTH<C>, AHEAD}, channel);
+            if (rest) each(i + run - rest, Walk{1, WIDTH<C>, rest, AHEAD}, channel);
             i += run;
         }
     }
@@ -82,23 +93,23 @@ template <class C> struct Lines {
 
 template <class S> inline S* along(S* from, int64_t i) { return from ? from + i : from; }  // null stays null
 
-// `repeat` vectors of `lanes` elements each, `stride` apart. One that is not full is copied: beside it stand zeros, and
-// a zero gradient adds nothing. What is null stays null for `step`.
+// Calls step for the vectors of a walk. One that is not full is copied: beside it stand zeros, and a zero gradient adds
+// nothing. What is null stays null for `step`.
 template <bool FORWARD, class C, class S, class F>
-INLINED inline void vectors(const S* x, const S* dy, const S* other, S* out, int64_t repeat, int64_t stride,
-                            int64_t lanes, F step) {
+INLINED inline void vectors(const S* x, const S* dy, const S* other, S* out, const Walk& walk, F step) {
+    const int64_t stride = walk.stride, lanes = walk.lanes, end = walk.repeat * stride;
     if (lanes == WIDTH<C>) {
-        for (int64_t i = 0; i < repeat * stride; i += stride) {
+        for (int64_t i = 0, next = walk.ahead; i < end; i += stride, next += WIDTH<C>) {
             const S* beside = FORWARD ? dy : dy + i;
-            __builtin_prefetch(x + i + AHEAD);
-            if (!FORWARD) __builtin_prefetch(beside + AHEAD);
-            if (other) __builtin_prefetch(other + i + AHEAD);
-            if (out) __builtin_prefetch(out + i + AHEAD, 1);
+            __builtin_prefetch(x + next);
+            if (!FORWARD) __builtin_prefetch(dy + next);
+            if (other) __builtin_prefetch(other + next);
+            if (out) __builtin_prefetch(out + next, 1);
             step(x + i, beside, along(other, i), along(out, i));
         }
         return;
     }
-    for (int64_t i = 0; i < repeat * stride; i += stride) {    // a loop of its own: a call in it costs the other sums
+    for (int64_t i = 0; i < end; i += stride) {                // a loop of its own: a call in it costs the other sums
         const S* beside = FORWARD ? dy : dy + i;
         S some[WIDTH<C>] = {}, some_beside[WIDTH<C>] = {}, some_other[WIDTH<C>] = {}, done[WIDTH<C>];
         std::copy(x + i, x + i + lanes, some);
@@ -131,18 +142,18 @@ template <class S, class C> void moments(const Call& call) {
     const int64_t features = call.features, each = call.elements / features;
     std::vector<double> partial(lines.pieces(call.elements) * 2 * features, 0.0), total(2 * features, 0.0);
     by_pieces(call, lines, [&](int64_t piece, int64_t start, int64_t count) {
-        lines.stretches(start, count, [&](int64_t i, int64_t repeat, int64_t stride, int64_t lanes, int64_t channel) {
+        lines.stretches(start, count, [&](int64_t i, const Walk& walk, int64_t channel) {
             const Real<C> center = lines.of(lines.center, channel);
             Real<C> sum{}, squares{};
             Int<C> counted;                                    // not what stands beside a vector that is not full
-            for (int64_t j = 0; j < WIDTH<C>; j++) counted[j] = j < lanes ? -1 : 0;
+            for (int64_t j = 0; j < WIDTH<C>; j++) counted[j] = j < walk.lanes ? -1 : 0;
             auto step = [&](const S* x, const S*, const S*, S*) INLINED {
                 const Real<C> away = where<C>(counted, load(x) - center);
                 sum += away;
                 squares += away * away;
             };
             const S* none = nullptr;
-            vectors<true, C>((const S*)call.x + start + i, none, none, (S*)nullptr, repeat, stride, lanes, step);
+            vectors<true, C>((const S*)call.x + start + i, none, none, (S*)nullptr, walk, step);
             lines.add(partial.data() + piece * 2 * features, channel, sum);
             lines.add(partial.data() + (piece * 2 + 1) * features, channel, squares);
         });
