@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -24,6 +25,7 @@ from nulsq.quant.op import gpu
 from nulsq.quant.op.oracle import Affine, Table
 
 LANES = 32
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
 class Compiled(NamedTuple):
@@ -31,7 +33,6 @@ class Compiled(NamedTuple):
     instructions: float  # an element, in the longest loop
     registers: int
     spilled: int  # bytes of a thread
-    code: list[str]  # the whole kernel
 
 
 class Launches:
@@ -56,13 +57,10 @@ def launches(made, x: torch.Tensor, dy: torch.Tensor, behind: bool) -> list:
     if behind:
         affine = Affine(*(torch.ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(4)))
         other = dy
-    recorder, kernels = Launches(gpu._kernels()), gpu._kernels
-    gpu._kernels = lambda: recorder
-    try:
+    recorder = Launches(gpu._kernels())
+    with mock.patch.object(gpu, "_kernels", lambda: recorder):
         gpu.quantize(x, table, rule, affine)
         gpu.gradients(x, dy, table, rule, affine, other=other)
-    finally:
-        gpu._kernels = kernels
     return recorder.seen
 
 
@@ -79,7 +77,7 @@ def compile_for_sm_90(launch) -> Compiled:
     for place, name in enumerate(function.arg_names):  # as Triton specializes a launch
         value = given[name]
         if isinstance(value, torch.Tensor):
-            signature[name], hints[(place,)] = f"*{_TYPES[value.dtype]}", [["tt.divisibility", 16]]
+            signature[name], hints[(place,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
         elif name in constants or value == 1:
             signature[name], values[(place,)] = "constexpr", value
         else:
@@ -98,26 +96,22 @@ def compile_for_sm_90(launch) -> Compiled:
                                       timeout=60).stdout
                        for tool, *flags in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c")))
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups())
-    instructions, loop = _loop(code)
     tile = constants.get("ROWS", 1) * constants.get("COLS", 1)
-    return Compiled(function.__name__, loop / max(1, tile / (LANES * warps)), registers, stack + local, instructions)
+    return Compiled(function.__name__, _longest_loop(code) / max(1, tile / (LANES * warps)), registers, stack + local)
 
 
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-
-
-def _loop(code: str) -> tuple[list[str], int]:
-    """All instructions, and how many the longest loop has."""
-    labels, found, longest = {}, [], 0
+def _longest_loop(code: str) -> int:
+    """Instructions in it."""
+    labels, count, longest = {}, 0, 0
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(found)
+            labels[label[1]] = count
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-            found.append(instruction[1])
+            count += 1
             back = re.search(r"BRA.*?`\((\.L_x_\d+)\)", instruction[1])
             if back and back[1] in labels:
-                longest = max(longest, len(found) - labels[back[1]])
-    return found, longest
+                longest = max(longest, count - labels[back[1]])
+    return longest
 
 
 def measure(method: str, bits: int, kind: torch.dtype, behind: bool) -> list[dict]:

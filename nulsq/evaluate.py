@@ -19,8 +19,7 @@ from nulsq.config import Recipe
 from nulsq.data import DataSet, Normalize, build_loader
 from nulsq.errors import Parser, exit_on_input_error
 from nulsq.metrics import Counters
-from nulsq.models import sync_batch_norm
-from nulsq.quant.fold import fold_
+from nulsq.models import as_it_runs
 from nulsq.quant.modes import in_evaluation
 from nulsq.run_directory import read_recipe, write_atomically
 from nulsq.signals import Asked
@@ -62,9 +61,7 @@ def evaluate_run(run: Path, *, split: str = "test", which: str = "auto", here: W
     model = trained_network(recipe, content, len(data.classes))
     memory = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
     model.to(here.device, memory_format=memory)
-    if len(content["ranks"]) > 1 and here.device.type == "cuda":
-        model = sync_batch_norm(model)
-    fold_(model)  # all as in the run: one network, one rounding
+    model = as_it_runs(model, len(content["ranks"]), here.device)
     loader = build_loader(recipe.data, data, split, here.rank, here.size, here.device)
     found = evaluate(model, loader, Normalize(data, here.device, recipe.run.channels_last), here, recipe,
                      split, asked)

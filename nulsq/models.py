@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nulsq.config import Recipe
 from nulsq.errors import InputError, require
+from nulsq.quant.fold import fold_
 from nulsq.quant.swap import quantize_
 from nulsq.weights import load_weights_
 
@@ -86,6 +87,17 @@ def sync_batch_norm(model: nn.Module) -> nn.Module:
         return require("timm.layers", "train").convert_sync_batchnorm(model)
     raise InputError(f"batch norm of several ranks: {', '.join(kind.__name__ for kind in odd)} cannot be converted to "
                      "SyncBatchNorm; freeze it with optim.freeze_bn=true or train on one GPU")
+
+
+def as_it_runs(model: nn.Module, ranks: int, device: torch.device) -> nn.Module:
+    """The calibrated model as a run of so many ranks steps and evaluates it: one network, one rounding.
+
+    Several GPUs share batch-norm statistics; what is left of batch norms and ReLUs before quantizers becomes theirs.
+    """
+    if ranks > 1 and device.type == "cuda":
+        model = sync_batch_norm(model)
+    fold_(model)
+    return model
 
 
 def is_float(recipe: Recipe) -> bool:

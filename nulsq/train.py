@@ -31,13 +31,12 @@ from nulsq.evaluate import evaluate, evaluate_run, read_evaluation
 from nulsq.loss import backward
 from nulsq.memory import keep_freed_memory
 from nulsq.metrics import Counters
-from nulsq.models import sync_batch_norm
+from nulsq.models import as_it_runs
 from nulsq.optim import Optimizers, learning_rate
 from nulsq.prepare import prepare
 from nulsq.progress import Progress
 from nulsq.quant.batch_norm import freeze_batch_norm_
 from nulsq.quant.calibrate import calibrate_
-from nulsq.quant.fold import fold_
 from nulsq.quant.oscillation import shares
 from nulsq.quant.step import quantizers_of
 from nulsq.quant.swap import summary
@@ -110,9 +109,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     asked = Asked(stop, here, run.path)
     if resumed is None and quantizers_of(model):
         _calibrate(recipe, here, model, loaders, normalize, progress, asked)
-    if here.size > 1 and device.type == "cuda":
-        model = sync_batch_norm(model)  # before fold_, which leaves what needs other ranks as it is
-    fold_(model)
+    model = as_it_runs(model, here.size, device)
     oscillations = track_oscillations(recipe, model)
     stepped = here.data_parallel(model)
     if recipe.run.compile:

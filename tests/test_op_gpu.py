@@ -270,8 +270,8 @@ def test_compiled_for_sm_90_nothing_spills(name, bits, kind, most):
                 found = instructions.compile_for_sm_90(launch)
             except RuntimeError as error:
                 pytest.skip(str(error))
-            assert found.registers <= (230 if bits == 6 else 160) and found.spilled <= 16, found[:-1]
-            assert launch[0].__name__ == "finish" or found.instructions <= most, found[:-1]
+            assert found.registers <= (230 if bits == 6 else 160) and found.spilled <= 16, found
+            assert launch[0].__name__ == "finish" or found.instructions <= most, found
 
 
 # ---- on a GPU

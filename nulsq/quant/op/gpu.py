@@ -30,6 +30,7 @@ COLUMNS = 128, 64, 32  # of a tile that lies across channels
 LINES_AT_ONCE, NUMBERS_AT_ONCE, FINISH_WARPS = 32, 4096, 8  # of the kernel that finishes the sums
 
 
+@functools.cache  # every quantizer asks in every step
 def available() -> bool:
     """Whether Triton is installed and there is a GPU."""
     return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()

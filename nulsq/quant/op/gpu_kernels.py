@@ -18,7 +18,7 @@ decides a level: Triton's own / on float32 is an approximation.
 import triton
 import triton.language as tl
 
-from nulsq.quant.op.gpu_parts import clamp, divide, line, look_up, place, read, relu, round_half_even
+from nulsq.quant.op.gpu_parts import clamp, divide, line, lines, look_up, place, read, relu, round_half_even
 
 
 @triton.jit
@@ -32,8 +32,7 @@ def quantize(x_from, y_to, gaps, levels, thresholds, center, scale, shift, tiles
         levels += tl.program_id(0) * (COUNT + 1)
         thresholds += tl.program_id(0) * COUNT
     else:
-        slope = line(scale, features, LINES, COLS)
-        rise = line(shift, features, LINES, COLS) - line(center, features, LINES, COLS) * slope
+        middle, slope, rise = lines(center, scale, shift, features, LINES, COLS)
     if UNIFORM:
         step = tl.load(gaps)
     else:
@@ -51,14 +50,20 @@ def quantize(x_from, y_to, gaps, levels, thresholds, center, scale, shift, tiles
             code = round_half_even(clamp(divide(x, step + tl.zeros_like(x)) - SHIFT, LOW, HIGH))
             y = (code + SHIFT) * step
         else:
-            y, _ = look_up(x, its_levels, its_thresholds, COUNT, TIES, DEPTH)
+            y, index = look_up(x, its_levels, its_thresholds, COUNT, TIES, DEPTH)
             y = tl.where(x == x, y, x)
         tl.store(y_to + at, y.to(y_to.dtype.element_ty), there)
 
 
 @triton.jit
-def _passed(x, dy, low, high, STE: tl.constexpr, FROM_ZERO: tl.constexpr):
-    """What the straight-through estimator passes of dy; x, low and high in one unit."""
+def _passed(x, dy, step, low, high, UNIFORM: tl.constexpr, RELU: tl.constexpr, STE: tl.constexpr,
+            FROM_ZERO: tl.constexpr):
+    """x behind its ReLU, in the unit of low and high, and what the straight-through estimator passes of dy."""
+    if RELU:
+        x = relu(x)
+        dy = tl.where(x != 0, dy, 0.0)
+    if UNIFORM:
+        x = divide(x, step)
     if STE == "none":
         dx = dy
     elif STE == "clip":
@@ -67,7 +72,7 @@ def _passed(x, dy, low, high, STE: tl.constexpr, FROM_ZERO: tl.constexpr):
         dx = tl.where((x > low) & (x < high), dy, 0.0)
         if STE == "half":
             dx += tl.where((x == low) | (x == high), 0.5 * dy, 0.0)
-    return dx
+    return x, dx
 
 
 @triton.jit
@@ -87,13 +92,11 @@ def gradients(x_from, dy_from, dx_to, partial, line_partial, gaps, levels, thres
         levels += lane * (COUNT + 1)
         thresholds += lane * COUNT
     else:
-        middle = line(center, features, LINES, COLS)
-        slope = line(scale, features, LINES, COLS)
-        rise = line(shift, features, LINES, COLS) - middle * slope
+        middle, slope, rise = lines(center, scale, shift, features, LINES, COLS)
     turned = nothing
     moved = nothing
+    step = tl.load(gaps) + nothing
     if UNIFORM:
-        step = tl.load(gaps) + nothing
         low = LOW + SHIFT + nothing
         high = HIGH + SHIFT + nothing
     else:
@@ -115,14 +118,7 @@ def gradients(x_from, dy_from, dx_to, partial, line_partial, gaps, levels, thres
         x = taken
         if LINES != "none":
             x = taken * slope + rise
-        if RELU:
-            x = relu(x)
-            passes = x != 0
-        if UNIFORM:
-            x = divide(x, step)
-        dx = _passed(x, dy, low, high, STE, FROM_ZERO)
-        if RELU:
-            dx = tl.where(passes, dx, 0.0)
+        x, dx = _passed(x, dy, step, low, high, UNIFORM, RELU, STE, FROM_ZERO)
         if LINES != "none":
             turned += dx * (taken - middle)
             moved += dx
@@ -187,17 +183,15 @@ def passed_on(x_from, dy_from, other_from, dx_to, gaps, levels, center, scale, s
     is the mean of `count` elements and scale is weight times inverse = 1 / sqrt(variance + eps):
     d inverse / d x = -inverse^3 (x - mean) / count,  d mean / d x = 1 / count.
     """
-    middle = line(center, features, LINES, COLS)
-    slope = line(scale, features, LINES, COLS)
-    rise = line(shift, features, LINES, COLS) - middle * slope
+    middle, slope, rise = lines(center, scale, shift, features, LINES, COLS)
     if OWN:
         share = slope / tl.full((1, 1), count, KIND)
         bent = line(inverse, features, LINES, COLS)
         bent = -line(dscale, features, LINES, COLS) * share * bent * bent
         moved = -line(dshift, features, LINES, COLS) * share
     nothing = tl.zeros((ROWS, COLS), KIND)
+    step = tl.load(gaps) + nothing
     if UNIFORM:
-        step = tl.load(gaps) + nothing
         low = LOW + SHIFT + nothing
         high = HIGH + SHIFT + nothing
     else:
@@ -208,13 +202,8 @@ def passed_on(x_from, dy_from, other_from, dx_to, gaps, levels, center, scale, s
         at, there = place(number, rows, cols, row_stride, lane_stride, features, LINES, ROWS, COLS)
         taken = tl.load(x_from + at, there, other=0).to(KIND)
         dy = tl.load(dy_from + at, there, other=0).to(KIND)
-        x = taken * slope + rise
-        if RELU:
-            x = relu(x)
-            dy = tl.where(x != 0, dy, 0.0)
-        if UNIFORM:
-            x = divide(x, step)
-        dx = _passed(x, dy, low, high, STE, FROM_ZERO) * slope
+        x, dx = _passed(taken * slope + rise, dy, step, low, high, UNIFORM, RELU, STE, FROM_ZERO)
+        dx *= slope
         if OWN:
             dx += (taken - middle) * bent + moved
         if OTHER:

@@ -106,6 +106,14 @@ def line(of, features, LINES: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def lines(center, scale, shift, features, LINES: tl.constexpr, COLS: tl.constexpr):
+    """A batch norm of a tile's elements: center, slope and rise of x slope + rise."""
+    middle = line(center, features, LINES, COLS)
+    slope = line(scale, features, LINES, COLS)
+    return middle, slope, line(shift, features, LINES, COLS) - middle * slope
+
+
+@triton.jit
 def place(number, rows, cols, row_stride, lane_stride, features,
            LINES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Offsets of tile `number` of this lane, and which of them are there."""
