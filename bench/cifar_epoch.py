@@ -4,7 +4,8 @@
 
 Every run is `nulsq.train` with the recipe's own schedule for so many epochs, from the given float weights; accuracy is
 the holdout's, never the test set's. Seconds are the training part of an epoch, the mean after the first one where there
-are several: the first compiles. On a GPU, or with --compile, the network is compiled.
+are several: the first compiles. On a GPU, or with --compile, the network is compiled; on a GPU there are rows of steps
+replayed as CUDA graphs (run.cuda_graph), too.
 """
 
 import statistics
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> int:
     print("| network | seconds an epoch | by seed | holdout top-1 | by seed |", "|---" * 5 + "|", sep="\n")
     with tempfile.TemporaryDirectory() as root:
         sides = [("float", FLOAT, None)] + [(f"W2A2 {form}", [], form) for form in arguments.forms]
+        if torch.cuda.is_available():
+            sides += [(f"{name} graphs", [*overrides, "run.cuda_graph=true"], form) for name, overrides, form in sides]
         for name, overrides, form in sides:
             found = [epoch(arguments, root, name.replace(" ", "-"), overrides, seed, form) for seed in arguments.seeds]
             seconds, accuracy = zip(*found, strict=True)

@@ -12,7 +12,7 @@ setting.
     traced        compiled, with the oracle in the graph in place of the fused operator
     bf16, bf16-eager   under autocast                    preresnet18, preresnet18-eager   32 images of 224 pixels
     memory, memory-eager     bytes that a step allocates at its peak
-    cuda-graph    eager, the whole step captured as a CUDA graph: what it costs the GPU alone (--device cuda)
+    cuda-graph, compiled-cuda-graph    eager and compiled, replayed: what it costs the GPU alone (--device cuda)
     syncs         reads of a device number by the host in a step (the ratio is their count, the target none)
     graphs        graph breaks of a compiled step, compilations over 14 activation shapes (likewise counts)
 
@@ -25,9 +25,8 @@ from bench.counts import compilations, graph_breaks, operations, peak_bytes, syn
 from bench.timing import add_options, begin, clock_of, interleaved, row, show, table, timed_row, write_json
 from nulsq.compile import compiled
 from nulsq.config import load_recipe
-from nulsq.divergence import DivergenceGuard, gradient_norm
+from nulsq.divergence import DivergenceGuard
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.loss import backward
 from nulsq.metrics import Counters
 from nulsq.models import network
 from nulsq.optim import Optimizers
@@ -35,6 +34,8 @@ from nulsq.quant.calibrate import calibrate_
 from nulsq.quant.fold import fold_
 from nulsq.quant.op import force
 from nulsq.quant.step import quantizers_of
+from nulsq.state import TrainState
+from nulsq.training_step import training_step
 from nulsq.world import World
 
 METHODS = {"nulsq-a": ("nuLSQ-A", "lsq", "nulsq"), "nulsq-wa": ("nuLSQ-WA", "nulsq", "nulsq"),
@@ -43,14 +44,14 @@ METHODS = {"nulsq-a": ("nuLSQ-A", "lsq", "nulsq"), "nulsq-wa": ("nuLSQ-WA", "nul
 FLOAT = ["quant.weight.quantizer=fp", "quant.activation.quantizer=fp", "quant.rules.edges.enabled=false"]
 CPU = torch.device("cpu")
 TIMED = ("compiled", "traced", "eager", "eager-nchw", "no-compiler", "bf16", "bf16-eager", "preresnet18",
-         "preresnet18-eager", "cuda-graph")
+         "preresnet18-eager", "cuda-graph", "compiled-cuda-graph")
 COUNTED = ("memory", "memory-eager", "syncs", "graphs")
 SMOKE = [("compiled", "nulsq-a", 2), ("compiled", "lsq", 2), ("eager", "nulsq-a", 2), ("eager", "nulsq-a", 4)]
 
 
 def target(setting: str, method: str, bits: int) -> float | None:
     """The project's target for a ratio; None where it has none."""
-    if setting in ("compiled", "bf16"):
+    if setting in ("compiled", "bf16", "compiled-cuda-graph"):
         return {"lcq": 1.30, "apot": 1.15, "uniq": 1.15}.get(method, 1.10 if bits == 4 else 1.05)
     if setting in ("eager", "bf16-eager"):
         return {"lcq": 1.6, "apot": 1.25, "uniq": 1.25}.get(method, 1.18)
@@ -64,7 +65,8 @@ class Step:
     def __init__(self, overrides: list[str], setting: str, device: torch.device = CPU):
         large = setting.startswith("preresnet18")
         channels_last = setting != "eager-nchw"
-        more = [f"run.channels_last={str(channels_last).lower()}"]
+        more = [f"run.channels_last={str(channels_last).lower()}",
+                f"run.cuda_graph={str(setting.endswith('cuda-graph')).lower()}"]
         if setting.startswith("bf16"):
             more.append("run.precision=bf16")
         if large:
@@ -81,48 +83,22 @@ class Step:
             calibrate_(self.model, [self.images])
             fold_(self.model)
         self.model.train()
-        self.stepped = self.model
-        if setting in ("compiled", "traced", "bf16", "preresnet18", "memory"):
-            self.stepped = compiled(self.model, device)
+        stepped = self.model
+        if setting in ("compiled", "traced", "bf16", "preresnet18", "memory", "compiled-cuda-graph"):
+            stepped = compiled(self.model, device)
         plain = "eager" if device.type == "cpu" else "oracle"  # what is chosen where there is no kernel
         self.form = {"no-compiler": plain, "traced": "oracle"}.get(setting)
-        self.optimizers = Optimizers(self.model, self.recipe.optim)
-        self.counters = Counters(device)
-        self.guard = DivergenceGuard(self.recipe.guard, classes, World(0, 1, device))
-        self.level, self.done = [0.0, 0], 0
-        self.graph = self._captured() if setting == "cuda-graph" else None
+        self.state = TrainState(self.model, Optimizers(self.model, self.recipe.optim), Counters(device))
+        alone = World(0, 1, device)
+        self.step = training_step(self.recipe, alone, self.state, stepped)
+        self.guard = DivergenceGuard(self.recipe.guard, classes, alone)
 
     def __call__(self) -> None:
-        if self.graph is not None:
-            self.graph.replay()
-            return
         with force(self.form):
-            loss = backward(self.stepped, self.images, self.labels, self.recipe, self.counters)
-            self.guard.look(self.done, loss, gradient_norm(self.model), self.level)
-            self.optimizers.step(0.01)
-        self.done += 1
-
-    def _captured(self) -> "torch.cuda.CUDAGraph":
-        """The step without the guard's look, which reads numbers every so often."""
-        for optimizer in filter(None, (self.optimizers.weights, self.optimizers.quantizers)):
-            for group in optimizer.param_groups:
-                group["capturable"] = True
-
-        def step():
-            backward(self.stepped, self.images, self.labels, self.recipe, self.counters)
-            gradient_norm(self.model)
-            self.optimizers.step(0.01)
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        return graph
+            loss, norm = self.step.gradients(self.images, self.labels, 0.0)
+            self.guard.look(self.state.step, loss, norm, self.state.level)
+            self.step.update(0.01, 0.0)
+        self.state.step += 1
 
 
 def quantized(method: str, bits: int) -> list[str]:
@@ -195,8 +171,9 @@ def parser() -> Parser:
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    if "cuda-graph" in arguments.settings and arguments.device != "cuda":
-        raise InputError("--settings cuda-graph needs --device cuda")
+    graphs = [each for each in arguments.settings if each.endswith("cuda-graph")]
+    if graphs and arguments.device != "cuda":
+        raise InputError(f"--settings {graphs[0]} needs --device cuda")
     if arguments.profile and arguments.device != "cpu":
         raise InputError("--profile is of the CPU; on a GPU nsys or torch.profiler say more")
     device = begin(arguments)

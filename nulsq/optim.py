@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from nulsq.config import Optim
@@ -58,30 +58,42 @@ class Optimizers:
         if quantizers_of(model):
             follow_step_(self.quantizers or self.weights, model)
 
-    def step(self, lr: float) -> None:
-        """Clip, set both learning rates, step both (weights first), clear the gradients."""
+    def step(self, lr: float | Tensor) -> None:
+        """Clip, set both learning rates, step both (weights first). As a tensor [] the rate can be another one each
+        time that a CUDA graph of this is replayed."""
         if self.recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.clipped, self.recipe.clip_norm)
+        in_graph = isinstance(lr, Tensor) and lr.is_cuda and torch.cuda.is_current_stream_capturing()
         for optimizer, rate in ((self.weights, lr), (self.quantizers, lr * self.recipe.coeff_qparm_lr)):
             if optimizer is None:
                 continue
             for group in optimizer.param_groups:
                 group["lr"] = rate
+                if "capturable" in group:  # being fused it always is; outside of a recording torch warns of the word
+                    group["capturable"] = in_graph
             optimizer.step()
-        self.zero_grad()
 
     def zero_grad(self) -> None:
         for optimizer in filter(None, (self.weights, self.quantizers)):
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
-        return {"weights": self.weights.state_dict(),
-                "quantizers": self.quantizers.state_dict() if self.quantizers else None}
+        return {"weights": _of_any_run(self.weights.state_dict()),
+                "quantizers": _of_any_run(self.quantizers.state_dict()) if self.quantizers else None}
 
     def load_state_dict(self, state: dict) -> None:
         self.weights.load_state_dict(state["weights"])
         if self.quantizers:
             self.quantizers.load_state_dict(state["quantizers"])
+
+
+def _of_any_run(state: dict) -> dict:
+    """An optimizer's state without the traces of a CUDA graph."""
+    for group in state["param_groups"]:  # a copy
+        group["lr"] = float(group["lr"])
+        if "capturable" in group:
+            group["capturable"] = False
+    return state
 
 
 def _build(name: str, groups: list[dict], recipe: Optim) -> Optimizer:

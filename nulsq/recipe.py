@@ -28,6 +28,8 @@ class Run:
     precision: Literal["fp32", "bf16"] = setting("fp32", "bf16: autocast; quantizer parameters stay float32")
     channels_last: bool = setting(True, "memory format of images and convolution weights")
     compile: bool = setting(False, "torch.compile the network (minutes at the first step, faster after)")
+    cuda_graph: bool = setting(False, "one rank on a GPU: replay steps as CUDA graphs, for small networks, whose "
+                               "kernels take longer to launch than to run")
     log_every: int = setting(20, "steps between two lines of the TensorBoard log", low=1)
     save_every: int | None = setting(None, "steps between two checkpoints within an epoch; default: one after each "
                                      "epoch (and whenever RUN/save is made)", low=1)

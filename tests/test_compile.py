@@ -95,6 +95,7 @@ def losses(recipe, images, labels, form, *, kind=torch.float32, compiled=False, 
         optimizers, counters, found = Optimizers(model, recipe.optim), Counters(torch.device("cpu")), []
         for x, y in zip(images[:steps], labels, strict=False):
             before = counters.values.clone()
+            optimizers.zero_grad()
             backward(stepped, x.to(kind), y, recipe, counters)
             optimizers.step(0.01)
             found.append((counters.values - before).tolist())

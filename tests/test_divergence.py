@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import nulsq
 import nulsq.train
+import nulsq.training_step
 from bench.counts import Waits
 from nulsq import checkpoint
 from nulsq.divergence import TRUSTED, DivergenceGuard, first_bad
@@ -68,14 +69,14 @@ def test_looking_costs_no_synchronization():
 
 def spoil(monkeypatch, steps_done, when, what):
     """From now on `what(model)` is done to the gradients of the steps that `when` says."""
-    plain = nulsq.train.backward
+    plain = nulsq.training_step.backward
 
     def backward(model, *rest):
         loss = plain(model, *rest)
         if when(steps_done[-1]):
             what(model)
         return loss
-    monkeypatch.setattr(nulsq.train, "backward", backward)
+    monkeypatch.setattr(nulsq.training_step, "backward", backward)
 
 
 def bad_gradient(model):

@@ -54,7 +54,7 @@ class OscillationTracker(nn.Module):
         self.average.copy_(index)
 
     @torch.no_grad()
-    def update_(self, layer: nn.Module, momentum: float, threshold: float | None) -> None:
+    def update_(self, layer: nn.Module, momentum: float, threshold: float | Tensor | None) -> None:
         """Once after each optimizer step. Synchronizes nothing; frozen weights of `layer` are set to their level."""
         index = torch.where(self.frozen, self.index, self._found(layer))
         direction = (index - self.index).sign()
@@ -108,16 +108,25 @@ class Oscillations:
 
     def after_step_(self, done: float) -> None:
         """Call it after every optimizer step (steps projected), with the share of training done, this step included."""
-        threshold = self.threshold(done)
+        self.update_(self.threshold(done))
+
+    def update_(self, threshold: float | Tensor | None) -> None:
+        """The same for a threshold [] of freezing; None freezes nothing."""
         for layer in self.layers.values():
             layer.oscillation.update_(layer, self.settings.momentum, threshold)
 
     def dampening(self, done: float) -> Tensor | None:
         """lambda(t) times the dampening loss, [] with gradients for the weights; None while there is none."""
-        factor = _cosine(done, self.settings.start, 0.0, self.settings.dampening)
-        if not factor:
-            return None
+        factor = self.dampening_factor(done)
+        return None if factor is None else self.dampening_by(factor)
+
+    def dampening_by(self, factor: float | Tensor) -> Tensor:
+        """The same for a lambda []."""
         return factor * sum(dampening_loss(layer, self.settings.aggregate) for layer in self.layers.values())
+
+    def dampening_factor(self, done: float) -> float | None:
+        """lambda at a share of training; None while there is no dampening."""
+        return _cosine(done, self.settings.start, 0.0, self.settings.dampening) or None
 
     def threshold(self, done: float) -> float | None:
         """The freezing threshold at a share of training; None while nothing freezes."""

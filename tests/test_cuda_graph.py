@@ -1,0 +1,126 @@
+"""A run whose steps are CUDA graphs is the run without: on a GPU, and on the CPU with cpu_graph.py in their place."""
+
+import pytest
+import torch
+
+import nulsq.train
+from nulsq.divergence import DivergenceGuard
+from nulsq.run_directory import path_of
+from nulsq.train import train
+from tests.cpu_graph import on_the_cpu
+from tests.runs import assert_same_state, last, numbers
+
+HALVES = ["_gradients", "_update"]
+EXACT = {"optim__coeff_qparm_lr": 2**-6}  # of a float32, too
+CASES = {  # what a recipe says beside the usual, and which halves are recorded
+    "nulsq": ({"optim__ema_decay": 0.9}, HALVES),
+    "lcq-adamw": ({"quant__activation__quantizer": "lcq", "quant__weight__quantizer": "nulsq", "optim__accumulate": 2,
+                   "optim__label_smoothing": 0.1, "optim__optimizer": "adamw", "optim__lr": 0.002,
+                   "optim__qparm_optimizer": "sgd", "optim__clip_norm": 0.5}, HALVES),
+    "minmax": ({"quant__activation__quantizer": "minmax", "quant__weight__quantizer": "uniq"}, HALVES),
+    "bf16": ({"run__precision": "bf16", "quant__activation__quantizer": "apot", "optim__freeze_bn": True}, HALVES),
+    "oscillating": ({"oscillation__dampening": 0.01, "oscillation__freeze_threshold": 0.1, "oscillation__start": 0.4,
+                     "optim__epochs": 3}, [*HALVES, *HALVES]),
+}
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Names of the functions recorded, in order; learning rates are float32's, as a graph reads them."""
+    plain = nulsq.train.learning_rate
+    monkeypatch.setattr(nulsq.train, "learning_rate", lambda *args, **kwargs: torch.tensor(
+        plain(*args, **kwargs)).item())
+    with on_the_cpu(monkeypatch) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_replayed_steps_are_plain_steps(name, short, float_run, recorded):
+    overrides, wanted = CASES[name]
+    if name == "nulsq":
+        overrides = overrides | {"distill__teacher": str(float_run), "distill__weight": 0.5}
+    graphed, plain = (short(f"{kind}-{name}", **{"model__init_from": str(float_run), "optim__epochs": 2}
+                            | EXACT | overrides, run__cuda_graph=kind == "graphed") for kind in ("graphed", "plain"))
+    assert train(plain, quiet=True).outcome == "finished" and recorded == []
+    assert train(graphed, quiet=True).outcome == "finished" and recorded == wanted
+    assert numbers(path_of(graphed)) == numbers(path_of(plain))
+    assert_same_state(last(path_of(graphed)), last(path_of(plain)))
+
+
+def test_a_run_goes_on_from_its_checkpoint(short, float_run, recorded, steps_done):
+    whole, parted = (short(name, model__init_from=str(float_run), run__cuda_graph=True, optim__epochs=3)
+                     for name in ("graphed-whole", "graphed-parted"))
+    train(whole, quiet=True)
+    assert train(parted, quiet=True, stop=lambda: steps_done[-1] == 6).outcome == "saved"
+    assert train(parted, quiet=True).outcome == "finished"
+    assert recorded == 3 * HALVES
+    assert numbers(path_of(parted)) == numbers(path_of(whole))
+    assert_same_state(last(path_of(parted)), last(path_of(whole)))
+
+
+def test_a_run_that_goes_back_records_again(short, float_run, recorded, steps_done, monkeypatch):
+    """The optimizers' state is in other memory then."""
+    plain = DivergenceGuard.look
+
+    def look(guard, step, *rest):
+        bad = plain(guard, step, *rest)
+        return 6 if step == 6 else bad
+
+    monkeypatch.setattr(DivergenceGuard, "look", look)
+    graphed, wanted = (short(name, model__init_from=str(float_run), run__cuda_graph=name == "graphed-back",
+                             optim__epochs=3, **EXACT) for name in ("graphed-back", "plain-back"))
+    states = [train(recipe, quiet=True) for recipe in (graphed, wanted)]
+    assert [(state.outcome, state.skipped) for state in states] == 2 * [("finished", [6])]
+    assert recorded == 2 * HALVES
+    assert numbers(path_of(graphed)) == numbers(path_of(wanted))
+    assert_same_state(last(path_of(graphed)), last(path_of(wanted)))
+
+
+def test_a_diverged_run_still_names_its_quantizer(short, float_run, recorded, monkeypatch):
+    """A recorded half leaves gradients where a plain one does."""
+    plain = DivergenceGuard.look
+
+    def look(guard, step, *rest):
+        bad = plain(guard, step, *rest)
+        return step if step >= 5 else bad
+
+    def spoiled(model, images):
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+        return "quantizer"
+
+    monkeypatch.setattr(DivergenceGuard, "look", look)
+    monkeypatch.setattr(nulsq.train, "first_bad", spoiled)
+    recipe = short("graphed-diverged", model__init_from=str(float_run), run__cuda_graph=True, optim__epochs=3,
+                   guard__rollbacks=0)
+    assert train(recipe, quiet=True).outcome == "diverged" and recorded == HALVES
+
+
+def test_a_recording_refuses_what_a_graph_cannot_do(recorded):
+    from nulsq.cuda_graph import Recording
+    with pytest.raises(RuntimeError, match="a number is read"):
+        Recording(lambda x: x.sum().item(), (torch.ones(2),), torch.device("cpu"))
+
+
+def test_elsewhere_the_same_recipe_runs_without(short, float_run, straight):
+    """So that it can be checked, and tried, where there is no GPU."""
+    recipe = short("graphed-cpu", model__init_from=str(float_run), run__cuda_graph=True, optim__epochs=3)
+    with pytest.warns(UserWarning, match="run.cuda_graph: only one rank on a GPU .* here with 1 on cpu"):
+        train(recipe, quiet=True)
+    assert numbers(path_of(recipe)) == numbers(straight)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", ["nulsq", "lcq-adamw", "oscillating"])
+def test_on_a_gpu(name, compile, short, float_run, monkeypatch):
+    """But for the rounding of learning rates."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    graphed, plain = (short(f"{kind}-{name}-{compile}", **{"model__init_from": str(float_run), "optim__epochs": 3}
+                            | CASES[name][0] | {"run__device": "cuda", "run__compile": compile, "optim__lr": 0.001},
+                            run__cuda_graph=kind == "graphed") for kind in ("graphed", "plain"))
+    for recipe in (plain, graphed):
+        assert train(recipe, quiet=True).outcome == "finished"
+    losses = torch.tensor([[line["train_loss"], line["val_loss"]] for recipe in (graphed, plain)
+                           for line in numbers(path_of(recipe))])
+    torch.testing.assert_close(*losses.chunk(2), rtol=0.01, atol=0.0)
