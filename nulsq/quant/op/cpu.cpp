@@ -43,6 +43,7 @@ template <class Kind, class C> struct BehindRelu {
 template <bool FORWARD, class Kind, class S, class C>
 void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64_t start, int64_t count, const S* x,
            const S* dy, S* out, double* total, double* line_total) {
+    constexpr bool COPIED = !FORWARD && Kind::SMALL;
     Kind kind(rule, table);
     const BehindRelu<Kind, C> behind(rule);
     const S* none = nullptr;
@@ -51,10 +52,15 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
         else return behind.gradient(kind, at, load(dy));
     };
     if (!lines.features) {
-        auto step = [&](const S* x, const S* dy, const S*, S* out) INLINED { store(out, found(kind, load(x), dy)); };
+        auto go = [&](int64_t i, const Walk& walk) {
+            std::conditional_t<COPIED, Kind, Kind&> own = kind;
+            auto step = [&](const S* x, const S* dy, const S*, S* out) INLINED { store(out, found(own, load(x), dy)); };
+            vectors<FORWARD, C>(x + i, along(dy, i), none, out + i, walk, step);
+            if constexpr (COPIED) kind = own;
+        };
         const int64_t rest = count % WIDTH<C>, full = count - rest;
-        vectors<FORWARD, C>(x, dy, none, out, Walk{count / WIDTH<C>, WIDTH<C>, WIDTH<C>, AHEAD}, step);
-        if (rest) vectors<FORWARD, C>(x + full, along(dy, full), none, out + full, Walk{1, WIDTH<C>, rest, AHEAD}, step);
+        go(0, Walk{count / WIDTH<C>, WIDTH<C>, WIDTH<C>, AHEAD});
+        if (rest) go(full, Walk{1, WIDTH<C>, rest, AHEAD});
     } else {
         lines.stretches(start, count, [&](int64_t i, const Walk& walk, int64_t channel) {
             const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
@@ -193,10 +199,13 @@ template <class S, class C> void run(const Call& call) {
                 dgaps[c * gap_count + k] = total[1 + k] / gaps[c * gap_count + k] + (k < -rule.low ? -below : above);
             continue;
         }
-        const double unit = gaps[c], low = rule.uniform ? rule.low + rule.shift : tables[c].levels[0] / unit,
-                     high = rule.uniform ? rule.high + rule.shift : tables[c].levels[rule.thresholds] / unit;
-        dgaps[c] = low * below + high * above;
-        if (rule.reduction == TOTAL) dgaps[c] += rule.uniform ? total[1] : total[1] / unit;  // in steps already
+        if (rule.uniform) {                                    // in steps already
+            dgaps[c] = total[1] + total[2];
+            continue;
+        }
+        const double unit = gaps[c];
+        dgaps[c] = (tables[c].levels[0] * below + tables[c].levels[rule.thresholds] * above) / unit;
+        if (rule.reduction == TOTAL) dgaps[c] += total[1] / unit;
         else for (int m = 0; m < cells; m++) {
             doffset[c * cells + m] = total[1 + m];
             dslope[c * cells + m] = total[cells + 3 + m];

@@ -84,7 +84,7 @@ template <class C, bool FROM_ZERO> struct Uniform {
     static constexpr bool SMALL = true;                        // is copied, to lie in registers
     Rule rule;
     C step, shift = rule.shift, low = rule.low + shift, high = rule.high + shift;
-    Real<C> below{}, error{}, above{};
+    Real<C> error{}, ends{};                                   // of what lies inside, of what the range's ends get
 
     Uniform(const Rule& rule, const Table<C>& table) : rule(rule), step(table.step) {}
 
@@ -92,18 +92,19 @@ template <class C, bool FROM_ZERO> struct Uniform {
         return (round_half_even<C>(clamp<C>(x / step - shift, rule.low, rule.high)) + shift) * step;
     }
     INLINED Real<C> gradient(Real<C> x, Real<C> dy) {
-        const Real<C> at = x / step;
+        const Real<C> at = x / step, kept = clamp<C>(at, low, high);
+        const Int<C> inside = kept == at;
         if (rule.reduction != NO_SUMS) {
-            const Real<C> nearest = round_half_even<C>(clamp<C>(at, low, high) - shift) + shift;
-            if (!FROM_ZERO) add_where(below, at < low, dy);
-            add_where(error, FROM_ZERO ? x > C(0) : at >= low, where<C>(at <= high, (nearest - at) * dy));
-            add_where(above, at > high, dy);
+            const Real<C> nearest = round_half_even<C>(kept - shift) + shift;
+            add_where(error, inside, (nearest - at) * dy);
+            add_where(ends, (kept < at) | (kept > at), nearest * dy);  // a NaN gets nothing
         }
+        if (rule.ste == CLIP) return where<C>(FROM_ZERO ? inside & (x > C(0)) : inside, dy);
         return input_gradient<FROM_ZERO>(rule.ste, dy, x, at, low, high);
     }
     void add_to(double* total) const {
         if (rule.reduction == NO_SUMS) return;
-        for (int j = 0; j < WIDTH<C>; j++) total[0] += below[j], total[1] += error[j], total[2] += above[j];
+        for (int j = 0; j < WIDTH<C>; j++) total[1] += error[j], total[2] += ends[j];
     }
 };
 
