@@ -144,16 +144,17 @@ template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
         return look_up<COUNT, false, true>(*table, x, unused);
     }
     INLINED Real<C> gradient(Real<C> x, Real<C> dy) {
+        const Int<C> inside = clamp<C>(x, low, high) == x;     // which a NaN is not
         if (rule.reduction != NO_SUMS) {
             Int<C> unused;
-            Real<C> y = look_up<COUNT, false, false>(*table, x, unused), error = (y - x) * dy;
+            const Real<C> y = look_up<COUNT, false, false>(*table, x, unused), error = where<C>(inside, (y - x) * dy);
             if (!FROM_ZERO) add_where(below, x < low, dy);
             add_where(above, x > high, dy);
-            error = where<C>(x <= high, error);                // which a NaN is not
-            add_where(sums[0], FROM_ZERO ? x > low : x >= low, error);
+            sums[0] += error;
 #pragma GCC unroll 15
             for (int k = 1; k < GAPS; k++) add_where(sums[k], x > all<C>(table->levels[k]), error);
         }
+        if (rule.ste == CLIP) return where<C>(FROM_ZERO ? inside & (x > C(0)) : inside, dy);
         return input_gradient<FROM_ZERO>(rule.ste, dy, x, x, low, high);
     }
     void add_to(double* total) const {
@@ -193,13 +194,12 @@ template <class C, int COUNT, bool FROM_ZERO> struct Packed {
     const Table<C>& table;
     const C low = FROM_ZERO ? 0 : table.levels[0], high = table.levels[COUNT];
     Aside<C> aside;
-    Real<C> below{}, above{}, sums[COUNT] = {};
+    Real<C> above{}, sums[COUNT] = {};
 
     Packed(const Rule& rule, const Table<C>& table) : rule(rule), table(table) {}
 
     INLINED Real<C> gradient(Real<C> x, Real<C> dy) {
-        if (!FROM_ZERO) add_where(below, x < low, dy);
-        add_where(above, x > high, dy);
+        add_where(above, x > high, dy);                        // no gap gets anything of what lies below zero
         aside.put(x, dy, (x > low) & (x <= high), [&](int count) { add_waiting(count); });
         return input_gradient<FROM_ZERO>(rule.ste, dy, x, x, low, high);
     }
@@ -218,7 +218,7 @@ template <class C, int COUNT, bool FROM_ZERO> struct Packed {
     }
     void add_to(double* total) {
         aside.put_rest(high, [&](int count) { add_waiting(count); });
-        add_gaps<C>(total, below, above, sums);
+        add_gaps<C>(total, Real<C>{}, above, sums);
     }
 };
 
