@@ -63,8 +63,13 @@ def _on_side_stream(function, arguments):
 
 def _record(function, arguments):
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders' threads may use the device meanwhile
-        result = function(*arguments)
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
+            result = function(*arguments)
+    except RuntimeError as error:
+        cause = error.__context__ or error  # ending a recording that has failed fails, too
+        raise RuntimeError(f"run.cuda_graph: a step of this network cannot be recorded ({cause}); "
+                           "run.cuda_graph=false runs it") from cause
     return graph.replay, result
 
 

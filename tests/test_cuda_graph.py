@@ -1,12 +1,17 @@
 """A run whose steps are CUDA graphs is the run without: on a GPU, and on the CPU with cpu_graph.py in their place."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import nulsq.train
+from nulsq import cuda_graph
 from nulsq.divergence import DivergenceGuard
 from nulsq.run_directory import path_of
 from nulsq.train import train
+from tests.conftest import ROOT
 from tests.cpu_graph import on_the_cpu
 from tests.runs import assert_same_state, last, numbers
 
@@ -96,9 +101,22 @@ def test_a_diverged_run_still_names_its_quantizer(short, float_run, recorded, mo
 
 
 def test_a_recording_refuses_what_a_graph_cannot_do(recorded):
-    from nulsq.cuda_graph import Recording
     with pytest.raises(RuntimeError, match="a number is read"):
-        Recording(lambda x: x.sum().item(), (torch.ones(2),), torch.device("cpu"))
+        cuda_graph.Recording(lambda x: x.sum().item(), (torch.ones(2),), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("overrides", [
+    ["optim.clip_norm=1", "run.precision=bf16"],
+    ["quant.weight.quantizer=nulsq", "quant.activation.quantizer=lcq", "optim.optimizer=adamw"],
+    ["quant.weight.quantizer=uniq", "quant.activation.quantizer=apot", "oscillation.dampening=0.01",
+     "oscillation.freeze_threshold=0.1"],
+    ["quant.weight.quantizer=minmax", "quant.activation.quantizer=minmax"],
+])
+def test_a_step_keeps_to_its_device(overrides):
+    """No tensor lies on the host, and none is read there. In a process of its own: torch stays changed."""
+    done = subprocess.run([sys.executable, "-m", "tests.fake_gpu", *overrides], cwd=ROOT, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0 and "on its device" in done.stdout, done.stderr[-3000:]
 
 
 def test_elsewhere_the_same_recipe_runs_without(short, float_run, straight):
@@ -116,11 +134,20 @@ def test_elsewhere_the_same_recipe_runs_without(short, float_run, straight):
 def test_on_a_gpu(name, compile, short, float_run, monkeypatch):
     """But for the rounding of learning rates."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    recorded, record = [], cuda_graph.RECORDERS["cuda"]
+
+    def noted(function, arguments):
+        recorded.append(function.__name__)
+        return record(function, arguments)
+
+    monkeypatch.setitem(cuda_graph.RECORDERS, "cuda", noted)
+    overrides, wanted = CASES[name]
     graphed, plain = (short(f"{kind}-{name}-{compile}", **{"model__init_from": str(float_run), "optim__epochs": 3}
-                            | CASES[name][0] | {"run__device": "cuda", "run__compile": compile, "optim__lr": 0.001},
+                            | overrides | {"run__device": "cuda", "run__compile": compile, "optim__lr": 0.001},
                             run__cuda_graph=kind == "graphed") for kind in ("graphed", "plain"))
     for recipe in (plain, graphed):
         assert train(recipe, quiet=True).outcome == "finished"
+    assert recorded == wanted
     losses = torch.tensor([[line["train_loss"], line["val_loss"]] for recipe in (graphed, plain)
                            for line in numbers(path_of(recipe))])
     torch.testing.assert_close(*losses.chunk(2), rtol=0.01, atol=0.0)

@@ -45,7 +45,7 @@ def lloyd_max(histogram: Histogram, levels: Tensor, zero: int) -> Tensor:
 
     A level that nothing falls to stays where it is, between its neighbours.
     """
-    levels = levels.double()
+    levels = levels.to(histogram.total)  # in double, where the histogram is
     for _ in range(ITERATIONS):
         count, total = histogram.cells((levels[..., :-1] + levels[..., 1:]) / 2)
         new = torch.where(count > 0, total / count.clamp(min=1), levels)

@@ -83,7 +83,7 @@ class LCQ(Quantizer):
             count = self.codes[1]
             code = torch.arange(count + 1, dtype=alpha.dtype, device=alpha.device) / count
             level = _expand(code, slope, offset)
-            level[..., -1] = 1  # exactly, whatever the sum of the shares rounds to
+            level[..., -1].fill_(1)  # exactly, whatever the sum of the shares rounds to
             threshold = _expand(code[:-1] + 0.5 / count, slope, offset)
         # The cells of [0, 1], in order: which code and which interval each lies in.
         ends = torch.arange(1, INTERVALS, dtype=alpha.dtype, device=alpha.device) / INTERVALS

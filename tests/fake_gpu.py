@@ -1,0 +1,81 @@
+"""python -m tests.fake_gpu KEY=VALUE ...: two steps of a recipe, but for backward, on tensors that have the device
+"cuda", shapes and types, and nothing else (torch's fake tensors). Needs no GPU.
+
+Operations with a tensor of another device fail, and so does reading a number. torch's engine has no backward for a
+device that is not there; gradients are as they would lie.
+"""
+
+import sys
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from nulsq.config import load_recipe
+from nulsq.divergence import DivergenceGuard, gradient_norm
+from nulsq.ema import WeightAverage
+from nulsq.loss import task_loss
+from nulsq.metrics import Counters
+from nulsq.models import network
+from nulsq.optim import Optimizers
+from nulsq.quant.calibrate import calibrate_
+from nulsq.quant.fold import fold_
+from nulsq.quant.op import gpu
+from nulsq.state import track_oscillations
+from nulsq.world import World
+
+CUDA = torch.device("cuda")
+
+
+def on_gpu_alone(*arguments, **options):
+    """In the place of a fused optimizer's operation, which fake tensors do not know of."""
+    assert all(leaf.is_cuda for leaf in tree_leaves((arguments, options)) if isinstance(leaf, torch.Tensor))
+
+
+def move_(model):
+    def moved(tensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CUDA)
+
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = torch.nn.Parameter(moved(parameter), parameter.requires_grad)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = moved(buffer)
+
+
+def main(overrides):
+    recipe = load_recipe("configs/recipes/cifar10/w2a2.yaml", overrides)
+    model = network(recipe, 10, start=False)
+    calibrate_(model, [torch.randn(4, 3, 32, 32)])
+    fold_(model)
+    model.train()
+    gpu.available, gpu.moments = lambda: True, torch.ops.nulsq.moments
+    torch.cuda.is_current_stream_capturing = lambda: False
+    torch._fused_sgd_ = torch._fused_adamw_ = on_gpu_alone
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        move_(model)
+        oscillations = track_oscillations(recipe, model)
+        counters, average = Counters(CUDA), WeightAverage(model, 0.9)
+        optimizers, guard = Optimizers(model, recipe.optim), DivergenceGuard(recipe.guard, 10, World(0, 1, CUDA))
+        images = torch.empty(4, 3, 32, 32, device=CUDA).contiguous(memory_format=torch.channels_last)
+        labels = torch.zeros(4, dtype=torch.long, device=CUDA)
+        for step, rate in enumerate((0.1, torch.full((), 0.1, device=CUDA))):
+            with torch.autocast("cuda", torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+                logits = model(images)
+            loss = task_loss(logits, labels, recipe)
+            if oscillations:
+                loss = loss + oscillations.dampening(0.9)
+            counters.add(logits, labels, loss)
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter)
+            guard.look(step, loss, gradient_norm(model), [0.0, 0])
+            optimizers.step(rate)
+            if oscillations:
+                oscillations.after_step_(0.9)
+            average.update_(step + 1)
+    assert loss.is_cuda
+    print("on its device")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
