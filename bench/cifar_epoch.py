@@ -25,7 +25,6 @@ from nulsq.train import train
 
 def epoch(arguments, root: str, name: str, overrides: list[str], seed: int, form: str | None) -> tuple[float, float]:
     """Seconds of an epoch's training and top-1 on the holdout after the last one."""
-    torch._dynamo.reset()  # more than eight networks of one class, and torch.compile would go eager
     recipe = load_recipe("configs/recipes/cifar10/w2a2.yaml", [
         f"data.path={arguments.data}", f'model.init_from="{arguments.init}"', f"run.root={root}", f"run.seed={seed}",
         f"run.train_id={name}-{seed}", f"optim.epochs={arguments.epochs}", "optim.warmup_epochs=0.1",

@@ -114,6 +114,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     stepped = here.data_parallel(model)
     if recipe.run.compile:
         stepped = compiled(stepped, device)
+        cleanup.callback(torch.compiler.reset)  # past its eighth network of one class a process would go eager
 
     # ---- state: fresh or resumed
     average = WeightAverage(model, optim.ema_decay) if optim.ema_decay else None

@@ -21,6 +21,11 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """What a test has set, or a command that it has called, is not the next one's: two threads round differently."""

@@ -67,17 +67,23 @@ def record(function, arguments):
     return recorder.replay, result
 
 
-@contextlib.contextmanager
-def on_the_cpu(monkeypatch):
-    """Within it runs on the CPU may have run.cuda_graph, and their quantizers are seen by a recorder. Yields a list
-    that gets the name of each function recorded."""
+def note(monkeypatch, device, record) -> list[str]:
+    """Let `record` do the recording on this kind of device; the names of the functions that are recorded."""
     recorded = []
 
     def noted(function, arguments):
         recorded.append(function.__name__)
         return record(function, arguments)
 
-    monkeypatch.setitem(cuda_graph.RECORDERS, "cpu", noted)
+    monkeypatch.setitem(cuda_graph.RECORDERS, device, noted)
+    return recorded
+
+
+@contextlib.contextmanager
+def on_the_cpu(monkeypatch):
+    """Within it runs on the CPU may have run.cuda_graph, and their quantizers are seen by a recorder. Yields the names
+    of the functions recorded."""
+    recorded = note(monkeypatch, "cpu", record)
     monkeypatch.setitem(cuda_graph.WARM_UPS, "cpu", lambda function, arguments: function(*arguments))
     monkeypatch.setattr(cpu, "moments", torch.ops.nulsq.moments)
     with force("oracle"):

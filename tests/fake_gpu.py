@@ -1,8 +1,7 @@
 """python -m tests.fake_gpu KEY=VALUE ...: two steps of a recipe, but for backward, on tensors that have the device
 "cuda", shapes and types, and nothing else (torch's fake tensors). Needs no GPU.
 
-Operations with a tensor of another device fail, and so does reading a number. torch's engine has no backward for a
-device that is not there; gradients are as they would lie.
+Operations with a tensor of another device fail, and so does reading a number.
 """
 
 import sys
@@ -12,16 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from nulsq.config import load_recipe
-from nulsq.divergence import DivergenceGuard, gradient_norm
+from nulsq.divergence import DivergenceGuard
 from nulsq.ema import WeightAverage
-from nulsq.loss import task_loss
 from nulsq.metrics import Counters
 from nulsq.models import network
 from nulsq.optim import Optimizers
 from nulsq.quant.calibrate import calibrate_
 from nulsq.quant.fold import fold_
 from nulsq.quant.op import gpu
-from nulsq.state import track_oscillations
+from nulsq.state import TrainState, track_oscillations
+from nulsq.training_step import training_step
 from nulsq.world import World
 
 CUDA = torch.device("cuda")
@@ -43,6 +42,12 @@ def move_(model):
             module._buffers[name] = moved(buffer)
 
 
+def leave_gradients_(model):
+    """In the place of backward: torch's engine has none for a device that is not there."""
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+
+
 def main(overrides):
     recipe = load_recipe("configs/recipes/cifar10/w2a2.yaml", overrides)
     model = network(recipe, 10, start=False)
@@ -51,28 +56,22 @@ def main(overrides):
     model.train()
     gpu.available, gpu.moments = lambda: True, torch.ops.nulsq.moments
     torch.cuda.is_current_stream_capturing = lambda: False
+    torch.Tensor.backward = lambda loss: leave_gradients_(model)
     torch._fused_sgd_ = torch._fused_adamw_ = on_gpu_alone
     with FakeTensorMode(allow_non_fake_inputs=False):
         move_(model)
         oscillations = track_oscillations(recipe, model)
-        counters, average = Counters(CUDA), WeightAverage(model, 0.9)
-        optimizers, guard = Optimizers(model, recipe.optim), DivergenceGuard(recipe.guard, 10, World(0, 1, CUDA))
+        state = TrainState(model, Optimizers(model, recipe.optim), Counters(CUDA), WeightAverage(model, 0.9))
+        alone = World(0, 1, CUDA)
+        step, guard = training_step(recipe, alone, state, model, None, oscillations), DivergenceGuard(
+            recipe.guard, 10, alone)
         images = torch.empty(4, 3, 32, 32, device=CUDA).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(4, dtype=torch.long, device=CUDA)
-        for step, rate in enumerate((0.1, torch.full((), 0.1, device=CUDA))):
-            with torch.autocast("cuda", torch.bfloat16, enabled=recipe.run.precision == "bf16"):
-                logits = model(images)
-            loss = task_loss(logits, labels, recipe)
-            if oscillations:
-                loss = loss + oscillations.dampening(0.9)
-            counters.add(logits, labels, loss)
-            for parameter in model.parameters():
-                parameter.grad = torch.empty_like(parameter)
-            guard.look(step, loss, gradient_norm(model), [0.0, 0])
-            optimizers.step(rate)
-            if oscillations:
-                oscillations.after_step_(0.9)
-            average.update_(step + 1)
+        for number, rate in enumerate((0.1, torch.full((), 0.1, device=CUDA))):
+            loss, norm = step.gradients(images, labels, 0.9)
+            guard.look(number, loss, norm, state.level)
+            step.update(rate, 0.9)
+            state.average.update_(number + 1)
     assert loss.is_cuda
     print("on its device")
 

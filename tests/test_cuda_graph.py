@@ -12,7 +12,7 @@ from nulsq.divergence import DivergenceGuard
 from nulsq.run_directory import path_of
 from nulsq.train import train
 from tests.conftest import ROOT
-from tests.cpu_graph import on_the_cpu
+from tests.cpu_graph import note, on_the_cpu
 from tests.runs import assert_same_state, last, numbers
 
 HALVES = ["_gradients", "_update"]
@@ -128,19 +128,12 @@ def test_elsewhere_the_same_recipe_runs_without(short, float_run, straight):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("name", ["nulsq", "lcq-adamw", "oscillating"])
 def test_on_a_gpu(name, compile, short, float_run, monkeypatch):
     """But for the rounding of learning rates."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    recorded, record = [], cuda_graph.RECORDERS["cuda"]
-
-    def noted(function, arguments):
-        recorded.append(function.__name__)
-        return record(function, arguments)
-
-    monkeypatch.setitem(cuda_graph.RECORDERS, "cuda", noted)
+    recorded = note(monkeypatch, "cuda", cuda_graph.RECORDERS["cuda"])
     overrides, wanted = CASES[name]
     graphed, plain = (short(f"{kind}-{name}-{compile}", **{"model__init_from": str(float_run), "optim__epochs": 3}
                             | overrides | {"run__device": "cuda", "run__compile": compile, "optim__lr": 0.001},

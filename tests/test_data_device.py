@@ -144,7 +144,6 @@ def test_photographs_stay_with_the_other_loaders():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_no_step_synchronizes(digits):
     data, device = DataSet(digits), CUDA
     recipe = Data(path=str(digits), batch=64, crop="pad", flip=True)

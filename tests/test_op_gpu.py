@@ -21,15 +21,8 @@ fused = sys.modules["nulsq.quant.op.fused"]  # the package's name of it is the f
 ready = functools.partial(test_op_fused.ready, rows=1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-interpreted_or_gpu = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(),
-                                        reason="no GPU, and not interpreted")
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DEVICE = "cpu" if INTERPRETED else "cuda"
-
-
-def kernel(test):
-    """Where nothing is interpreted a test of the GPU."""
-    return interpreted_or_gpu(test if INTERPRETED else pytest.mark.gpu(test))
+kernel = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 
 
 def test_in_tritons_interpreter():
@@ -284,7 +277,7 @@ def test_compiled_for_sm_90_nothing_spills(name, bits, kind, most):
 
 
 class TestOnAGPU:
-    pytestmark = on_gpu
+    pytestmark = pytest.mark.gpu
 
     def test_the_usual_choice_is_the_kernel(self):
         quantizer, (x, _) = ready("nulsq", 2).to("cuda"), tensors(100)

@@ -43,7 +43,8 @@ template <class Kind, class C> struct BehindRelu {
 template <bool FORWARD, class Kind, class S, class C>
 void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64_t start, int64_t count, const S* x,
            const S* dy, S* out, double* total, double* line_total) {
-    constexpr bool COPIED = !FORWARD && Kind::SMALL;
+    constexpr bool COPIED = !FORWARD && Kind::SMALL;           // a walk's own sums lie in registers
+    using Own = std::conditional_t<COPIED, Kind, Kind&>;
     Kind kind(rule, table);
     const BehindRelu<Kind, C> behind(rule);
     const S* none = nullptr;
@@ -53,7 +54,7 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
     };
     if (!lines.features) {
         auto go = [&](int64_t i, const Walk& walk) {
-            std::conditional_t<COPIED, Kind, Kind&> own = kind;
+            Own own = kind;
             auto step = [&](const S* x, const S* dy, const S*, S* out) INLINED { store(out, found(own, load(x), dy)); };
             vectors<FORWARD, C>(x + i, along(dy, i), none, out + i, walk, step);
             if constexpr (COPIED) kind = own;
@@ -66,7 +67,7 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
             const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
                           shift = lines.of(lines.shift, channel) - center * scale;
             Real<C> turned{}, moved{};                         // what the lines' scale and shift get
-            std::conditional_t<Kind::SMALL, Kind, Kind&> own = kind;
+            Own own = kind;
             auto step = [&](const S* x, const S* dy, const S*, S* out) INLINED {
                 const Real<C> taken = load(x), given = found(own, taken * scale + shift, dy);
                 if constexpr (FORWARD) store(out, given);
@@ -78,7 +79,7 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
             };
             vectors<FORWARD, C>(x + i, along(dy, i), none, along(out, i), walk, step);
             if constexpr (!FORWARD) {
-                if constexpr (Kind::SMALL) kind = own;
+                if constexpr (COPIED) kind = own;
                 lines.add(line_total, channel, turned);
                 lines.add(line_total + lines.features, channel, moved);
             }
