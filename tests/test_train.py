@@ -270,3 +270,12 @@ def test_compiled_training_equals_eager(short, float_run):
         assert train(recipe, quiet=True).outcome == "finished"
         losses.append(read_metrics(path_of(recipe))[0]["train_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_process_compiles_every_run_that_it_makes(short, float_run):
+    """torch compiles a few networks of one class, then none, with a line in a log: a run leaves the room it took."""
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for seed in range(2):
+            recipe = short(f"compiled-again-{seed}", model__init_from=str(float_run), optim__epochs=1,
+                           run__compile=True, run__seed=seed)
+            assert train(recipe, quiet=True).outcome == "finished"
