@@ -7,7 +7,8 @@ Every configuration of the recording was trained to its end, so a replay knows w
 waited. A replay shuffles the configurations, starts them as a search does (studies in turn, the next one whenever a
 worker is free) and lets one of these say which go on:
 
-- stratified ASHA: `tune.scheduler.StratifiedAsha` itself, as `tune.search` uses it; a study has rungs of its own;
+- stratified ASHA: `tune.ray_backend.scheduler.StratifiedAsha` itself, as `tune.search` uses it; each study has
+  its own rungs;
 - plain ASHA, mixed: the same class told that all trials are one study, so that bit-widths share the rungs;
 - random search: as many trials, each in full, as a quarter of the full budget pays;
 - all in full: the budget that shares are of.
@@ -37,7 +38,7 @@ from bench import command
 from bench.simulator import Curve, Found, Patience, Run, affordable, judge, simulate
 from bench.timing import machine, scratch
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from tune.scheduler import StratifiedAsha
+from tune.ray_backend.scheduler import StratifiedAsha
 from tune.space import rungs
 
 STRATIFIED, MIXED, RANDOM, FULL = "stratified ASHA", "plain ASHA, mixed", "random search", "all in full"

@@ -14,11 +14,11 @@ import torch
 
 from bench.timing import add_options, begin, clock_of, interleaved, ratios, row, write_json
 from nulsq.errors import InputError, Parser, exit_on_input_error
+from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.op import available
 from nulsq.quant.op.fused import KERNELS
-from nulsq.quant.op.oracle import Affine, Table
-from nulsq.quant.statistics import Statistics
-from nulsq.quantizers import get_quantizer
+from nulsq.quant.op.reference import Affine, Table
+from nulsq.quant.registry import get_quantizer
 
 TARGETS = {("float32", "forward"): {2: 0.80, 3: 0.80, 4: 0.80}, ("float32", "backward"): {2: 0.80, 3: 0.80, 4: 0.60},
            ("bfloat16", "forward"): {2: 0.80, 3: 0.80, 4: 0.80}, ("bfloat16", "backward"): {2: 0.80, 3: 0.60, 4: 0.45}}

@@ -19,7 +19,7 @@ from bench.timing import machine
 from nulsq.config import load_recipe
 from nulsq.errors import Parser, exit_on_input_error
 from nulsq.quant.op import FORMS, force
-from nulsq.run_directory import read_metrics
+from nulsq.run.directory import read_metrics
 from nulsq.train import train
 
 

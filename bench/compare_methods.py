@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 
 from bench import command
-from nulsq import checkpoint
 from nulsq._version import __version__
 from nulsq.config import Recipe, load_recipe
+from nulsq.distributed import world
 from nulsq.errors import InputError, Parser, exit_on_input_error
 from nulsq.evaluate import evaluate_run, read_evaluation
-from nulsq.quantizers import get_quantizer
-from nulsq.run_directory import path_of, read_metrics, read_outcome
+from nulsq.quant.registry import get_quantizer
+from nulsq.run import checkpoint
+from nulsq.run.directory import path_of, read_metrics
+from nulsq.run.status import read_outcome
 from nulsq.train import train
-from nulsq.world import world
 
 # name in the table -> quantizer of weights, of activations
 METHODS = {"minmax": ("minmax", "minmax"), "lsq": ("lsq", "lsq"), "nulsq-a": ("lsq", "nulsq"),

@@ -16,14 +16,14 @@ from torch import Tensor
 from bench import command
 from nulsq.config import load_recipe
 from nulsq.data import Normalize, build_loaders
+from nulsq.distributed import World
 from nulsq.errors import Parser, exit_on_input_error
-from nulsq.prepare import prepare
+from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.policy import quantizable
+from nulsq.quant.registry import get_quantizer
 from nulsq.quant.settings import INITIALIZERS
-from nulsq.quant.statistics import Statistics
-from nulsq.quantizers import get_quantizer
-from nulsq.validate import first_batches
-from nulsq.world import World
+from nulsq.training.prepare import prepare
+from nulsq.training.validate import first_batches
 
 METHODS = ("lsq", "nulsq", "uniq", "apot", "lcq")
 SAMPLES = 200_001

@@ -21,8 +21,8 @@ import torch
 from bench.quantizers import SHAPE, activation, quantizer
 from bench.timing import add_options, begin, row, write_json
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.quant.op import gpu
-from nulsq.quant.op.oracle import Affine, Table
+from nulsq.quant.op.gpu import kernel as gpu
+from nulsq.quant.op.reference import Affine, Table
 
 LANES = 32
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}

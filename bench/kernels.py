@@ -1,8 +1,8 @@
-"""The CPU kernel beside that of another commit: what a change to nulsq/quant/op/cpu.cpp is worth, for each direction.
+"""The CPU kernel compared with that of another commit, for each direction.
 
     python -m bench.kernels COMMIT [--methods nulsq lcq --bits 2 4 --json FILE]
 
-Both are compiled here with the flags of nulsq/quant/op/cpu.py and called in turn on the same tensors, a batch
+Both are compiled here with the flags of nulsq/quant/op/cpu/kernel.py and called in turn on the same tensors, a batch
 norm's output of 128 x 16 x 32 x 32, channels last, whose ReLU is left to the quantizer. Ratios are this kernel's time
 over that one's.
 """
@@ -19,7 +19,7 @@ import torch
 from bench.quantizers import METHODS, SHAPE, quantizer
 from bench.timing import add_options, begin, interleaved, scratch, show, table, timed_row, write_json
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.quant.op import cpu
+from nulsq.quant.op.cpu import kernel as cpu
 
 TENSORS = 8  # in turn: none is in the caches from the round before
 ROOT = Path(__file__).resolve().parent.parent

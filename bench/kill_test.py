@@ -25,10 +25,11 @@ import torch
 from bench.timing import report, scratch
 from data_prep import digits
 from launch.local import torchrun
-from nulsq import checkpoint
 from nulsq.config import Recipe, load, to_yaml
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.run_directory import TIMES, UNFINISHED, path_of, read_metrics
+from nulsq.files import UNFINISHED
+from nulsq.run import checkpoint
+from nulsq.run.directory import TIMES, path_of, read_metrics
 
 AIMS = ("any moment", "evaluation", "save")
 SETTINGS = {"run.threads": 1, "run.device": "cpu", "run.save_every": 2, "data.batch": 32, "data.subset": 256,

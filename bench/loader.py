@@ -20,7 +20,7 @@ from nulsq.config import Data, load_recipe
 from nulsq.data import DataSet, build_loaders
 from nulsq.data.photograph import SUFFIXES
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.run_directory import path_of, read_metrics
+from nulsq.run.directory import path_of, read_metrics
 from nulsq.train import train
 
 STORED = {  # name: options of data_prep, target ratio

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.run_directory import read_metrics
+from nulsq.run.directory import read_metrics
 
 
 def parser() -> Parser:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bench.timing import add_options, begin, clock_of, interleaved, ratios, show, table, timed_row, write_json
 from nulsq.errors import InputError, Parser, exit_on_input_error
+from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.op import FORMS, force
-from nulsq.quant.statistics import Statistics
-from nulsq.quantizers import get_quantizer
+from nulsq.quant.registry import get_quantizer
 
 METHODS = {"lsq": "LSQ", "nulsq": "nuLSQ", "apot": "APoT", "lcq": "LCQ", "uniq": "UniQ", "minmax": "MinMax"}
 TARGETS = {"lsq": {2: 1.3, 3: 1.3, 4: 1.3}, "nulsq": {2: 1.7, 3: 2.0, 4: 2.5}, "apot": {2: 2.0, 3: 2.0, 4: 2.0},

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from nulsq.config import load_recipe
 from nulsq.errors import Parser, exit_on_input_error
-from nulsq.run_directory import path_of, read_metrics, read_outcome, write_atomically
+from nulsq.files import write_atomically
+from nulsq.run.directory import path_of, read_metrics
+from nulsq.run.status import read_outcome
 from nulsq.train import train
+from tune.queue import listed
 from tune.space import Search, Trial, load_search
-from tune.studies import listed
 
 
 def parser() -> Parser:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bench.timing import machine, report, scratch
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from tune import journal
+from tune.store import journal
 
 DEFAULT = ["configs/search/curves.yaml", "trials=4"]
 TARGETS = {"idle": 0.10, "start_median": 8.0, "memory_gb_per_trial": 0.3}

@@ -126,8 +126,8 @@ def affordable(curves: Sequence[Curve], epochs: int, budget: float) -> list[Curv
 
 
 def chosen(runs: Sequence[Run]) -> Curve:
-    """What a search calls the best of a study, by the rule of `tune.results.ranked`: longest trained, then best score
-    at its last epoch, the earlier started of equals; one that diverged only where nothing else is there."""
+    """The best trial of a study by the rule of `tune.store.results.ranked`: longest trained, then best score at its
+    last epoch, then earliest start; a diverged one only where there is no other."""
     return min(runs, key=lambda run: (run.status == "diverged", -run.epochs, -run.curve.final(run.epochs))).curve
 
 

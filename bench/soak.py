@@ -17,8 +17,8 @@ from bench.timing import report, scratch
 from data_prep import digits
 from nulsq.config import load_recipe
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.memory import resident_bytes
 from nulsq.train import train
+from nulsq.training.memory import resident_bytes
 
 SLACK = {"megabytes": 16.0, "threads": 0, "files": 0}
 

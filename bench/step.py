@@ -23,20 +23,20 @@ import torch
 
 from bench.counts import compilations, graph_breaks, operations, peak_bytes, synchronizations
 from bench.timing import add_options, begin, clock_of, interleaved, row, show, table, timed_row, write_json
-from nulsq.compile import compiled
 from nulsq.config import load_recipe
-from nulsq.divergence import DivergenceGuard
+from nulsq.distributed import World
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.metrics import Counters
-from nulsq.models import network
-from nulsq.optim import Optimizers
-from nulsq.quant.calibrate import calibrate_
+from nulsq.models.network import build_network
+from nulsq.quant.calibration.calibrate import calibrate_
 from nulsq.quant.fold import fold_
 from nulsq.quant.op import force
-from nulsq.quant.step import quantizers_of
-from nulsq.state import TrainState
-from nulsq.training_step import training_step
-from nulsq.world import World
+from nulsq.quant.projection import quantizers_of
+from nulsq.training.compile import compiled
+from nulsq.training.divergence import DivergenceGuard
+from nulsq.training.metrics import Counters
+from nulsq.training.optim import Optimizers
+from nulsq.training.state import TrainState
+from nulsq.training.step import training_step
 
 METHODS = {"nulsq-a": ("nuLSQ-A", "lsq", "nulsq"), "nulsq-wa": ("nuLSQ-WA", "nulsq", "nulsq"),
            "lsq": ("LSQ", "lsq", "lsq"), "lcq": ("LCQ", "lcq", "lcq"), "apot": ("APoT", "apot", "apot"),
@@ -75,7 +75,7 @@ class Step:
         torch.manual_seed(0)
         classes, batch, side = (1000, 32, 224) if large else (10, 128, 32)
         memory = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = network(self.recipe, classes, start=False).to(device, memory_format=memory)
+        self.model = build_network(self.recipe, classes, start=False).to(device, memory_format=memory)
         draw = torch.Generator().manual_seed(1)
         self.images = torch.randn(batch, 3, side, side, generator=draw).to(device).contiguous(memory_format=memory)
         self.labels = torch.randint(0, classes, (batch,), generator=draw).to(device)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from nulsq.errors import InputError, Parser
-from nulsq.memory import keep_freed_memory
+from nulsq.training.memory import keep_freed_memory
 
 
 def add_options(parser: Parser, rounds: int | None, devices: tuple[str, ...] = ("cpu",)) -> None:

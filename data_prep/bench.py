@@ -16,7 +16,7 @@ import torch
 from nulsq.config import Data
 from nulsq.data import DataSet, build_loaders
 from nulsq.errors import InputError
-from nulsq.memory import resident_bytes
+from nulsq.training.memory import resident_bytes
 
 
 def measure(path: Path, workers: list[int], size: int = 224, batch: int = 64, seconds: float = 5.0,

@@ -17,7 +17,8 @@ from typing import Any
 
 from launch.site import Site
 from nulsq.errors import InputError
-from nulsq.run_directory import LAUNCH, lock, write_atomically
+from nulsq.files import write_atomically
+from nulsq.run.directory import LAUNCH, lock_folder
 
 STOP = "stop"
 ENDED = "ended"  # the state of a job that neither waits nor runs
@@ -103,7 +104,7 @@ def check_free(directory: Path, state) -> None:
         if found != ENDED:
             raise InputError(f"job {job.id} ({found}) holds {directory}; python -m launch stop {directory} ends it")
     if (directory / "lock").is_file():
-        lock(directory, "working").close()
+        lock_folder(directory, "working").close()
 
 
 def how(job: Job) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from launch.work import checked, recipe_of
 from nulsq.errors import InputError
-from nulsq.run_directory import path_of, read_outcome
+from nulsq.run.directory import path_of
+from nulsq.run.status import read_outcome
 
 # What torchrun's 1 stands for. A run that finished may still fail in its evaluation: that 1 stays.
 EXIT_CODES = {"saved": 99, "diverged": 3}

@@ -26,7 +26,7 @@ from launch.jobs import ENDED, Job
 from launch.site import Site
 from launch.work import Work, check_plain
 from nulsq.errors import InputError
-from nulsq.run_directory import LAUNCH
+from nulsq.run.directory import LAUNCH
 
 ONLY_SLURM = ("partition", "account", "gpu_type", "memory", "sbatch", "scratch")
 

@@ -18,7 +18,7 @@ from launch.jobs import ENDED, Job
 from launch.site import Site
 from launch.work import Work, check_plain, setting
 from nulsq.errors import InputError
-from nulsq.run_directory import LAUNCH
+from nulsq.run.directory import LAUNCH
 
 SCRIPTS = Path(__file__).resolve().parent / "scripts"
 PARTS = {"train": ["begin.sh", "train.sh"], "array": ["array.sh", "begin.sh", "train.sh"],

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from nulsq.errors import InputError
-from nulsq.run_directory import SNAPSHOT, code_version
+from nulsq.run.provenance import SNAPSHOT, code_version
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("nulsq", "tune", "launch", "data_prep", "configs")

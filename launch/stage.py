@@ -24,7 +24,7 @@ from pathlib import Path
 
 from nulsq.data.manifest import SCRATCH, DataFile, copy_of, is_whole, read
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.run_directory import write_synced
+from nulsq.files import write_synced
 
 BLOCK = 1 << 23  # bytes that are read at a time
 

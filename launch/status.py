@@ -9,7 +9,8 @@ from types import ModuleType
 from launch import jobs
 from launch.jobs import Job
 from nulsq.errors import InputError
-from nulsq.run_directory import read_metrics, read_outcome
+from nulsq.run.directory import read_metrics
+from nulsq.run.status import read_outcome
 
 PLACES = {"slurm": "launch.slurm", "ray": "launch.ray_jobs"}
 

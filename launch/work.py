@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.site import Site
-from nulsq import command_line
-from nulsq.config import Recipe
+from nulsq.config import Recipe, command_line
 from nulsq.errors import InputError
-from nulsq.run_directory import path_of
+from nulsq.run.directory import path_of
 
 
 class Refused(Exception):

@@ -2,8 +2,8 @@
 
 This module needs torch alone. Training is `from nulsq.train import train`, or `python -m nulsq.train RECIPE`.
 
-Names are imported when they are first used (PEP 562): a `--help`, a launcher and the process of a search that starts
-trials read recipes, and would otherwise wait for torch and keep 0.3 GB of it.
+Names are imported when they are first used (PEP 562): `--help`, launchers and the process that drives a search only
+read recipes. They would otherwise wait seconds for torch and keep 0.3 GB of it.
 """
 
 import importlib
@@ -11,38 +11,52 @@ from typing import TYPE_CHECKING, Any
 
 from nulsq._version import __version__
 
-if TYPE_CHECKING:  # the same for editors and type checkers
-    from nulsq.quant.base import Quantizer
-    from nulsq.quant.batch_norm import reestimate_batch_norm_
-    from nulsq.quant.calibrate import calibrate_
-    from nulsq.quant.oscillation import Oscillations
-    from nulsq.quant.settings import LayerRule, OscillationSettings, Policy, SideRule
-    from nulsq.quant.statistics import Statistics
-    from nulsq.quant.step import follow_step_, quantizers_of
-    from nulsq.quant.swap import quantize_, summary
-    from nulsq.quantizers import available, get_quantizer
+if TYPE_CHECKING:  # the same names for editors and type checkers
+    from nulsq.quant.base import Quantizer as Quantizer
+    from nulsq.quant.batch_norm import reestimate_batch_norm_ as reestimate_batch_norm_
+    from nulsq.quant.calibration.calibrate import calibrate_ as calibrate_
+    from nulsq.quant.calibration.statistics import Statistics as Statistics
+    from nulsq.quant.oscillation import Oscillations as Oscillations
+    from nulsq.quant.projection import follow_step_ as follow_step_
+    from nulsq.quant.projection import quantizers_of as quantizers_of
+    from nulsq.quant.quantize import quantize_ as quantize_
+    from nulsq.quant.registry import available as available
+    from nulsq.quant.registry import get_quantizer as get_quantizer
+    from nulsq.quant.settings import LayerRule as LayerRule
+    from nulsq.quant.settings import OscillationSettings as OscillationSettings
+    from nulsq.quant.settings import Policy as Policy
+    from nulsq.quant.settings import SideRule as SideRule
+    from nulsq.quant.summary import summary as summary
 
-_HOMES = {
-    "quant.base": ("Quantizer",), "quant.batch_norm": ("reestimate_batch_norm_",), "quant.calibrate": ("calibrate_",),
-    "quant.oscillation": ("Oscillations",), "quant.statistics": ("Statistics",),
-    "quant.settings": ("LayerRule", "OscillationSettings", "Policy", "SideRule"),
-    "quant.step": ("follow_step_", "quantizers_of"), "quant.swap": ("quantize_", "summary"),
-    "quantizers": ("available", "get_quantizer"),
+_MODULES = {
+    "LayerRule": "nulsq.quant.settings",
+    "OscillationSettings": "nulsq.quant.settings",
+    "Oscillations": "nulsq.quant.oscillation",
+    "Policy": "nulsq.quant.settings",
+    "Quantizer": "nulsq.quant.base",
+    "SideRule": "nulsq.quant.settings",
+    "Statistics": "nulsq.quant.calibration.statistics",
+    "available": "nulsq.quant.registry",
+    "calibrate_": "nulsq.quant.calibration.calibrate",
+    "follow_step_": "nulsq.quant.projection",
+    "get_quantizer": "nulsq.quant.registry",
+    "quantize_": "nulsq.quant.quantize",
+    "quantizers_of": "nulsq.quant.projection",
+    "reestimate_batch_norm_": "nulsq.quant.batch_norm",
+    "summary": "nulsq.quant.summary",
 }
-_HOME = {name: f"nulsq.{module}" for module, names in _HOMES.items() for name in names}
 
-__all__ = ["LayerRule", "OscillationSettings", "Oscillations", "Policy", "Quantizer", "SideRule", "Statistics",
-           "__version__", "available", "calibrate_", "follow_step_", "get_quantizer", "quantize_", "quantizers_of",
-           "reestimate_batch_norm_", "summary"]
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("quant", "quantizers"):
         return importlib.import_module(f"{__name__}.{name}")
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found = getattr(importlib.import_module(_HOME[name]), name)
-    return found
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

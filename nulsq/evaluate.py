@@ -14,17 +14,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nulsq import checkpoint
 from nulsq.config import Recipe
 from nulsq.data import DataSet, Normalize, build_loader
+from nulsq.distributed import World, world
 from nulsq.errors import Parser, exit_on_input_error
-from nulsq.metrics import Counters
-from nulsq.models import as_it_runs
+from nulsq.files import write_atomically
+from nulsq.models.network import fold_for_training
 from nulsq.quant.modes import in_evaluation
-from nulsq.run_directory import read_recipe, write_atomically
-from nulsq.signals import Asked
-from nulsq.state import trained_network
-from nulsq.world import World, world
+from nulsq.run import checkpoint
+from nulsq.run.directory import read_recipe
+from nulsq.training.metrics import Counters
+from nulsq.training.state import trained_network
+from nulsq.training.stop import Asked
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def evaluate_run(run: Path, *, split: str = "test", which: str = "auto", here: W
     model = trained_network(recipe, content, len(data.classes))
     memory = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
     model.to(here.device, memory_format=memory)
-    model = as_it_runs(model, len(content["ranks"]), here.device)
+    model = fold_for_training(model, len(content["ranks"]), here.device)
     loader = build_loader(recipe.data, data, split, here.rank, here.size, here.device)
     found = evaluate(model, loader, Normalize(data, here.device, recipe.run.channels_last), here, recipe,
                      split, asked)

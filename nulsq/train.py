@@ -19,33 +19,35 @@ from pathlib import Path
 
 import torch
 
-from nulsq import checkpoint, command_line, outcome
-from nulsq.compile import compiled
-from nulsq.config import Recipe
+from nulsq.config import Recipe, command_line
 from nulsq.data import Normalize, build_loaders
-from nulsq.distill import build_teacher
-from nulsq.divergence import DivergenceGuard, first_bad
-from nulsq.ema import WeightAverage
+from nulsq.distributed import World, world
 from nulsq.errors import InputError, exit_on_input_error
 from nulsq.evaluate import evaluate, evaluate_run, read_evaluation
-from nulsq.memory import keep_freed_memory
-from nulsq.metrics import Counters
-from nulsq.models import as_it_runs
-from nulsq.optim import Optimizers, learning_rate
-from nulsq.prepare import prepare
-from nulsq.progress import Progress
+from nulsq.models.network import fold_for_training
+from nulsq.models.teacher import build_teacher
 from nulsq.quant.batch_norm import freeze_batch_norm_
-from nulsq.quant.calibrate import calibrate_
+from nulsq.quant.calibration.calibrate import calibrate_
 from nulsq.quant.oscillation import shares
-from nulsq.quant.step import quantizers_of
-from nulsq.quant.swap import summary
-from nulsq.run_directory import METRICS, OSCILLATIONS, RunDirectory, path_of, read_outcome, write_outcome
-from nulsq.signals import NOTHING, SAVE, SAVE_FILE, STOP, Asked, Stopped, stop_on_signal
-from nulsq.state import TrainState, track_oscillations
-from nulsq.tensorboard import TensorBoardLog
-from nulsq.training_step import training_step
-from nulsq.validate import first_batches, validate
-from nulsq.world import World, world
+from nulsq.quant.projection import quantizers_of
+from nulsq.quant.summary import summary
+from nulsq.run import checkpoint
+from nulsq.run.directory import METRICS, OSCILLATIONS, RunDirectory, path_of
+from nulsq.run.status import RunStatus, read_outcome, write_status
+from nulsq.run.tensorboard import TensorBoardLog
+from nulsq.training import outcome
+from nulsq.training.compile import compiled
+from nulsq.training.divergence import DivergenceGuard, first_bad
+from nulsq.training.ema import WeightAverage
+from nulsq.training.memory import keep_freed_memory
+from nulsq.training.metrics import Counters
+from nulsq.training.optim import Optimizers, learning_rate
+from nulsq.training.prepare import prepare
+from nulsq.training.progress import Progress
+from nulsq.training.state import TrainState, track_oscillations
+from nulsq.training.step import training_step
+from nulsq.training.stop import NOTHING, SAVE, SAVE_FILE, STOP, Asked, Stopped, stop_on_signal
+from nulsq.training.validate import first_batches, validate
 
 Report = Callable[[dict, Path], None]
 
@@ -91,11 +93,11 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
             return _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup)
         except SystemExit:  # out of `report`: whoever listens ends the run; its last epoch is saved
             if here.first and read_outcome(run.path)["outcome"] == "running":
-                run.write_outcome("saved")
+                write_status(run.path, RunStatus.SAVED, requeue=False)
             raise
         except (Exception, KeyboardInterrupt) as error:
             with contextlib.suppress(OSError):  # a full disk is an error of its own; any rank may be the one that fails
-                run.write_outcome("failed", error=f"{type(error).__name__}: {error}"[:2000])
+                write_status(run.path, RunStatus.FAILED, error=f"{type(error).__name__}: {error}"[:2000])
             raise
 
 
@@ -109,7 +111,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     asked = Asked(stop, here, run.path)
     if resumed is None and quantizers_of(model):
         _calibrate(recipe, here, model, loaders, normalize, progress, asked)
-    model = as_it_runs(model, here.size, device)
+    model = fold_for_training(model, here.size, device)
     oscillations = track_oscillations(recipe, model)
     stepped = here.data_parallel(model)
     if recipe.run.compile:
@@ -123,13 +125,13 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     if resumed is not None:
         progress.say(state.load_state_dict(resumed, here))
     if here.first:
-        run.cut_records(state.epoch)  # a line without its checkpoint is written again
+        run.truncate_records(state.epoch)  # a line without its checkpoint is written again
     steps = loaders.train.steps
     total = steps * optim.epochs
     schedule = functools.partial(learning_rate, steps=total, warmup_steps=round(steps * optim.warmup_epochs),
                                  peak=optim.lr, warmup_lr=optim.warmup_lr, shape=optim.schedule)
     if state.epoch < optim.epochs:
-        here.on_first(lambda: run.write_outcome("running"))
+        here.on_first(lambda: write_status(run.path, RunStatus.RUNNING))
     progress.announce(recipe, state, data.name, kind, steps, run.path)
     log = TensorBoardLog(run.path, state.step, enabled=here.first and state.step < total)
     cleanup.callback(log.close)
@@ -279,7 +281,7 @@ def main(argv: list[str]) -> int:
                 found = here.on_first(lambda: read_evaluation(path)) or evaluate_run(
                     path, here=here, asked=Asked(stop, here, path))
             except Stopped:
-                here.on_first(lambda: write_outcome(path, "saved", requeue=True, epoch=state.epoch, step=state.step))
+                here.on_first(lambda: write_status(path, RunStatus.SAVED, epoch=state.epoch, step=state.step))
                 return outcome.EXIT_SAVED
         if here.first:
             print(f"test top-1 {found['test_top1']:.2f}  top-5 {found['test_top5']:.2f}  ({found['test_images']} "

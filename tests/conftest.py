@@ -64,7 +64,7 @@ def short(digits, tmp_path_factory):
 @pytest.fixture
 def steps_done(monkeypatch) -> list[int]:
     """What `TrainState.step` was set to in this process, in order: the last entry is the step that a run is at."""
-    from nulsq.state import TrainState
+    from nulsq.training.state import TrainState
     done, plain = [0], TrainState.__setattr__
 
     def note(state, name, value):
@@ -82,7 +82,7 @@ FLOAT = {"quant__weight__quantizer": "fp", "quant__activation__quantizer": "fp",
 @pytest.fixture(scope="session")
 def float_run(short) -> Path:
     """Run directory of a float network trained for two short epochs."""
-    from nulsq.run_directory import path_of
+    from nulsq.run.directory import path_of
     from nulsq.train import train
     recipe = short("float", **FLOAT)
     assert train(recipe, quiet=True).outcome == "finished"
@@ -92,7 +92,7 @@ def float_run(short) -> Path:
 @pytest.fixture(scope="session")
 def straight(short, float_run) -> Path:
     """Run directory of an uninterrupted quantized run of three epochs, four steps each."""
-    from nulsq.run_directory import path_of
+    from nulsq.run.directory import path_of
     from nulsq.train import train
     recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
     assert train(recipe, quiet=True).outcome == "finished"
@@ -105,7 +105,7 @@ def search_file(short, tmp_path_factory) -> Path:
     0.087): from chance trials tie, and ASHA stops none that ties with those before it, or betters them."""
     folder = tmp_path_factory.mktemp("search")
     from nulsq.config import to_yaml
-    from nulsq.run_directory import path_of
+    from nulsq.run.directory import path_of
     from nulsq.train import train
     learned = short("learned", **FLOAT, optim__epochs=6, data__subset=1024)
     assert train(learned, quiet=True).outcome == "finished"

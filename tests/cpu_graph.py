@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nulsq import cuda_graph
-from nulsq.quant.op import cpu, force
+from nulsq.quant.op import force
+from nulsq.quant.op.cpu import kernel as cpu
+from nulsq.training import cuda_graph
 
 
 class Recorder(TorchDispatchMode):

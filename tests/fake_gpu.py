@@ -11,17 +11,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from nulsq.config import load_recipe
-from nulsq.divergence import DivergenceGuard
-from nulsq.ema import WeightAverage
-from nulsq.metrics import Counters
-from nulsq.models import network
-from nulsq.optim import Optimizers
-from nulsq.quant.calibrate import calibrate_
+from nulsq.distributed import World
+from nulsq.models.network import build_network
+from nulsq.quant.calibration.calibrate import calibrate_
 from nulsq.quant.fold import fold_
-from nulsq.quant.op import gpu
-from nulsq.state import TrainState, track_oscillations
-from nulsq.training_step import training_step
-from nulsq.world import World
+from nulsq.quant.op.gpu import kernel as gpu
+from nulsq.training.divergence import DivergenceGuard
+from nulsq.training.ema import WeightAverage
+from nulsq.training.metrics import Counters
+from nulsq.training.optim import Optimizers
+from nulsq.training.state import TrainState, track_oscillations
+from nulsq.training.step import training_step
 
 CUDA = torch.device("cuda")
 
@@ -50,7 +50,7 @@ def leave_gradients_(model):
 
 def main(overrides):
     recipe = load_recipe("configs/recipes/cifar10/w2a2.yaml", overrides)
-    model = network(recipe, 10, start=False)
+    model = build_network(recipe, 10, start=False)
     calibrate_(model, [torch.randn(4, 3, 32, 32)])
     fold_(model)
     model.train()

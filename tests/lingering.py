@@ -5,7 +5,7 @@ import time
 import torch
 
 from nulsq.quantizers.lsq import LSQ
-from nulsq.run_directory import RunDirectory
+from nulsq.run.directory import RunDirectory
 
 _release = RunDirectory.release
 

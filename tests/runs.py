@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 import launch.local
-from nulsq import checkpoint
 from nulsq.config import to_yaml
-from nulsq.run_directory import TIMES, read_metrics
+from nulsq.run import checkpoint
+from nulsq.run.directory import TIMES, read_metrics
 
 
 def numbers(run: Path) -> list[dict]:

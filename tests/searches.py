@@ -12,9 +12,12 @@ import time
 from pathlib import Path
 
 from nulsq.config import Recipe, load, to_yaml
-from nulsq.run_directory import METRICS, RunDirectory, describe_code, read_metrics, write_atomically
-from tune import journal
+from nulsq.files import write_atomically
+from nulsq.run.directory import METRICS, RunDirectory, read_metrics
+from nulsq.run.provenance import describe_code
+from nulsq.run.status import RunStatus, write_status
 from tune.space import Axis, Sampler, Search, Trial, rungs, studies
+from tune.store import journal
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, GRACE, REDUCTION = 9, 1, 3
@@ -105,7 +108,7 @@ def made_run(folder, trial, curve, outcome, code):
     for epoch, score in enumerate(curve, 1):
         run.append(METRICS, {"epoch": epoch, "step": 10 * epoch, "val_top1": score, "val_loss": 4 - score / 30,
                              "train_loss": 4 - score / 29, "images_per_second": 900.0, "seconds": 20.0 + epoch / 10})
-    run.write_outcome(outcome)
+    write_status(path, RunStatus(outcome))
 
 
 def made_events(folder):
@@ -135,7 +138,7 @@ def two_studies(folder: Path):
     """Two studies of 24 trials and their finalists' repeats: their findings, winners evaluated on test,
     at 77, 78, 79 % and 85, 86, 87 %."""
     from tune.report.findings import Findings
-    from tune.results import collect
+    from tune.store.results import collect
     search = made_search(folder, {"bits": ("quant.bits", [2, 4])}, 24)
     findings = Findings(search, collect(search, journal.read(folder)), {})
     findings.tests = {study: [evaluation({"2": 77.0, "4": 85.0}[study] + i) for i in range(len(own[0].rows))]

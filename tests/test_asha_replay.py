@@ -14,8 +14,8 @@ from bench.simulator import CONTINUE, STOP, Curve, Patience, Run, affordable, ch
 pytest.importorskip("ray")
 from bench import asha_replay  # noqa: E402
 from bench.asha_replay import FULL, MIXED, RANDOM, STRATIFIED, parser, random_curves, replay, shuffled  # noqa: E402
-from tune import scheduler  # noqa: E402
-from tune.scheduler import StratifiedAsha  # noqa: E402
+from tune.ray_backend import scheduler  # noqa: E402
+from tune.ray_backend.scheduler import StratifiedAsha  # noqa: E402
 
 RECORDED = Path(__file__).resolve().parent.parent / "bench/data/curves.json"
 
@@ -127,8 +127,8 @@ def test_random_search_starts_only_what_is_paid_for():
 
 
 def test_the_choice_is_the_searchs_own():
-    from tune.results import Row, ranked
     from tune.space import Trial
+    from tune.store.results import Row, ranked
     draw = random.Random(0)
     for _ in range(50):
         runs = []

@@ -9,8 +9,8 @@ from torch import nn
 from bench import bandwidth, kernels, quantizers, step
 from bench.counts import compilations, graph_breaks, operations, peak_bytes, synchronizations
 from bench.timing import interleaved, ratios, row, table, timed_row, write_json
-from nulsq.quant.op import cpu
-from nulsq.training_step import WARM_UP
+from nulsq.quant.op.cpu import kernel as cpu
+from nulsq.training.step import WARM_UP
 
 
 def test_sides_take_turns_and_ratios_are_those_of_a_round():

@@ -11,21 +11,21 @@ import torch
 from torch import nn
 
 import nulsq
-import nulsq.compile
-from nulsq.loss import backward
-from nulsq.metrics import Counters
-from nulsq.models import network
-from nulsq.optim import Optimizers
+import nulsq.training.compile
+from nulsq.models.network import build_network
 from nulsq.quant.batch_norm import freeze_batch_norm_
 from nulsq.quant.fold import fold_
 from nulsq.quant.op import available, force
+from nulsq.training.loss import backward
+from nulsq.training.metrics import Counters
+from nulsq.training.optim import Optimizers
 from tests.test_fold import DEVICES
 
 SMALL = """
 import sys, warnings, torch, nulsq
 from torch import nn
 from torch._dynamo.utils import counters
-from nulsq.compile import compiled
+from nulsq.training.compile import compiled
 torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
 x = torch.randn(4, 3, 12, 12)
@@ -62,7 +62,7 @@ def test_the_next_process_compiles_nothing(tmp_path):
 
 FAULTS = """
 import resource, sys, torch
-from nulsq.memory import keep_freed_memory
+from nulsq.training.memory import keep_freed_memory
 kept = len(sys.argv) > 1 and keep_freed_memory()
 for _ in range(3): blocks = [torch.ones(2**21) for _ in range(8)]; del blocks
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -87,11 +87,11 @@ def losses(recipe, images, labels, form, *, kind=torch.float32, compiled=False, 
     """Losses of the first steps through the trainer's own parts."""
     torch.manual_seed(0)
     with force(form):
-        model = network(recipe, 10, start=False)
+        model = build_network(recipe, 10, start=False)
         nulsq.calibrate_(model, [images[0]])
         fold_(model)
         model.to(kind).train()
-        stepped = nulsq.compile.compiled(model, torch.device("cpu")) if compiled else model
+        stepped = nulsq.training.compile.compiled(model, torch.device("cpu")) if compiled else model
         optimizers, counters, found = Optimizers(model, recipe.optim), Counters(torch.device("cpu")), []
         for x, y in zip(images[:steps], labels, strict=False):
             before = counters.values.clone()
@@ -147,7 +147,7 @@ def test_forward_is_part_of_what_stands_before_and_backward_is_the_kernel():
     """Two convolutions read one activation, each through its own quantizer; gradients are those without a compiler."""
     from torch._inductor.utils import run_and_get_code
 
-    from nulsq.compile import compiled
+    from nulsq.training.compile import compiled
 
     torch.manual_seed(0)
     model, x = Forked(nn.Identity()).double(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
@@ -185,7 +185,7 @@ def test_a_folded_batch_norm_is_two_kernels_of_a_compiled_step(frozen, device):
     if frozen:
         freeze_batch_norm_(model)
     plain = copy.deepcopy(model)
-    quick, kept = nulsq.compile.compiled(model, torch.device(device)), []
+    quick, kept = nulsq.training.compile.compiled(model, torch.device(device)), []
     plain(x).square().sum().backward()
     torch._dynamo.reset()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

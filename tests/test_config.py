@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nulsq.command_line import parse, parser
 from nulsq.config import Recipe, flatten, load, load_recipe, to_yaml
+from nulsq.config.command_line import parse, parser
 from nulsq.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +80,7 @@ def test_dotted_and_published_options_mix_in_any_order():
 
 
 def test_fp_on_both_sides_is_the_float_network():
-    from nulsq.models import is_float
+    from nulsq.models.network import is_float
     _, recipe = parse(parser("x", ""), [str(W2A2), "--x_quantizer", "FP", "--w_quantizer", "FP"])
     assert is_float(recipe)
     _, recipe = parse(parser("x", ""), [str(W2A2), "--x_quantizer", "FP"])

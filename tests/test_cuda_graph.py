@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import nulsq.train
-from nulsq import cuda_graph
-from nulsq.divergence import DivergenceGuard
-from nulsq.run_directory import path_of
+from nulsq.run.directory import path_of
 from nulsq.train import train
+from nulsq.training import cuda_graph
+from nulsq.training.divergence import DivergenceGuard
 from tests.conftest import ROOT
 from tests.cpu_graph import note, on_the_cpu
 from tests.runs import assert_same_state, last, numbers

@@ -14,7 +14,7 @@ from nulsq.config import Data, load_recipe
 from nulsq.data import DataSet, Normalize, build_loader, build_loaders
 from nulsq.data.augment import apply_crop_and_flip, crop_and_flip, resized_crop
 from nulsq.data.order import sharded, shuffled, split, subset
-from nulsq.data.view import View
+from nulsq.data.transform import View
 from nulsq.errors import InputError
 
 LABELS = np.repeat(np.arange(5), 40)
@@ -335,13 +335,13 @@ def test_a_windowed_order_is_shared_by_ranks_and_touches_few_neighbours_at_a_tim
 
 
 def test_evaluation_with_the_mirror_image_does_not_see_which_way_an_image_looks(short, float_run, digits):
+    from nulsq.distributed import World
     from nulsq.evaluate import evaluate
-    from nulsq.models import network
-    from nulsq.world import World
+    from nulsq.models.network import build_network
     recipe, here = short("mirrored", **FLOAT, data__eval_flip=True, model__init_from=str(float_run)), World(
         0, 1, torch.device("cpu"))
     data = DataSet(digits)
-    model = network(recipe, 10)
+    model = build_network(recipe, 10)
     normalize = Normalize(data, here.device)
     loader = build_loader(recipe.data, data, "val")
 

@@ -11,7 +11,7 @@ from conftest import needs_ffcv
 from bench.counts import Waits
 from nulsq.config import Data
 from nulsq.data import DataSet, Normalize, build_loader, build_loaders, check_data
-from nulsq.data.device import DeviceLoader
+from nulsq.data.memory_loader import DeviceLoader
 from nulsq.errors import InputError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

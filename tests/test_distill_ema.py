@@ -11,17 +11,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import nulsq
-from nulsq import checkpoint
 from nulsq.config import Distill, Optim, Recipe
-from nulsq.ema import WeightAverage
 from nulsq.errors import InputError
 from nulsq.evaluate import evaluate_run
-from nulsq.loss import distillation, task_loss
+from nulsq.files import read_lines
+from nulsq.models.weights import read_weights
 from nulsq.quant.oscillation import Oscillations
 from nulsq.quant.settings import OscillationSettings
-from nulsq.run_directory import path_of, read_lines, read_metrics
+from nulsq.run import checkpoint
+from nulsq.run.directory import path_of, read_metrics
 from nulsq.train import train
-from nulsq.weights import read_weights
+from nulsq.training.ema import WeightAverage
+from nulsq.training.loss import distillation, task_loss
 from tests.runs import assert_same_state, last, numbers, torchrun
 
 # Twelve steps are few: counted fast, and from the start, so that some weights do freeze.
@@ -131,10 +132,10 @@ def test_a_teacher_that_does_not_fit_writes_nothing(short, float_run, tmp_path):
 def make_run(recipe, path, classes):
     """The least that a run directory is, with fresh weights."""
     from nulsq.config import to_yaml
-    from nulsq.models import network
+    from nulsq.models.network import build_network
     path.mkdir(parents=True)
     (path / "recipe.yaml").write_text(to_yaml(recipe))
-    checkpoint.save(path, {"model": network(recipe, classes).state_dict(), "best": None, "step": 0, "epoch": 0})
+    checkpoint.save(path, {"model": build_network(recipe, classes).state_dict(), "best": None, "step": 0, "epoch": 0})
 
 
 # ---- averaged weights
@@ -221,8 +222,8 @@ def test_re_estimated_statistics_are_what_a_checkpoint_holds(short, float_run, s
     from nulsq.data import DataSet, Normalize, build_loaders
     from nulsq.quant.batch_norm import reestimate_batch_norm_
     from nulsq.quant.fold import fold_
-    from nulsq.state import trained_network
-    from nulsq.validate import first_batches
+    from nulsq.training.state import trained_network
+    from nulsq.training.validate import first_batches
     recipe = short(f"reestimated-{len(settings)}", model__init_from=str(float_run), optim__reestimate_bn=2, **settings)
     train(recipe, quiet=True)
     content, data = last(path_of(recipe)), DataSet(recipe.data.path)

@@ -12,15 +12,16 @@ from conftest import ROOT
 
 import nulsq
 import nulsq.train
-import nulsq.training_step
+import nulsq.training.step
 from bench.counts import Waits
-from nulsq import checkpoint
-from nulsq.divergence import TRUSTED, DivergenceGuard, first_bad
-from nulsq.quant.step import quantizers_of
-from nulsq.recipe import Guard
-from nulsq.run_directory import path_of, read_metrics, read_outcome
+from nulsq.config.recipe import Guard
+from nulsq.distributed import World
+from nulsq.quant.projection import quantizers_of
+from nulsq.run import checkpoint
+from nulsq.run.directory import path_of, read_metrics
+from nulsq.run.status import read_outcome
 from nulsq.train import train
-from nulsq.world import World
+from nulsq.training.divergence import TRUSTED, DivergenceGuard, first_bad
 from tests.runs import assert_same_state, last, numbers
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -69,14 +70,14 @@ def test_looking_costs_no_synchronization():
 
 def spoil(monkeypatch, steps_done, when, what):
     """From now on `what(model)` is done to the gradients of the steps that `when` says."""
-    plain = nulsq.training_step.backward
+    plain = nulsq.training.step.backward
 
     def backward(model, *rest):
         loss = plain(model, *rest)
         if when(steps_done[-1]):
             what(model)
         return loss
-    monkeypatch.setattr(nulsq.training_step, "backward", backward)
+    monkeypatch.setattr(nulsq.training.step, "backward", backward)
 
 
 def bad_gradient(model):
@@ -140,9 +141,9 @@ def test_the_culprit_is_the_first_in_the_order_of_the_network(digits):
 
 TWO = """
 import json, sys, torch
-from nulsq.divergence import DivergenceGuard
-from nulsq.recipe import Guard
-from nulsq.world import world
+from nulsq.training.divergence import DivergenceGuard
+from nulsq.config.recipe import Guard
+from nulsq.distributed import world
 with world("cpu") as here:
     guard, level = DivergenceGuard(Guard(every=4), 10, here), [0.0, 0]
     found = [guard.look(step, torch.tensor(float("nan") if (here.rank, step) == (1, 5) else 1.0 + here.rank),

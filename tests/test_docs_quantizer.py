@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nulsq.run_directory import path_of, read_metrics
+from nulsq.run.directory import path_of, read_metrics
 from nulsq.train import train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ from torch import nn
 
 import nulsq
 import nulsq.quant.fold
-from nulsq.models import build_model
+from nulsq.models.libraries import build_model
 from nulsq.quant.batch_norm import freeze_batch_norm_, reestimate_batch_norm_
 from nulsq.quant.fold import DeferredBatchNorm, fold_
 from nulsq.quant.op import FORMS, available, force

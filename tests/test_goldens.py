@@ -7,8 +7,8 @@ import goldens
 import pytest
 import torch
 
-from nulsq.quant.calibrate import keep_larger_
-from nulsq.quant.statistics import BatchStatistics
+from nulsq.quant.calibration.calibrate import keep_larger_
+from nulsq.quant.calibration.statistics import BatchStatistics
 
 pytestmark = pytest.mark.skipif(goldens.DIRECTORY is None, reason="NULSQ_GOLDENS names no directory of vectors")
 

@@ -15,15 +15,16 @@ from torch.nn import functional as F
 
 import nulsq
 import nulsq.inspect
-from nulsq import LayerRule, Policy, SideRule, checkpoint
+from nulsq import LayerRule, Policy, SideRule
 from nulsq.config import to_yaml
+from nulsq.cost import cost_of
 from nulsq.inspect.__main__ import main
-from nulsq.inspect.cost import cost_of
 from nulsq.inspect.fidelity import SAMPLE, Fidelity
+from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.oscillation import Oscillations
 from nulsq.quant.settings import OscillationSettings
-from nulsq.quant.statistics import Statistics
-from nulsq.run_directory import path_of
+from nulsq.run import checkpoint
+from nulsq.run.directory import path_of
 
 WEIGHT_STEP, INPUT_STEPS = 0.1, [0.3, 0.5, 0.9]
 
@@ -355,7 +356,7 @@ def test_a_run_as_table_json_and_pictures(run, tmp_path, capsys):
 
 def test_a_run_is_measured_on_its_holdout_and_test_stays_closed(run, tmp_path, capsys):
     """The run's data set with test images that cannot be read."""
-    from nulsq.run_directory import read_recipe
+    from nulsq.run.directory import read_recipe
     copy, data = tmp_path / "run", tmp_path / "digits"
     recipe = read_recipe(run)
     shutil.copytree(recipe.data.path, data)

@@ -13,7 +13,8 @@ import torch
 
 from launch.__main__ import main as launch
 from nulsq.config import to_yaml
-from nulsq.run_directory import path_of, read_metrics, read_outcome
+from nulsq.run.directory import path_of, read_metrics
+from nulsq.run.status import read_outcome
 from nulsq.train import main as train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +108,7 @@ def test_the_first_signal_asks_and_one_that_comes_later_acts_as_usual(name):
     """The same word twice at once, as a batch system and torchrun say it, is one word."""
     code = f"""
 import os, signal, time
-from nulsq.signals import PRESSED_AGAIN, SAME_WORD, stop_on_signal
+from nulsq.training.stop import PRESSED_AGAIN, SAME_WORD, stop_on_signal
 with stop_on_signal() as stop:
     print(stop(), flush=True)
     os.kill(os.getpid(), signal.{name})

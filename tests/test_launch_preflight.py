@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.meeting import Meeting, Silent, hangs, within
-from launch.preflight import EXIT_PREFLIGHT, main
+from launch.preflight.__main__ import EXIT_PREFLIGHT, main
+from launch.preflight.rank_store import Meeting, Silent, hangs, within
 from nulsq.config import to_yaml
 from tests.runs import in_ranks
 
@@ -59,9 +59,9 @@ def test_two_ranks_where_several_things_are_wrong(recipe_file, tmp_path):
     script.write_text("""
 import os, sys
 os.environ["SLURMD_NODENAME"] = f"node{os.environ['RANK']}"
-from launch.meeting import leave
-from launch.preflight import main
-import nulsq, launch.probe
+from launch.preflight.rank_store import leave
+from launch.preflight.__main__ import main
+import nulsq, launch.preflight.probe
 if os.environ["RANK"] == "1":
     nulsq.__version__ = "0.0.9"
 leave(main(sys.argv[1:]))
@@ -142,7 +142,7 @@ def test_what_hangs_is_an_answer():
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch):
     """Two ranks are two threads at one real store; the second one does not answer the second question."""
-    monkeypatch.setattr("launch.meeting.SLACK", 0.5)
+    monkeypatch.setattr("launch.preflight.rank_store.SLACK", 0.5)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     said = {}
 

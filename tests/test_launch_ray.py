@@ -28,7 +28,8 @@ from launch.site import Site
 from launch.work import Work, setting
 from nulsq.config import to_yaml
 from nulsq.errors import InputError
-from nulsq.run_directory import read_metrics, read_outcome
+from nulsq.run.directory import read_metrics
+from nulsq.run.status import read_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "a b'$(touch x)"

@@ -145,7 +145,7 @@ def test_misuse_is_said_before_anything_is_submitted(tmp_path, monkeypatch, capf
 def test_a_snapshot_is_the_code_as_it_is_and_is_taken_once(tmp_path):
     first = snapshot.take(tmp_path)
     assert snapshot.take(tmp_path) == first and len(list(tmp_path.iterdir())) == 1
-    for name in ("nulsq/train.py", "tune/search.py", "launch/scripts/begin.sh", "nulsq/quant/op/cpu.cpp"):
+    for name in ("nulsq/train.py", "tune/search.py", "launch/scripts/begin.sh", "nulsq/quant/op/cpu/cpu.cpp"):
         assert (first / name).read_bytes() == (ROOT / name).read_bytes()
     assert not (first / ".venv").exists() and (first / "SNAPSHOT").read_text().startswith("snapshot of ")
     # Python takes the snapshot's modules, whatever lies in the folder that it starts in.
@@ -173,8 +173,8 @@ def test_jobs_of_a_run_are_noted_in_its_folder(tmp_path):
     with pytest.raises(InputError, match=r"job 0 \(RUNNING\) holds"):
         jobs.check_free(run, lambda job: "RUNNING")
     jobs.check_free(run, lambda job: jobs.ENDED)
-    from nulsq.run_directory import lock
-    with lock(run, "training"), pytest.raises(InputError, match="another process"):
+    from nulsq.run.directory import lock_folder
+    with lock_folder(run, "training"), pytest.raises(InputError, match="another process"):
         jobs.check_free(run, lambda job: jobs.ENDED)
     jobs.open_folder(run)
     assert not (run / "launch" / jobs.STOP).exists()  # a new submission is not asked to stop

@@ -11,9 +11,10 @@ from launch import jobs, slurm
 from launch.__main__ import main as launch
 from launch.site import Site, load_site
 from launch.work import Work, job_name
-from nulsq import checkpoint
 from nulsq.config import to_yaml
-from nulsq.run_directory import path_of, read_metrics, read_outcome
+from nulsq.run import checkpoint
+from nulsq.run.directory import path_of, read_metrics
+from nulsq.run.status import read_outcome
 from tests.runs import assert_same_state, last, numbers
 from tests.slurm_cluster import text_of
 

@@ -17,7 +17,8 @@ from launch.__main__ import main as launch
 from launch.site import Site
 from launch.work import Work
 from nulsq.config import to_yaml
-from nulsq.run_directory import read_metrics, read_outcome
+from nulsq.run.directory import read_metrics
+from nulsq.run.status import read_outcome
 from tests.slurm_cluster import text_of
 
 pytest.importorskip("ray")

@@ -17,7 +17,7 @@ import pytest
 from launch.stage import main, stage
 from nulsq.data.manifest import SCRATCH, DataSet, copy_of, describe_file
 from nulsq.errors import InputError
-from nulsq.run_directory import path_of
+from nulsq.run.directory import path_of
 from nulsq.train import train
 from tests.runs import assert_same_state, last, numbers
 

@@ -15,49 +15,71 @@ from nulsq.config import load_recipe
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("nulsq", "tune", "launch", "data_prep", "bench")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
-MODELS = {"torchvision", "timm", "pytorchcv"}
 
 
 def imports(path: Path) -> set[str]:
-    """Top-level names of everything imported in a file, anywhere in it, `require("...")` included."""
-    found = set()
+    """Full names of everything imported anywhere in a file, `require("...")` and `import_module("...")` included."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert all(alias.name != "*" for alias in node.names), f"{path}: star import"
-            found.add(node.module.partition(".")[0])
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
-            found.add(node.args[0].value.partition(".")[0])
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+                "require", "import_module") and node.args and isinstance(node.args[0], ast.Constant):
+            names.add(node.args[0].value)
+    return names
+
+
+def inside(name: str, packages: tuple[str, ...]) -> bool:
+    """Whether a dotted name or a path is one of these packages or below one; nulsq.quantizers is not in nulsq.quant."""
+    return any(name == package or name.startswith((f"{package}.", f"{package}/")) for package in packages)
+
+
+# Who may import what. docs/architecture.md explains the rules.
+ONLY_IN = {
+    "ray": ("tune/ray_backend",),
+    "ray.job_submission": ("launch", "tune/ray_backend"),
+    "ffcv": ("nulsq/data/beton.py", "data_prep"),
+    "omegaconf": ("nulsq/config",),
+    "torchvision": ("nulsq/models", "nulsq/data/folder.py", "data_prep"),
+    "timm": ("nulsq/models",),
+    "pytorchcv": ("nulsq/models",),
+    "onnx": ("nulsq/export", "bench"),
+    "onnxruntime": ("nulsq/export", "bench"),
+    "onnxscript": ("nulsq/export", "bench"),
+    "triton": ("nulsq/quant/op/gpu", "bench"),
+}
+NEVER_IN = {
+    "nulsq": ("tune", "launch", "data_prep", "bench"),
+    "tune": ("launch", "data_prep", "bench"),
+    "launch": ("tune", "data_prep", "bench"),
+    "data_prep": ("tune", "launch", "bench"),
+}
+# Packages that need little: quantization is a library by itself, the engine runs where there is no torch.
+NEEDS_ONLY = {
+    "nulsq/quant": ("torch", "triton", "nulsq.quant", "nulsq.quantizers", "nulsq.errors", "nulsq.text"),
+    "nulsq/quantizers": ("torch", "nulsq.quant"),
+    "nulsq/engine": ("numpy", "nulsq.engine", "nulsq.errors", "nulsq.files", "nulsq.text"),
+    "nulsq/config": ("omegaconf", "yaml", "nulsq.config", "nulsq.errors", "nulsq.quant.settings",
+                     "nulsq.quant.registry"),
+    "nulsq/errors.py": (), "nulsq/files.py": (), "nulsq/text.py": (),
+}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_import_directions(path):
-    used, where = imports(path), path.relative_to(ROOT)
-    room = where.parts[0]
-    forbidden = {"nulsq": {"tune", "launch", "data_prep", "bench"}, "tune": {"launch", "data_prep", "bench"},
-                 "launch": {"tune", "data_prep", "bench"}, "data_prep": {"tune", "launch", "bench"}}.get(room, set())
-    assert not used & forbidden
-    assert room == "tune" or "ray" not in used
-    assert "ffcv" not in used or room == "data_prep" or str(where) == "nulsq/data/beton.py"
-    assert "omegaconf" not in used or str(where) == "nulsq/config.py"
-    if room == "nulsq" and where.name != "models.py":
-        # the torchvision loader uses its functional transforms
-        assert not used & (MODELS - ({"torchvision"} if str(where) == "nulsq/data/folder.py" else set()))
-    if str(where).startswith(("nulsq/quant/", "nulsq/quantizers/")):
-        kernels = where.name in ("gpu_kernels.py", "gpu_parts.py")
-        more = {"triton"} if kernels else set()  # imported when the first of them runs
-        assert used <= set(sys.stdlib_module_names) | {"torch", "nulsq"} | more
-
-
-@pytest.mark.parametrize("path", [p for p in FILES if p.is_relative_to(ROOT / "nulsq/quant")
-                                  or p.is_relative_to(ROOT / "nulsq/quantizers")], ids=lambda p: p.name)
-def test_quantization_needs_nothing_of_the_rest(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("nulsq"):
-            assert node.module.startswith(("nulsq.quant",)), f"{path} imports {node.module}"
+def test_import_rules(path):
+    where = path.relative_to(ROOT).as_posix()
+    for name in imports(path):
+        package = next((known for known in sorted(ONLY_IN, key=len, reverse=True) if inside(name, (known,))), None)
+        assert package is None or inside(where, ONLY_IN[package]), f"{where} imports {name}"
+        assert not inside(name, NEVER_IN.get(where.partition("/")[0], ())), f"{where} imports {name}"
+        for home, allowed in NEEDS_ONLY.items():
+            if inside(where, (home,)):
+                assert name.partition(".")[0] in sys.stdlib_module_names or inside(name, allowed), \
+                    f"{where} imports {name}"
 
 
 def test_importing_nulsq_needs_torch_alone():
@@ -70,8 +92,8 @@ def test_importing_nulsq_needs_torch_alone():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["nulsq", "nulsq.command_line", "nulsq.run_directory", "tune.search", "tune.status",
-                                    "tune.trial", "launch.__main__"])
+@pytest.mark.parametrize("module", ["nulsq", "nulsq.config.command_line", "nulsq.run.directory", "tune.search",
+                                    "tune.status", "tune.ray_backend.trial", "launch.__main__"])
 def test_what_trains_nothing_does_not_wait_for_torch(module):
     """Nor keep it: the process of a search lives as long as its trials."""
     code = f"import sys, importlib; importlib.import_module({module!r}); print('torch' in sys.modules)"
@@ -85,7 +107,7 @@ def test_editors_and_the_interpreter_see_the_same_names():
     block = next(node for node in tree.body if isinstance(node, ast.If))
     shown = {alias.name: node.module for node in block.body for alias in node.names}
     assert shown | {"__version__": "nulsq._version"} == {
-        name: nulsq._HOME.get(name, "nulsq._version") for name in nulsq.__all__}
+        name: nulsq._MODULES.get(name, "nulsq._version") for name in nulsq.__all__}
     for name, module in shown.items():
         assert getattr(nulsq, name) is getattr(importlib.import_module(module), name)
     assert set(nulsq.__all__) <= set(dir(nulsq))
@@ -94,14 +116,15 @@ def test_editors_and_the_interpreter_see_the_same_names():
 
 
 def test_every_name_of_an_initializer_has_its_function():
-    from nulsq.quant import init, settings
+    from nulsq.quant import settings
+    from nulsq.quant.calibration import initial_step as init
     assert tuple(init.BY_NAME) == settings.INITIALIZERS
 
 
 @pytest.mark.parametrize(("missing", "code", "extra"), [
     ("omegaconf", "from nulsq.config import *; load(Recipe)", "train"),
-    ("timm", "from nulsq.models import *; build_model('timm:resnet18', 10)", "train"),
-    ("pytorchcv", "from nulsq.models import *; build_model('pytorchcv:preresnet20_cifar10', 10)", "train"),
+    ("timm", "from nulsq.models.libraries import *; build_model('timm:resnet18', 10)", "train"),
+    ("pytorchcv", "from nulsq.models.libraries import *; build_model('pytorchcv:preresnet20_cifar10', 10)", "train"),
     ("ffcv", "from nulsq.data import *; from nulsq.config import Data; from types import SimpleNamespace as N; "
              "import numpy; check_data(Data(loader='ffcv', batch=1), N(kind='arrays', "
              "labels=lambda split: numpy.arange(20) % 2))", "ffcv"),
@@ -165,7 +188,7 @@ def shell_lines():
 @pytest.mark.parametrize("line", shell_lines())
 def test_documented_commands_parse(line, monkeypatch):
     """Every command in the docs names a module or make target that exists, with arguments that it takes."""
-    from nulsq import command_line
+    from nulsq.config import command_line
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
     while words and "=" in words[0]:
@@ -214,13 +237,24 @@ def test_the_readmes_python_runs():
         assert done.returncode == 0, done.stderr
 
 
-def test_the_readmes_tree_is_the_tree():
-    """Every file is named in its room's block, and nothing is named that is not there."""
-    block = re.search(r"## The tree\n\n```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
-    rooms = dict(re.findall(r"^(\w+)/(.*?)(?=^\w+/|\Z)", block, re.DOTALL | re.MULTILINE))
-    for room in ROOMS:
-        there = {path.name for path in FILES if path.is_relative_to(ROOT / room)} - {"__init__.py"}
-        assert set(re.findall(r"\b(\w+\.py)\b", rooms[room])) == there, room
+def test_the_tree_in_the_docs_is_the_tree():
+    """docs/architecture.md has one line for every source file, with words about it, and no other file."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    block = re.search(r"## The tree\n\n```text\n(.*?)```", text, re.DOTALL).group(1)
+    listed, folders = set(), {}
+    for line in block.splitlines():
+        depth, name, words = re.fullmatch(r"( *)(\S+) *(.*)", line).groups()
+        level = len(depth) // 2
+        path = f"{folders[level - 1]}{name}" if level else name
+        if name.endswith("/"):
+            folders[level] = path
+        else:
+            listed.add(path)
+        assert words, f"docs/architecture.md: {path} has no description"
+    suffixes = {".py", ".cpp", ".h", ".sh", ".css", ".js", ".html"}
+    there = {path.relative_to(ROOT).as_posix() for package in ROOMS for path in (ROOT / package).rglob("*")
+             if path.suffix in suffixes and path.name != "__init__.py"}
+    assert listed == there
 
 
 def test_every_fault_in_the_docs_is_shown_by_a_test_that_is_there():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import nulsq
+from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.op import FORMS, fake_quantize
-from nulsq.quant.statistics import Statistics
 from nulsq.quantizers.apot import magnitudes
 
 METHODS = ["lsq", "nulsq", "uniq", "apot", "lcq"]

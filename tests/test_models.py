@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import nulsq
 from nulsq.config import Recipe, load
-from nulsq.models import build_model, network
+from nulsq.models.libraries import build_model
+from nulsq.models.network import build_network
 from nulsq.quant.layers import QUANTIZED
 
 timm = pytest.importorskip("timm")
@@ -167,7 +168,7 @@ def offline(code, home):
 
 def test_published_weights_without_a_network_are_one_line_for_each_library(tmp_path):
     code = """
-from nulsq.models import build_model
+from nulsq.models.libraries import build_model
 for name, classes in (("pytorchcv:preresnet20_cifar10", 10), ("torchvision:resnet18", 1000), ("timm:resnet18", 1000)):
     try: build_model(name, classes, pretrained=True)
     except ValueError as error: print(type(error).__name__, error)
@@ -198,7 +199,7 @@ def test_published_weights_in_the_cache_need_no_network(tmp_path):
     torch.save(weights["conv1.weight"], tmp_path / "conv1.pth")
     code = f"""
 import torch
-from nulsq.models import build_model
+from nulsq.models.libraries import build_model
 wanted = torch.load({str(tmp_path / 'conv1.pth')!r})
 for name, classes in (("torchvision:resnet18", 1000), ("timm:resnet18", 1000), ("timm:resnet18", 10)):
     model = build_model(name, classes, pretrained=True)
@@ -221,7 +222,7 @@ def test_an_unknown_tag_of_published_weights_names_the_near_ones():
 
 def test_the_recipes_policy_and_shares_reach_the_quantizers():
     recipe = load(Recipe, None, ["model.name=torchvision:resnet18", "quant.preset=none", "quant.bits=3"])
-    model = network(recipe, 10, shares=6)
+    model = build_network(recipe, 10, shares=6)
     found = nulsq.quantizers_of(model)
     assert {(quantizer.bits, quantizer.shares) for quantizer in found} == {(3, 6)}
-    assert network(recipe, 10).conv1.weight_quantizer.shares == 1
+    assert build_network(recipe, 10).conv1.weight_quantizer.shares == 1

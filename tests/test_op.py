@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import nulsq
+from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.op import FORMS, fake_quantize
-from nulsq.quant.statistics import Statistics
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 

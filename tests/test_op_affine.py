@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import nulsq
-from nulsq.quant.op import Affine, Table, available, cpu, fake_quantize
+from nulsq.quant.calibration.statistics import Statistics
+from nulsq.quant.op import Affine, Table, available, fake_quantize
 from nulsq.quant.op.batch_affine import batch_affine
-from nulsq.quant.statistics import Statistics
+from nulsq.quant.op.cpu import kernel as cpu
 
 pytestmark = pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
 METHODS = ("lsq", "nulsq", "lcq", "apot", "uniq")

@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import nulsq
 from bench.counts import Waits
-from nulsq.quant.op import FORMS, available, cpu, encode, fake_quantize, force, requantized
-from nulsq.quant.op.oracle import Rule, Table
-from nulsq.quant.statistics import Statistics
+from nulsq.quant.calibration.statistics import Statistics
+from nulsq.quant.op import FORMS, available, encode, fake_quantize, force, requantized
+from nulsq.quant.op.cpu import kernel as cpu
+from nulsq.quant.op.reference import Rule, Table
 
 pytestmark = pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
 METHODS = ("lsq", "nulsq", "lcq", "apot", "uniq")
@@ -315,7 +316,7 @@ def test_without_a_compiler_plain_pytorch_serves_after_one_warning(tmp_path):
     code = ("import torch, nulsq, warnings\n"
             "from nulsq.quant.op import available\n"
             "q = nulsq.get_quantizer('nulsq')(2, 'activation', signed=False)\n"
-            "from nulsq.quant.statistics import Statistics\n"
+            "from nulsq.quant.calibration.statistics import Statistics\n"
             "q.reset_(Statistics.of(torch.rand(100)))\n"
             "x = torch.rand(100, requires_grad=True)\n"
             "with warnings.catch_warnings(record=True) as told:\n"

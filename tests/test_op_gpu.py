@@ -13,8 +13,10 @@ import torch
 
 from bench import instructions
 from nulsq.quant.fold import fold_
-from nulsq.quant.op import force, gpu, oracle
-from nulsq.quant.op.oracle import Affine, Table
+from nulsq.quant.op import force
+from nulsq.quant.op import reference as oracle
+from nulsq.quant.op.gpu import kernel as gpu
+from nulsq.quant.op.reference import Affine, Table
 from tests import test_fold, test_op_fused
 
 fused = sys.modules["nulsq.quant.op.fused"]  # the package's name of it is the function

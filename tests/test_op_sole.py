@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import nulsq
+from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.op import available, force
 from nulsq.quant.op import sole as counting
-from nulsq.quant.statistics import Statistics
 
 pytestmark = pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
 

@@ -12,10 +12,10 @@ import nulsq
 from nulsq.config import Recipe, load
 from nulsq.errors import InputError
 from nulsq.quant.batch_norm import freeze_batch_norm_, reestimate_batch_norm_
+from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.layers import QuantConv2d, QuantLinear
 from nulsq.quant.oscillation import Oscillations, dampening_loss, shares
 from nulsq.quant.settings import OscillationSettings
-from nulsq.quant.statistics import Statistics
 
 GRIDS = [("lsq", 2, False), ("nulsq", 3, False), ("nulsq", 2, True), ("uniq", 1, False), ("lsq", 4, True)]
 NORMALIZED = [("lcq", "lwn"), ("apot", "wn")]

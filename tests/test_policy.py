@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import nulsq
-from nulsq.command_line import parse, parser
 from nulsq.config import load_recipe
+from nulsq.config.command_line import parse, parser
 from nulsq.errors import InputError
-from nulsq.models import build_model, is_float, network
+from nulsq.models.libraries import build_model
+from nulsq.models.network import build_network, is_float
 from nulsq.quant.policy import quantizable, roles
 from nulsq.quant.settings import LayerRule, Policy, SideRule
 
@@ -38,7 +39,7 @@ def from_command_line(*arguments, recipe=W2A2):
     """The quantized network of a command line, on torchvision's resnet18."""
     _, read = parse(parser("x", ""), [str(recipe), "model.name=torchvision:resnet18", "model.init_from=null",
                                       *arguments])
-    return network(read, 10)
+    return build_network(read, 10)
 
 
 # ---- roles

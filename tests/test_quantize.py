@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import nulsq
-from nulsq.quant.init import HALF_NORMAL_STEP, NORMAL_STEP
+from nulsq.quant.calibration.initial_step import HALF_NORMAL_STEP, NORMAL_STEP
+from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.settings import LayerRule, Policy, SideRule
-from nulsq.quant.statistics import Statistics
 
 
 def network():
@@ -258,7 +258,7 @@ def test_the_references_protocol_keeps_the_larger_of_the_batches():
 
 def test_batch_norms_that_do_more_keep_it_when_shared_over_ranks():
     timm = pytest.importorskip("timm")
-    from nulsq.models import sync_batch_norm
+    from nulsq.models.network import sync_batch_norm
     model = timm.create_model("efficientnet_lite0", num_classes=10)
     before = sum(type(module).__name__ == "BatchNormAct2d" for module in model.modules())
     kinds = {type(module).__name__ for module in sync_batch_norm(model).modules()}
@@ -271,6 +271,6 @@ class OddNorm(nn.BatchNorm2d):
 
 def test_a_batch_norm_that_nobody_knows_is_not_converted():
     from nulsq.errors import InputError
-    from nulsq.models import sync_batch_norm
+    from nulsq.models.network import sync_batch_norm
     with pytest.raises(InputError, match="OddNorm cannot be converted"):
         sync_batch_norm(nn.Sequential(OddNorm(3)))

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nulsq
+from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.settings import INITIALIZERS
-from nulsq.quant.statistics import Statistics
 
 CHANNELS = 4
 

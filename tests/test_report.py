@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nulsq.config import Recipe, load
-from nulsq.run_directory import METRICS
+from nulsq.run.directory import METRICS
 from tests.searches import EPOCHS, SPACE, evaluation, marked_search, two_studies
-from tune import journal
 from tune.report.findings import Comparison
 from tune.report.front import front
 from tune.report.history import of_events, saving
 from tune.report.importance import importance
 from tune.report.tables import frame, leaderboard, write_tables
-from tune.results import Row, collect
 from tune.space import Sampler, Search, Trial
+from tune.store import journal
+from tune.store.results import Row, collect
 
 for module in ("matplotlib", "optuna", "pandas", "pyarrow", "sklearn"):
     pytest.importorskip(module)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nulsq.run_directory import lock
+from nulsq.run.directory import lock_folder
 from tests.searches import MARKUP, evaluation, marked_search, two_studies
-from tune import journal
 from tune.report import write
 from tune.report.__main__ import main
 from tune.report.figures import curves
@@ -19,8 +18,9 @@ from tune.report.findings import Findings
 from tune.report.importance import importance
 from tune.report.page import notice
 from tune.report.responses import bars, response
-from tune.results import Row, collect
 from tune.space import Sampler, Search, Trial
+from tune.store import journal
+from tune.store.results import Row, collect
 
 for module in ("matplotlib", "optuna", "pandas", "pyarrow", "sklearn"):
     pytest.importorskip(module)
@@ -92,7 +92,7 @@ def test_a_search_that_is_not_finished_says_so(marked, tmp_path, capsys):
     findings = Findings(search, collect(search, journal.read(folder)), {})
     assert "This search is not finished" in notice(findings) and "7 of its 8 trials" in notice(findings)
     assert findings.status(findings.rows[-1]) == "interrupted"
-    held = lock(folder, "searching")
+    held = lock_folder(folder, "searching")
     assert main([str(folder)]) == 0
     held.close()
     text = "".join(Page(folder / "report" / "index.html").text)

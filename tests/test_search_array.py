@@ -11,15 +11,17 @@ import pytest
 
 import nulsq.train
 from nulsq.config import load_recipe, to_yaml
-from nulsq.run_directory import LAUNCH, METRICS, RunDirectory, read_outcome
+from nulsq.run.directory import LAUNCH, METRICS, RunDirectory
+from nulsq.run.status import RunStatus, read_outcome, write_status
 from tests.searches import SPACE, made_search
-from tune import array, journal, status
+from tune import array, status
 from tune import search as searching
 from tune.cost import network_cost
-from tune.reporting import recipe_of
-from tune.results import collect
+from tune.queue import Course, warm_rows
+from tune.ray_backend.trial_protocol import recipe_of
 from tune.space import base_recipe, load_search
-from tune.studies import Course, warm_rows
+from tune.store import journal
+from tune.store.results import collect
 
 pytest.importorskip("ray")
 EPOCHS = 2
@@ -50,7 +52,7 @@ def files_of(folder):
 
 @pytest.mark.parametrize("searcher", ["random", "quasirandom"])
 def test_an_array_has_the_very_trials_that_the_search_draws(made, tmp_path, searcher):
-    from tune.searcher import StudySearcher
+    from tune.ray_backend.searcher import StudySearcher
 
     out, overrides = made.out, []
     if searcher != "random":
@@ -115,7 +117,7 @@ def test_after_its_array_a_search_has_only_repeats_left(made, tmp_path):
         run.path.mkdir(parents=True, exist_ok=True)
         for epoch in range(1, EPOCHS + 1):
             run.append(METRICS, {"epoch": epoch, "val_top1": 99.0, "val_loss": 0.1, "seconds": 1.0})
-        run.write_outcome("diverged" if run is runs[1] else "finished")
+        write_status(run.path, RunStatus.DIVERGED if run is runs[1] else RunStatus.FINISHED)
     search = load_search(made.file, settings)
     course = Course(search, collect(search, journal.read(out)))
     assert [course.status[trial.key] for trial in journal.read(out)] == ["finished", "diverged"] + ["finished"] * 2

@@ -12,9 +12,10 @@ import pytest
 
 from nulsq.config import to_yaml
 from nulsq.errors import InputError
-from nulsq.run_directory import path_of, read_metrics, read_outcome
+from nulsq.run.directory import path_of, read_metrics
+from nulsq.run.status import read_outcome
 from nulsq.train import train
-from tune.cluster import check_fits, check_placement, environment, fits, open_cluster, wait_for_nodes
+from tune.ray_backend.cluster import check_fits, check_placement, environment, fits, open_cluster, wait_for_nodes
 
 pytest.importorskip("ray")
 from ray.tune import Callback  # noqa: E402
@@ -160,7 +161,7 @@ def test_a_stopped_trial_of_two_workers_makes_room_for_the_next(tune_trials, sho
     until it is stopped. The second is, from its start, what one process makes of it."""
     from ray.tune.schedulers import FIFOScheduler
 
-    from tune import workers
+    from tune.ray_backend import workers
 
     class StopTheFirst(FIFOScheduler):
         def on_trial_result(self, tune_controller, trial, result):
@@ -196,7 +197,7 @@ def test_a_trial_whose_node_is_lost_continues_on_another(cluster, tune_trials, s
     """Its process outlives its node for a moment: the next epoch is slow until the trial is told of again."""
     from ray.util.state import list_actors
 
-    from tune import trial
+    from tune.ray_backend import trial
 
     recipe = short("lost", model__init_from=str(float_run), optim__epochs=4,
                    quant__activation__quantizer="tests.slowed")

@@ -9,12 +9,12 @@ import pytest
 
 from nulsq.errors import InputError
 from tests.searches import made_search
-from tune import journal
-from tune.draws import STARTUP, Told, quasirandom, tpe
-from tune.draws import random as at_random
-from tune.results import Row
+from tune.queue import Course, listed, warm_rows
+from tune.samplers import STARTUP, Told, quasirandom, tpe
+from tune.samplers import random as at_random
 from tune.space import load_search, stratum
-from tune.studies import Course, listed, warm_rows
+from tune.store import journal
+from tune.store.results import Row
 
 pytest.importorskip("optuna")
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from nulsq import checkpoint
-from nulsq.run_directory import read_metrics, read_outcome
+from nulsq.run import checkpoint
+from nulsq.run.directory import read_metrics
+from nulsq.run.status import read_outcome
 from tests.searches import every_result_once, search
-from tune import journal
+from tune.store import journal
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.ray

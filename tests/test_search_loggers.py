@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from nulsq.run_directory import read_metrics
+from nulsq.run.directory import read_metrics
 from tests.searches import search
-from tune import journal
+from tune.store import journal
 
 pytest.importorskip("ray")
 pytest.importorskip("wandb", reason="pip install 'nulsq[wandb]'")

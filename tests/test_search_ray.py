@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from nulsq.optim import learning_rate
-from nulsq.run_directory import TIMES, path_of, read_metrics, read_recipe
+from nulsq.run.directory import TIMES, path_of, read_metrics, read_recipe
 from nulsq.train import train
+from nulsq.training.optim import learning_rate
 from tests.runs import numbers
 from tests.searches import every_result_once, search
-from tune import journal
+from tune.store import journal
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.ray

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from nulsq.errors import InputError
+from tune.queue import listed as trials
 from tune.space import Sampler, load_search, rungs, studies
-from tune.studies import listed as trials
 
 pytest.importorskip("ray")
-from tune.scheduler import CONTINUE, STOP, StratifiedAsha  # noqa: E402
+from tune.ray_backend.scheduler import CONTINUE, STOP, StratifiedAsha  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("in_the_checkout")

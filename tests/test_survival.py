@@ -13,10 +13,11 @@ import torch
 from conftest import ROOT
 
 import nulsq.train
-from nulsq import checkpoint
 from nulsq.config import to_yaml
 from nulsq.errors import InputError
-from nulsq.run_directory import path_of, read_metrics, read_outcome
+from nulsq.run import checkpoint
+from nulsq.run.directory import path_of, read_metrics
+from nulsq.run.status import read_outcome
 from nulsq.train import train
 from tests.runs import assert_same_state, last, numbers, torchrun
 

@@ -9,14 +9,17 @@ import pytest
 import torch
 from conftest import FLOAT
 
-from nulsq import checkpoint, run_directory
 from nulsq.config import to_yaml
+from nulsq.distributed import World
 from nulsq.errors import InputError
 from nulsq.evaluate import evaluate_run, read_evaluation
-from nulsq.optim import learning_rate
-from nulsq.run_directory import LAUNCH, SNAPSHOT, path_of, read_metrics, read_outcome
+from nulsq.run import checkpoint
+from nulsq.run import directory as run_directory
+from nulsq.run.directory import LAUNCH, path_of, read_metrics
+from nulsq.run.provenance import SNAPSHOT
+from nulsq.run.status import read_outcome
 from nulsq.train import main, train
-from nulsq.world import World
+from nulsq.training.optim import learning_rate
 from tests.runs import TIMES, assert_same_state, in_ranks, last, numbers, torchrun
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -188,7 +191,7 @@ def test_wrong_input_writes_nothing(short, tmp_path):
 def test_weights_load_from_every_form(short, float_run, tmp_path):
     from safetensors.torch import save_file
 
-    from nulsq.weights import read_weights
+    from nulsq.models.weights import read_weights
     plain = checkpoint.best_or_last(float_run)["model"]
     torch.save(plain, tmp_path / "plain.pth")
     torch.save({"state_dict": {f"module.{key}": value for key, value in plain.items()}}, tmp_path / "wrapped.pth")

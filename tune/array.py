@@ -22,15 +22,16 @@ from pathlib import Path
 
 from nulsq.config import to_yaml
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.run_directory import path_of, write_atomically
-from tune import journal
+from nulsq.files import write_atomically
+from nulsq.run.directory import path_of
 from tune.apart import apart
 from tune.cost import network_cost
-from tune.reporting import recipe_of
-from tune.results import Row, collect, read_stopped
-from tune.search_directory import ARRAY, SearchDirectory
+from tune.queue import Course, warm_rows
+from tune.ray_backend.trial_protocol import recipe_of
 from tune.space import Search, Trial, full_epochs, load_search, studies
-from tune.studies import Course, warm_rows
+from tune.store import journal
+from tune.store.directory import ARRAY, SearchDirectory
+from tune.store.results import Row, collect, read_stopped
 
 
 def parser() -> Parser:
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     if stopped:
         raise InputError(f"tune.search has stopped trials early in {folder.path} ({', '.join(stopped[:3])}), an array "
                          "trains all to their end; choose another dir")
-    apart("tune.check", "check_recipes", search)
+    apart("tune.checks", "check_recipes", search)
     warm = warm_rows(search)
     with folder:
         recipes = write(search, folder.path.resolve(), warm)

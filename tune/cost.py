@@ -1,12 +1,12 @@
 """What a trial's network costs, before it is trained: bits and bytes follow from the recipe alone.
 
-    average_bits   mean of the average weight bits and the average activation bits (see nulsq.inspect.cost)
+    average_bits   mean of the average weight bits and the average activation bits (see nulsq.cost)
     bytes          packed weights, other parameters and what the quantizers keep
 """
 
 from nulsq.config import Recipe
 
-KNOWN: dict[str, dict[str, float]] = {}  # what `tune.check` has measured in another process is added
+KNOWN: dict[str, dict[str, float]] = {}  # what `tune.checks` has measured in another process is added
 
 
 def network_cost(recipe: Recipe) -> dict[str, float]:
@@ -24,15 +24,15 @@ def network_cost(recipe: Recipe) -> dict[str, float]:
 def _measure(recipe):
     import torch  # else the search's own process does without, see `tune.apart`
 
+    from nulsq.cost import cost_of
     from nulsq.data import DataSet
-    from nulsq.inspect.cost import cost_of
-    from nulsq.models import network
-    from nulsq.quant.calibrate import calibrate_
-    from nulsq.quant.step import quantizers_of
+    from nulsq.models.network import build_network
+    from nulsq.quant.calibration.calibrate import calibrate_
+    from nulsq.quant.projection import quantizers_of
 
     data = DataSet(recipe.data.path)
     size = data.manifest.size or recipe.data.eval_size or recipe.data.size
-    model = network(recipe, len(data.classes), start=False)
+    model = build_network(recipe, len(data.classes), start=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images = torch.randn(2, 3, size, size)

@@ -14,31 +14,24 @@ Exit codes: 0 finished, or the time budget is used up; 1 nothing could be traine
 interrupted.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
-import logging
-import os
 import signal
 import sys
-import threading
-import time
-from pathlib import Path
 from typing import Any
 
 from nulsq.config import describe
-from nulsq.duration import duration
 from nulsq.errors import InputError, Parser, exit_on_input_error, missing
-from tune import cost, journal, results
+from tune import cost
 from tune.apart import apart
-from tune.cluster import check_fits, check_placement, open_cluster
-from tune.reporting import directory
-from tune.results import remove_checkpoints
-from tune.search_directory import SearchDirectory
+from tune.queue import Course, warm_rows
+from tune.ray_backend.trial_protocol import directory
 from tune.space import Search, base_recipe, expected_epochs, full_epochs, load_search, rungs, studies
 from tune.status import elapsed
-from tune.studies import Course, warm_rows
+from tune.store import journal, results
+from tune.store.directory import SearchDirectory
+from tune.store.results import remove_checkpoints
 
 EXIT_INTERRUPTED = 99
 
@@ -82,7 +75,7 @@ def _main(arguments) -> int:
                              "starts it or goes on")
     search = dataclasses.replace(folder.search, trials=folder.search.trials + more)
     if not folder.finished or more:
-        gpus, costs = apart("tune.check", "check", search, not arguments.dry_run)
+        gpus, costs = apart("tune.checks", "check", search, not arguments.dry_run)
         cost.KNOWN |= costs
         warm = warm_rows(search)
         if not arguments.json:
@@ -148,6 +141,8 @@ def run(search: Search, folder: SearchDirectory, course: Course) -> int:
     for module, extra in (wanted | {name: name for name in ("wandb", "mlflow") if getattr(search, name)}).items():
         if importlib.util.find_spec(module) is None:  # looked for, not imported: Ray reads its token at import
             raise missing(module, extra)
+    from tune.ray_backend.tuner import run_trials
+
     left = None
     if search.hours is not None:
         left = search.hours * 3600 - elapsed(journal.events(folder.path))
@@ -157,7 +152,7 @@ def run(search: Search, folder: SearchDirectory, course: Course) -> int:
     for key, status in course.status.items():  # what was killed between a decision and its consequences
         if status in ("stopped", "diverged"):
             remove_checkpoints(directory(folder.path, key))
-    ended = course.finished or _fit(search, folder, course, left)
+    ended = course.finished or run_trials(search, folder, course, left)
     used = left is not None and search.hours * 3600 <= elapsed(journal.events(folder.path), running=True)
     if not ended and not used:
         print(f"interrupted; the same command continues the search in {search.directory}")
@@ -193,85 +188,6 @@ def show(search: Search, folder: SearchDirectory, finished: bool = True) -> int:
     print(report.leaderboard(search, rows, tests))
     print("\n".join(str(path) for path in made))
     return 0
-
-
-def _fit(search: Search, folder: SearchDirectory, course: Course, seconds: float | None) -> bool:
-    """Run the trials on Ray, for so many seconds at most. Returns whether all of them ended."""
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial's run directory has its own logs
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Watch says what happens
-    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")  # a stopped trial's end, before the next takes over
-    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    began = time.monotonic()
-    with open_cluster(search.address, search.workers, search.nodes, search.patience), contextlib.ExitStack() as cleanup:
-        most = check_fits(search.cpus, search.gpus, search.workers)
-        print(f"Ray is up after {duration(time.monotonic() - began)}; {most} trials fit at once", flush=True)
-        if search.workers > 1:
-            check_placement(search.cpus, search.gpus, search.workers)
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Watch tells what went wrong, in one line
-        tuner = _tuner(search, folder.path.resolve(), course, min(most, search.concurrent or most))
-        journal.event(folder.path, "session")
-        # Tune returns on SIGINT and SIGUSR1, with handlers that it leaves in place; a batch system sends SIGTERM.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            cleanup.callback(signal.signal, number, signal.getsignal(number))
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
-        if seconds is not None:
-            timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1))
-            timer.daemon = True
-            timer.start()
-            cleanup.callback(timer.cancel)
-        with contextlib.suppress(KeyboardInterrupt):  # before Tune has its handlers
-            tuner.fit()
-        journal.event(folder.path, "pause")
-        return course.finished
-
-
-def _tuner(search, folder, course, most):
-    import ray.tune
-
-    from tune import trial, workers
-    from tune.scheduler import StratifiedAsha
-    from tune.searcher import StudySearcher
-    from tune.watch import Watch
-
-    common = {"directory": str(folder), "folder": os.getcwd(), "metric": search.metric, "cpus": search.cpus,
-              "gpus": search.gpus, "workers": search.workers, "recipe": str(Path(search.recipe).resolve())}
-    one = {"cpu": search.cpus} | ({"gpu": search.gpus} if search.gpus else {})
-    trainable = ray.tune.with_resources(trial.run, one) if search.workers == 1 else \
-        ray.tune.with_resources(workers.run, workers.DRIVER)
-    session = sum(event["event"] == "session" for event in journal.events(folder))
-    return ray.tune.Tuner(
-        trainable,
-        tune_config=ray.tune.TuneConfig(
-            search_alg=StudySearcher(course, folder, common,
-                                     lambda each: cost.network_cost(base_recipe(search, each.overrides))),
-            scheduler=StratifiedAsha(full_epochs(search), grace=search.grace, reduction=search.reduction,
-                                     metric=search.metric, mode=search.mode, file=folder / "rungs"),
-            num_samples=2 * course.budget(),  # the searcher says when it is at the end
-            max_concurrent_trials=most, reuse_actors=search.reuse and search.workers == 1,
-            trial_name_creator=_trial_name, trial_dirname_creator=_trial_name,
-        ),
-        run_config=ray.tune.RunConfig(
-            name=f"session-{session}", storage_path=str(folder / "ray"), verbose=0,
-            callbacks=[Watch(course, folder), *_loggers(search, folder)],
-            failure_config=ray.tune.FailureConfig(max_failures=search.retries),
-        ),
-    )
-
-
-def _loggers(search, folder):
-    """Ray's own callbacks for the services that people keep their experiments in."""
-    if search.wandb:
-        from ray.air.integrations.wandb import WandbLoggerCallback
-        # By default its files are in Ray's temporary folder, and what Tune copies of them may lack the end.
-        yield WandbLoggerCallback(project=search.wandb, group=search.name, excludes=["config"],
-                                  dir=os.environ.get("WANDB_DIR") or str(folder))
-    if search.mlflow:
-        from ray.air.integrations.mlflow import MLflowLoggerCallback
-        yield MLflowLoggerCallback(tracking_uri=search.mlflow, experiment_name=search.name)
-
-
-def _trial_name(trial):
-    return trial.config["trial"]["key"].replace("/", "-")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-from nulsq.duration import duration
 from nulsq.errors import InputError, Parser, exit_on_input_error
-from tune import journal
-from tune.reporting import directory
-from tune.results import Row, collect, ranked
-from tune.search_directory import ARRAY
+from nulsq.text import duration
+from tune.ray_backend.trial_protocol import directory
 from tune.space import Search, expected_epochs, full_epochs, rungs, studies
+from tune.store import journal
+from tune.store.directory import ARRAY
+from tune.store.results import Row, collect, ranked
 
 STATES = ("finished", "stopped", "running", "waiting", "diverged", "failed")
 COLUMNS = ("study", *STATES, "best", "reached rungs", "epochs")

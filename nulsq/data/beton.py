@@ -22,7 +22,7 @@ from nulsq.data import beton_format
 from nulsq.data.augment import _mix, center_crop, is_flipped, resized_crop, uniform
 from nulsq.data.manifest import DataSet, Watch
 from nulsq.data.order import Order
-from nulsq.data.view import View
+from nulsq.data.transform import View
 from nulsq.errors import InputError
 
 _threads = torch.get_num_threads()

@@ -10,7 +10,7 @@ from nulsq.data.augment import apply_crop_and_flip, center_crop, is_flipped, res
 from nulsq.data.manifest import DataSet, Watch
 from nulsq.data.order import Order
 from nulsq.data.photograph import read_rgb
-from nulsq.data.view import View
+from nulsq.data.transform import View
 from nulsq.errors import InputError, require
 
 

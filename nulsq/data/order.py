@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nulsq.config.holdout import parse_holdout
 from nulsq.errors import InputError
 
 CHUNK = 128  # images of neighbouring places in a file: some megabytes of photographs
@@ -17,23 +18,18 @@ Order = Callable[[int], list[np.ndarray]]  # epoch -> this rank's sample indices
 def split(labels: np.ndarray, holdout: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices of (train, val) within the train split.
 
-    `holdout`: "stratified:SHARE" takes that share of every class by `seed`, "last:N" the last N, "none" nothing.
-    Raises InputError for anything else, or where nothing would be left.
+    `holdout` is data.holdout, see `nulsq.config.holdout`; `seed` draws a stratified one.
+    Raises InputError for a holdout that cannot be read or leaves nothing to train on.
     """
-    count = len(labels)
-    kind, _, value = holdout.partition(":")
-    try:
-        if kind == "none" and not value:
-            val = np.array([], dtype=np.int64)
-        elif kind == "last" and 0 < int(value) < count:
-            val = np.arange(count - int(value), count)
-        elif kind == "stratified" and 0 < float(value) < 1:
-            val = stratified(labels, float(value), seed)
-        else:
-            raise ValueError
-    except ValueError:
-        raise InputError(f"data.holdout = {holdout!r}, allowed: stratified:SHARE with 0 < SHARE < 1, last:N with "
-                         f"0 < N < {count}, or none") from None
+    count, wanted = len(labels), parse_holdout(holdout)
+    if wanted.kind == "none":
+        val = np.array([], dtype=np.int64)
+    elif wanted.kind == "last":
+        if wanted.count >= count:
+            raise InputError(f"data.holdout = {holdout!r}, allowed: last:N with 0 < N < {count}, the number of images")
+        val = np.arange(count - wanted.count, count)
+    else:
+        val = stratified(labels, wanted.share, seed)
     return np.setdiff1d(np.arange(count), val), val
 
 

@@ -15,7 +15,7 @@
     __main__.py    the command: run directories and recipes
 """
 
-from nulsq.inspect.cost import Cost, LayerCost
+from nulsq.cost import Cost, LayerCost
 from nulsq.inspect.fidelity import Fidelity
 from nulsq.inspect.measure import LayerReport, Report, report
 from nulsq.inspect.pictures import plot

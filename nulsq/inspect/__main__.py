@@ -24,20 +24,21 @@ from pathlib import Path
 
 from torch import nn
 
-from nulsq import checkpoint
 from nulsq.config import Recipe, load_recipe
 from nulsq.data import DataSet, Normalize, build_loaders
+from nulsq.distributed import World, world
 from nulsq.errors import InputError, Parser, exit_on_input_error, require
+from nulsq.files import write_atomically
 from nulsq.inspect.measure import report
 from nulsq.inspect.pictures import plot
 from nulsq.inspect.table import content, text
-from nulsq.prepare import prepare
-from nulsq.quant.calibrate import calibrate_
-from nulsq.quant.step import quantizers_of
-from nulsq.run_directory import read_recipe, write_atomically
-from nulsq.state import trained_network
-from nulsq.validate import first_batches
-from nulsq.world import World, world
+from nulsq.quant.calibration.calibrate import calibrate_
+from nulsq.quant.projection import quantizers_of
+from nulsq.run import checkpoint
+from nulsq.run.directory import read_recipe
+from nulsq.training.prepare import prepare
+from nulsq.training.state import trained_network
+from nulsq.training.validate import first_batches
 
 
 def of_run(run: Path, which: str, here: World) -> tuple[Recipe, DataSet, nn.Module, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nulsq.inspect.cost import Cost, LayerCost, cost_of, layers_of
+from nulsq.cost import Cost, LayerCost, cost_of, layers_of
 from nulsq.inspect.fidelity import Fidelity
 from nulsq.quant.modes import in_evaluation
 from nulsq.quant.policy import roles

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from nulsq.inspect.cost import Cost
+from nulsq.cost import Cost
 from nulsq.inspect.fidelity import Fidelity
 from nulsq.inspect.measure import LayerReport, Report
 

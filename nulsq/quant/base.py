@@ -8,19 +8,19 @@ included, relies on `levels`, `thresholds`, `encode`, `decode` and `reset_` alon
 Two things are settled by data: the sign of an activation quantizer built with `signed=None`, and the steps. Both
 come from `reset_`, which `calibrate_` calls; until then `forward` refuses. They are part of the state dict.
 
-Steps stay positive by projection after the optimizer's step (`after_step_`, see `nulsq.quant.step`), never by a
+Steps stay positive by projection after the optimizer's step (`after_step_`, see `nulsq.quant.projection`), never by a
 check in `forward`, which would cost a device synchronization. NaN goes through to the output.
 """
 
 import torch
 from torch import Tensor, nn
 
-from nulsq.quant.histogram import LARGEST
-from nulsq.quant.init import SMALLEST_STEP, initial_step
-from nulsq.quant.lloyd_max import best_step, lloyd_max
+from nulsq.quant.calibration.histogram import LARGEST
+from nulsq.quant.calibration.initial_step import SMALLEST_STEP, initial_step
+from nulsq.quant.calibration.lloyd_max import best_step, lloyd_max
+from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.op import Rule, Table, encode, fake_quantize
 from nulsq.quant.settings import GRAD_SCALES, INITIALIZERS, STE_RULES
-from nulsq.quant.statistics import Statistics
 
 ROLES = ("weight", "activation")
 
@@ -34,7 +34,7 @@ class Quantizer(nn.Module):
         signed: whether negative values have levels. Weights: always. Activations: None lets `reset_` decide from
             the data's minimum.
         channels: number of output channels for one set of steps each (dimension 0), or None for one per tensor.
-        init: initial step sizes, see `nulsq.quant.init`.
+        init: initial step sizes, see `nulsq.quant.calibration.initial_step`.
         grad_scale: factor on the gradient of the steps. "none"; "lsq": 1/sqrt(N Qp) of the LSQ paper, N the number
             of weights or of features of one sample; "channels": the same with N the number of input channels for
             activations, as the reference implementation of nuLSQ has it; "batch": with N the number of elements of

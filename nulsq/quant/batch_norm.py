@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nulsq.quant.calibrate import average_batch_norm_
+from nulsq.quant.calibration.calibrate import average_batch_norm_
 from nulsq.quant.modes import in_evaluation
 
 

@@ -19,7 +19,7 @@ from nulsq.quant.base import Quantizer
 from nulsq.quant.layers import QUANTIZED
 from nulsq.quant.op import Affine, available
 from nulsq.quant.op.batch_affine import batch_affine
-from nulsq.quant.step import quantizers_of
+from nulsq.quant.projection import quantizers_of
 
 
 def fold_(model: nn.Module) -> list[str]:

@@ -93,6 +93,7 @@ class QuantLinear(_Quantized, nn.Linear):
             return F.linear(x, weight, self.bias)
 
 
+LAYERS = (nn.Conv2d, nn.Linear)
 QUANTIZED = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 
 
@@ -100,3 +101,8 @@ def _take_over(new, old):
     new.weight, new.bias = old.weight, old.bias
     new.train(old.training)
     return new
+
+
+def is_unsupported_subclass(module: nn.Module) -> bool:
+    """Whether a module is a subclass of Conv2d or Linear that may use its weight in its own way: it stays float."""
+    return isinstance(module, LAYERS) and type(module) not in (*QUANTIZED, *QUANTIZED.values())

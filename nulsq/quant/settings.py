@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 FLOAT = "fp"  # the name of "no quantizer"
 PRESETS = ("paper", "none", "weights_only")
-INITIALIZERS = ("nmse", "lsq", "const", "lloyd_max")  # see `nulsq.quant.init`
+INITIALIZERS = ("nmse", "lsq", "const", "lloyd_max")  # see `nulsq.quant.calibration.initial_step`
 GRAD_SCALES = ("none", "lsq", "channels", "batch")  # see `nulsq.quant.base.Quantizer`
 STE_RULES = ("clip", "clip_open", "half", "none")  # see `nulsq.quant.op.Rule`
 NORMALIZATIONS = ("none", "wn", "lwn")  # see `nulsq.quant.layers`

@@ -17,7 +17,7 @@ Weights take m from the weight itself in every forward. Activations have a range
 import torch
 
 from nulsq.quant.base import Quantizer
-from nulsq.quant.init import SMALLEST_STEP
+from nulsq.quant.calibration.initial_step import SMALLEST_STEP
 from nulsq.quant.op import Table, fake_quantize
 
 RANGES = ("running", "static", "dynamic", "reference")

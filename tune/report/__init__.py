@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tune.report.tables import leaderboard
-from tune.results import Row
 from tune.space import Search
+from tune.store.results import Row
 
 __all__ = ["leaderboard", "write"]
 

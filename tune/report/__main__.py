@@ -11,11 +11,11 @@ test are read from their runs, where `tune.search` leaves them at its end.
 from pathlib import Path
 
 from nulsq.errors import InputError, Parser, exit_on_input_error, require
-from tune import journal
 from tune.report import write
 from tune.report.tables import leaderboard
-from tune.results import collect, read_evaluations, winners
 from tune.status import is_running
+from tune.store import journal
+from tune.store.results import collect, read_evaluations, winners
 
 
 def parser() -> Parser:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nulsq.errors import require
-from nulsq.run_directory import aside_of
+from nulsq.files import temporary_path
 from tune.report.findings import Findings
 from tune.report.front import COSTS, front, points
 from tune.report.history import History
@@ -43,8 +43,8 @@ def drawing(inches: tuple[float, float], path: Path, layout: str | None = "const
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=inches, layout=layout)
         yield figure
-        figure.savefig(aside_of(path), format="png", metadata={"Software": None})
-    aside_of(path).replace(path)
+        figure.savefig(temporary_path(path), format="png", metadata={"Software": None})
+    temporary_path(path).replace(path)
 
 
 # ---- learning curves

@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tune.results import ENDED, Finalist, Row, finalists, ranked
 from tune.space import Search, Study, full_epochs, rungs, studies
 from tune.status import state
+from tune.store.results import ENDED, Finalist, Row, finalists, ranked
 
 NEARLY_ALL = 0.9
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tune.report.findings import Findings
-from tune.results import Row
+from tune.store.results import Row
 
 COSTS = {"average_bits": "average bits of weights and activations", "bytes": "bytes of the model, weights packed"}
 

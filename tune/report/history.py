@@ -13,9 +13,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from tune import journal
 from tune.report.findings import Findings
-from tune.results import Row
+from tune.store import journal
+from tune.store.results import Row
 
 
 @dataclass

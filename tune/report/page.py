@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from nulsq._version import __version__
-from nulsq.duration import duration
-from nulsq.run_directory import write_atomically
+from nulsq.files import write_atomically
+from nulsq.text import duration
 from tune.report.figures import COSTS, Picture, curves, pareto, size, timeline
 from tune.report.findings import Findings
 from tune.report.front import front, points

@@ -3,15 +3,15 @@
 import json
 import time
 
-from nulsq.duration import duration
+from nulsq.text import duration
 from tune.report.figures import Picture, size
 from tune.report.findings import Findings
 from tune.report.history import History, places, saving
 from tune.report.importance import Importance
 from tune.report.markup import Cell, Html, facts, join, number, picture, table, tag
 from tune.report.tables import epochs_spent, retraining_command, short, verdict
-from tune.results import Row
 from tune.space import Sampler, Study
+from tune.store.results import Row
 
 TOP = 10  # trials in a study's own table
 

@@ -16,10 +16,11 @@ from typing import Any
 
 from nulsq.config import Recipe, to_yaml
 from nulsq.errors import require
-from nulsq.run_directory import aside_of, read_recipe, write_atomically
+from nulsq.files import temporary_path, write_atomically
+from nulsq.run.directory import read_recipe
 from tune.report.findings import Findings
-from tune.results import Finalist, Row
 from tune.space import Search
+from tune.store.results import Finalist, Row
 
 
 def write_tables(findings: Findings) -> list[Path]:
@@ -28,8 +29,8 @@ def write_tables(findings: Findings) -> list[Path]:
     table = frame(findings.search, [dataclasses.replace(row, status=findings.status(row)) for row in findings.rows])
     made = [folder / "trials.csv", folder / "trials.parquet", folder / "leaderboard.txt"]
     write_atomically(made[0], table.to_csv(index=False))
-    table.to_parquet(aside_of(made[1]), index=False)
-    aside_of(made[1]).replace(made[1])
+    table.to_parquet(temporary_path(made[1]), index=False)
+    temporary_path(made[1]).replace(made[1])
     write_atomically(made[2], _leaderboard(findings) + "\n")
     return made + [_write_best(findings, study, own[0]) for study, own in findings.finalists.items()]
 

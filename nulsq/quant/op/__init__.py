@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nulsq.quant.op.eager import Eager
 from nulsq.quant.op.fused import available, fused, inline_forward, requantized, takes_affine
-from nulsq.quant.op.oracle import Affine, Oracle, Rule, Table, encode, scale_gradient
+from nulsq.quant.op.reference import Affine, Oracle, Rule, Table, encode, scale_gradient
 
 __all__ = ["FORMS", "Affine", "Rule", "Table", "available", "encode", "fake_quantize", "force", "inline_forward",
            "requantized", "scale_gradient"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nulsq.quant.op.fused import KERNELS
-from nulsq.quant.op.oracle import Affine, computed_in
+from nulsq.quant.op.reference import Affine, computed_in
 
 
 def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Affine, Tensor, Tensor]:

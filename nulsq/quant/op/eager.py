@@ -10,7 +10,7 @@ is counted once, kept as one byte per element, and everything follows from it by
 
 import torch
 
-from nulsq.quant.op.oracle import Table, end_codes, gap_gradient, input_gradient, prepared, segment
+from nulsq.quant.op.reference import Table, end_codes, gap_gradient, input_gradient, prepared, segment
 
 PIECE = 1 << 15  # elements that are summed up one by one in float32
 

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from nulsq.quant.op import cpu, gpu, oracle, sole
+from nulsq.quant.op import reference as oracle
+from nulsq.quant.op import sole
+from nulsq.quant.op.cpu import kernel as cpu
+from nulsq.quant.op.gpu import kernel as gpu
 from nulsq.quant.op.layout import dense, gradient_buffers
-from nulsq.quant.op.oracle import Affine, Oracle, Rule, Table, sums_asked_for
+from nulsq.quant.op.reference import Affine, Oracle, Rule, Table, sums_asked_for
 
 KERNELS = {"cpu": cpu, "cuda": gpu}
 _TABLE = "Tensor gaps, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"

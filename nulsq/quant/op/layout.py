@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nulsq.quant.op.oracle import Rule, Table, computed_in
+from nulsq.quant.op.reference import Rule, Table, computed_in
 
 
 def dense(x: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Checks of the nodes before hours are spent: python -m launch.preflight."""

@@ -1,0 +1,9 @@
+"""Recipes: what can be set (recipe.py), how YAML and overrides become one (load.py), what is checked (checks.py)."""
+
+from nulsq.config.checks import check_recipe
+from nulsq.config.flat import differences, flatten
+from nulsq.config.load import describe, load, load_recipe, to_yaml
+from nulsq.config.recipe import Data, Distill, Guard, Model, Optim, Quant, Recipe, Run, setting
+
+__all__ = ["Data", "Distill", "Guard", "Model", "Optim", "Quant", "Recipe", "Run", "check_recipe", "describe",
+           "differences", "flatten", "load", "load_recipe", "setting", "to_yaml"]

@@ -1,0 +1,1 @@
+"""Networks: from the model libraries (libraries.py), with weights (weights.py), quantized (network.py), as teachers."""

@@ -1,0 +1,1 @@
+"""Initial step sizes and signs, from data."""

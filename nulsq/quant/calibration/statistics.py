@@ -1,0 +1,112 @@
+"""Mergeable statistics of a tensor, the only thing that an initializer sees.
+
+Two `Statistics` of disjoint samples merge into those of their union, so any number of batches and ranks ends
+with the numbers of one process. Sums are kept in float64: their order does not show in a float32 parameter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nulsq.quant.calibration.histogram import Histogram
+
+
+@dataclass
+class Statistics:
+    """Sums and extrema of samples, each a float64 tensor on the CPU of shape [] or, per channel, [C].
+
+    The histogram is there if it was asked for: it costs more than all the rest.
+    """
+
+    count: Tensor
+    total: Tensor
+    absolute: Tensor  # sum of |x|
+    square: Tensor  # sum of x^2
+    low: Tensor
+    high: Tensor
+    histogram: Histogram | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, *, per_channel: bool = False, histogram: bool = False) -> "Statistics":
+        """Statistics of x; with `per_channel`, one for each index of dimension 0.
+
+        Raises ValueError for NaN or infinite values: a range learned from them would be meaningless.
+        """
+        x = x.detach()
+        x = x.cpu().double() if x.device.type == "mps" else x.double()  # mps has no float64
+        x = x.flatten(1) if per_channel else x.reshape(-1)
+        total, low, high = x.sum(-1), x.amin(-1), x.amax(-1)
+        if not torch.isfinite(total).all():
+            raise ValueError(f"cannot take statistics: {int((~torch.isfinite(x)).sum())} of {x.numel()} values "
+                             "are NaN or infinite")
+        count = torch.full_like(total, x.shape[-1])
+        found = (count, total, x.abs().sum(-1), x.square().sum(-1), low, high)
+        return cls(*(value.cpu() for value in found),
+                   histogram=Histogram.of(x, per_channel=per_channel) if histogram else None)
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        return Statistics(self.count + other.count, self.total + other.total, self.absolute + other.absolute,
+                          self.square + other.square, torch.minimum(self.low, other.low),
+                          torch.maximum(self.high, other.high),
+                          self.histogram.merge(other.histogram) if self.histogram and other.histogram else None)
+
+    def over_ranks(self, device: torch.device) -> "Statistics":
+        """Statistics of all ranks' samples; unchanged outside a process group. A collective call."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        sums = torch.stack([self.count, self.total, self.absolute, self.square]).to(device)
+        ends = torch.stack([-self.low, self.high]).to(device)
+        dist.all_reduce(sums)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        sums, ends, histogram = sums.cpu(), ends.cpu(), None
+        if self.histogram is not None:
+            both = torch.stack([self.histogram.count, self.histogram.total]).to(device)
+            dist.all_reduce(both)
+            histogram = Histogram(*both.cpu())
+        return Statistics(*sums, -ends[0], ends[1], histogram)
+
+    @property
+    def mean_absolute(self) -> Tensor:
+        return self.absolute / self.count
+
+    @property
+    def mean_square(self) -> Tensor:
+        return self.square / self.count
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation with Bessel's correction, as torch.std."""
+        centred = self.square - self.total.square() / self.count
+        return (centred.clamp(min=0) / (self.count - 1).clamp(min=1)).sqrt()
+
+    @property
+    def largest(self) -> Tensor:
+        """max |x|"""
+        return torch.maximum(self.low.abs(), self.high.abs())
+
+
+class BatchStatistics(Statistics):
+    """Statistics of one tensor in its own precision, by torch's own mean and standard deviation.
+
+    For parity with the authors' calibration: there an ulp flips thresholds and moves a whole network's logits.
+    """
+
+    @classmethod
+    def of(cls, x: Tensor, *, per_channel: bool = False, histogram: bool = False) -> "BatchStatistics":
+        found = super().of(x, per_channel=per_channel, histogram=histogram)
+        found.x = x.detach().flatten(1) if per_channel else x.detach().reshape(-1)
+        return found
+
+    @property
+    def mean_absolute(self) -> Tensor:
+        return self.x.abs().mean(-1)
+
+    @property
+    def mean_square(self) -> Tensor:
+        return self.x.square().mean(-1)
+
+    @property
+    def std(self) -> Tensor:
+        return self.x.std(-1)

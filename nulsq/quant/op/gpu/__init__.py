@@ -1,0 +1,1 @@
+"""The GPU form of the operation: Triton kernels."""

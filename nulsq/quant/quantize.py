@@ -1,0 +1,72 @@
+"""quantize_(model, policy): replace layers by their quantized forms, in place."""
+
+import warnings
+
+from torch import nn
+
+from nulsq.quant.base import Quantizer
+from nulsq.quant.layers import QUANTIZED, is_unsupported_subclass
+from nulsq.quant.policy import resolve
+from nulsq.quant.registry import get_quantizer
+from nulsq.quant.settings import FLOAT, Policy, SideRule
+
+
+def quantize_(model: nn.Module, policy: Policy | None = None, *, shares: int = 1) -> nn.Module:
+    """Replace every Conv2d and Linear by its quantized form, as the policy says. In place; returns the model.
+
+    Parameters are shared with the old layers and keep their names. Step sizes come next, from data:
+    `calibrate_(model, batches)`. Layers of a subclass of Conv2d or Linear stay float, and a warning names them.
+
+    Args:
+        policy: None takes the default one, the paper's.
+        shares: how many of the batches that the model sees make one global batch: ranks times micro-batches of an
+            accumulated step. Gradient scales that count the batch need it.
+
+    Raises ValueError for an unknown quantizer, bits that it does not have, a pattern or role that matches no layer,
+    contradicting settings, or a model that is quantized already.
+    """
+    if any(isinstance(module, Quantizer) for module in model.modules()):
+        raise ValueError("the model is quantized already; build a float one and call quantize_ once")
+    if not isinstance(shares, int) or shares < 1:
+        raise ValueError(f"shares = {shares!r}, allowed: whole numbers from 1")
+    plan = resolve(policy or Policy(), model)
+    swapped = {}
+    for name, (weight, activation) in plan.items():
+        layer = model.get_submodule(name)
+        sides = (_build(name, "weight", weight, layer.weight.shape[0]), _build(name, "activation", activation, None))
+        if sides == (None, None):
+            continue
+        for quantizer in filter(None, sides):
+            quantizer.shares = shares
+        normalization = weight.normalization or getattr(sides[0], "normalization", "none")
+        new = QUANTIZED[type(layer)].from_float(layer, *sides, normalization)
+        swapped[name] = new.to(layer.weight.device)
+    # Nothing above touched the model: an error leaves it as it was.
+    for name, layer in swapped.items():
+        if not name:
+            raise ValueError("the model is itself one layer: wrap it (nn.Sequential(layer)) to swap it in place")
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    odd = [f"{name} ({type(module).__name__})" for name, module in model.named_modules()
+           if is_unsupported_subclass(module)]
+    if swapped and odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        warnings.warn("not quantized, since a subclass of Conv2d or Linear may use its weight in ways of its own: "
+                      f"{', '.join(odd[:3])}{more}", stacklevel=2)
+    return model
+
+
+def _build(name: str, role: str, rule: SideRule, channels: int | None) -> Quantizer | None:
+    if rule.quantizer == FLOAT:
+        return None
+    options = {key: value for key in ("signed", "init", "grad_scale", "ste")
+               if (value := getattr(rule, key)) is not None} | rule.options
+    if rule.per_channel:
+        options["channels"] = channels or -1  # -1: per channel where there is none; the quantizer refuses it
+    try:
+        quantizer = get_quantizer(rule.quantizer)(rule.bits, role, **options)
+    except ValueError as error:
+        raise ValueError(f"{role} of {name}: {error}") from None
+    except TypeError as error:
+        raise ValueError(f"{role} of {name}: quantizer {rule.quantizer!r} has no such option: {error}") from None
+    return quantizer if rule.learn_scale in (None, True) else quantizer.requires_grad_(False)

@@ -1,0 +1,1 @@
+"""The run directory: recipe, records, checkpoints, and how the run ended."""

@@ -1,0 +1,1 @@
+"""The parts of a training run; nulsq/train.py puts them together."""

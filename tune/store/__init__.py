@@ -1,0 +1,1 @@
+"""The folder of a search: journal, rows, results. Needs no Ray."""
