@@ -19,7 +19,7 @@ import torch
 from bench import command
 from nulsq._version import __version__
 from nulsq.config import Recipe, load_recipe
-from nulsq.distributed import world
+from nulsq.distributed import join_ranks
 from nulsq.errors import InputError, Parser, exit_on_input_error
 from nulsq.evaluate import evaluate_run, read_evaluation
 from nulsq.quant.registry import get_quantizer
@@ -50,7 +50,7 @@ def cell(arguments, method: str, bits: int, seed: int) -> Recipe:
     return load_recipe(arguments.recipe, own + arguments.overrides)
 
 
-def measured(recipe: Recipe, split: str, here) -> float:
+def measured(recipe: Recipe, split: str, ranks) -> float:
     """Top-1 of the run's last epoch: trained and evaluated now where it is not there yet."""
     run = path_of(recipe)
     if not (run.exists() and read_outcome(run)["outcome"] == "finished"):
@@ -61,7 +61,7 @@ def measured(recipe: Recipe, split: str, here) -> float:
         return read_metrics(run)[-1]["val_top1"]
     found = read_evaluation(run)
     if found is None or found["step"] != checkpoint.best_or_last(run, "last")["step"]:
-        found = evaluate_run(run, which="last", here=here)
+        found = evaluate_run(run, which="last", ranks=ranks)
     return found["test_top1"]
 
 
@@ -70,7 +70,7 @@ def table(arguments, results: dict[str, dict[int, list[float]]]) -> str:
             f"W{arguments.bits[0]} weight |", "|---|" + "---|" * (len(arguments.bits) + 1)]
     for method, by_bits in results.items():
         weight, activation = METHODS[method]
-        low, high = get_quantizer(weight)(arguments.bits[0], "weight").codes
+        low, high = get_quantizer(weight)(arguments.bits[0], "weight").level_range
         cells = [f"{statistics.mean(found):.2f} +- {statistics.stdev(found) if len(found) > 1 else float('nan'):.2f}"
                  for found in by_bits.values()]
         rows.append(f"| {method} ({weight} / {activation}) | {' | '.join(cells)} | {high - low + 1} |")
@@ -123,11 +123,11 @@ def main(argv: list[str]) -> int:
     if arguments.init and not arguments.init.exists():
         raise InputError(f"--init: no file or run directory {arguments.init}")
     results: dict[str, dict[int, list[float]]] = {}
-    with world(next(iter(cells.values())).run.device) as here:
+    with join_ranks(next(iter(cells.values())).run.device) as ranks:
         for seed in arguments.seeds:  # seed by seed: what is there after an interruption is a table of fewer seeds
             for method in arguments.methods:
                 for bits in arguments.bits:
-                    top1 = measured(cells[method, bits, seed], arguments.split, here)
+                    top1 = measured(cells[method, bits, seed], arguments.split, ranks)
                     results.setdefault(method, {}).setdefault(bits, []).append(top1)
                     print(f"{method:9} W{bits}A{bits} seed {seed}: {arguments.split} top-1 {top1:.2f}", flush=True)
     print(table(arguments, results))

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench import command
 from nulsq.config import load_recipe
 from nulsq.data import Normalize, build_loaders
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 from nulsq.errors import Parser, exit_on_input_error
 from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.policy import quantizable
@@ -59,7 +59,7 @@ def tensors(arguments) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and inputs of the network's middle layers."""
     settings = [*FLOAT, f"data.path={arguments.data}", f'model.init_from="{arguments.init}"']
     recipe = load_recipe(arguments.recipe, settings)
-    data, model, _ = prepare(recipe, World(0, 1, torch.device("cpu")))
+    data, model, _ = prepare(recipe, Ranks(0, 1, torch.device("cpu")))
     names, inputs = quantizable(model)[1:-1], []
     handles = [model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
                for name in names]

@@ -24,7 +24,7 @@ import torch
 from bench.counts import compilations, graph_breaks, operations, peak_bytes, synchronizations
 from bench.timing import add_options, begin, clock_of, interleaved, row, show, table, timed_row, write_json
 from nulsq.config import load_recipe
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 from nulsq.errors import InputError, Parser, exit_on_input_error
 from nulsq.models.network import build_network
 from nulsq.quant.calibration.calibrate import calibrate_
@@ -89,7 +89,7 @@ class Step:
         plain = "eager" if device.type == "cpu" else "oracle"  # what is chosen where there is no kernel
         self.form = {"no-compiler": plain, "traced": "oracle"}.get(setting)
         self.state = TrainState(self.model, Optimizers(self.model, self.recipe.optim), Counters(device))
-        alone = World(0, 1, device)
+        alone = Ranks(0, 1, device)
         self.step = training_step(self.recipe, alone, self.state, stepped)
         self.guard = DivergenceGuard(self.recipe.guard, classes, alone)
 

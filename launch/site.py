@@ -13,7 +13,6 @@ over the file. What goes into a script as a value is checked here and quoted the
 """
 
 import dataclasses
-import difflib
 import re
 import sys
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from nulsq.config import load, setting
-from nulsq.errors import InputError
+from nulsq.errors import InputError, did_you_mean
 
 NAME = r"[\w.,:@+-]+"
 FLAG_VALUE = r"[\w.,:;=@%+/\[\]()*&|!~?-]+"
@@ -125,8 +124,7 @@ def _check_flag(name: str, value: str) -> None:
     if name in OWN_FLAGS:
         raise InputError(f"sbatch.{name}: say {OWN_FLAGS[name]}=... instead")
     if name not in FLAGS:
-        near = difflib.get_close_matches(name, FLAGS, 1, 0.6)
-        raise InputError(f"sbatch.{name}: not a flag that passes through."
-                         f"{f' Did you mean {near[0]!r}?' if near else ''} Allowed: {', '.join(FLAGS)}")
+        hint = did_you_mean(name, FLAGS, cutoff=0.6)
+        raise InputError(f"sbatch.{name}: not a flag that passes through.{hint} Allowed: {', '.join(FLAGS)}")
     if value and not re.fullmatch(FLAG_VALUE, value):
         raise InputError(f"sbatch.{name} = {value!r} is refused: no spaces, quotes, $ and the like")

@@ -21,7 +21,7 @@ from nulsq.errors import InputError
 
 
 @dataclass(frozen=True)
-class World:
+class Ranks:
     rank: int
     size: int
     device: torch.device
@@ -83,7 +83,7 @@ class World:
 
 
 @contextmanager
-def world(device: str = "auto") -> Iterator[World]:
+def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     """The World of this process. `device` is auto, cpu or cuda; several ranks on a node take cuda:LOCAL_RANK."""
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
@@ -92,11 +92,11 @@ def world(device: str = "auto") -> Iterator[World]:
     if cuda:
         torch.cuda.set_device(chosen)
     if dist.is_available() and dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size(), chosen)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo")
         try:
-            yield World(dist.get_rank(), dist.get_world_size(), chosen)
+            yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
             dist.barrier()  # a rank that leaves first closes connections that others still use
         finally:
             # A DistributedDataParallel that waits for the garbage collector holds the group's threads: freed at the
@@ -104,4 +104,4 @@ def world(device: str = "auto") -> Iterator[World]:
             gc.collect()
             dist.destroy_process_group()
     else:
-        yield World(0, 1, chosen)
+        yield Ranks(0, 1, chosen)

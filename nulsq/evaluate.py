@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from nulsq.config import Recipe
 from nulsq.data import DataSet, Normalize, build_loader
-from nulsq.distributed import World, world
+from nulsq.distributed import Ranks, join_ranks
 from nulsq.errors import Parser, exit_on_input_error
 from nulsq.files import write_atomically
 from nulsq.models.network import fold_for_training
@@ -29,47 +29,47 @@ from nulsq.training.stop import Asked
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, normalize: Normalize, here: World, recipe: Recipe, prefix: str,
+def evaluate(model: nn.Module, loader, normalize: Normalize, ranks: Ranks, recipe: Recipe, prefix: str,
              asked: Asked | None = None) -> dict:
     """Mean loss, top-1 and top-5 in percent and the image count, over all ranks. A collective call.
 
     With data.eval_flip logits are the mean of those of an image and of its mirror image. Raises Stopped
     on every rank where `asked` says so; the model is then in the mode that it was in.
     """
-    counters = Counters(here.device)
-    shared = min(here.gather(loader.steps)) if asked else 0  # ranks' shares may differ by a batch
+    counters = Counters(ranks.device)
+    shared = min(ranks.gather(loader.steps)) if asked else 0  # ranks' shares may differ by a batch
     with in_evaluation(model):
         for batch, (images, labels, _) in enumerate(loader.epoch(0)):
             if batch < shared:
                 asked.stop_evaluation(batch)
-            labels = labels.to(here.device, non_blocking=True)
-            with torch.autocast(here.device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+            labels = labels.to(ranks.device, non_blocking=True)
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
                 x = normalize(images)
                 logits = (model(x) + model(x.flip(3))) / 2 if recipe.data.eval_flip else model(x)
             counters.add(logits, labels, F.cross_entropy(logits.float(), labels))
-    return counters.read(here, prefix)
+    return counters.read(ranks, prefix)
 
 
-def evaluate_run(run: Path, *, split: str = "test", which: str = "auto", here: World,
+def evaluate_run(run: Path, *, split: str = "test", which: str = "auto", ranks: Ranks,
                  asked: Asked | None = None) -> dict:
     """Evaluate a run directory's checkpoint and write the result to SPLIT.json in it. A collective call.
 
     Raises Stopped where `asked` says so, InputError where there is no good checkpoint.
     """
     recipe = read_recipe(run)
-    content = checkpoint.load(here.on_first(lambda: checkpoint.chosen(run, which)))
+    content = checkpoint.load(ranks.on_first(lambda: checkpoint.chosen(run, which)))
     data = DataSet(recipe.data.path)
     model = trained_network(recipe, content, len(data.classes))
     memory = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
-    model.to(here.device, memory_format=memory)
-    model = fold_for_training(model, len(content["ranks"]), here.device)
-    loader = build_loader(recipe.data, data, split, here.rank, here.size, here.device)
-    found = evaluate(model, loader, Normalize(data, here.device, recipe.run.channels_last), here, recipe,
+    model.to(ranks.device, memory_format=memory)
+    model = fold_for_training(model, len(content["ranks"]), ranks.device)
+    loader = build_loader(recipe.data, data, split, ranks.rank, ranks.size, ranks.device)
+    found = evaluate(model, loader, Normalize(data, ranks.device, recipe.run.channels_last), ranks, recipe,
                      split, asked)
     best = content["best"] is not None and content["best"]["step"] == content["step"]
     found |= {"checkpoint": "best" if best else "last", "epoch": content["epoch"], "step": content["step"],
               "holdout": recipe.data.holdout, "start_saw_holdout": recipe.model.init_saw_holdout}
-    if here.first:
+    if ranks.is_first:
         write_atomically(run / f"{split}.json", json.dumps(found, indent=1) + "\n")
     return found
 
@@ -96,9 +96,9 @@ def parser() -> Parser:
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    with world(arguments.device) as here:
-        found = evaluate_run(arguments.run, split=arguments.split, which=arguments.checkpoint, here=here)
-        if here.first:
+    with join_ranks(arguments.device) as ranks:
+        found = evaluate_run(arguments.run, split=arguments.split, which=arguments.checkpoint, ranks=ranks)
+        if ranks.is_first:
             print(json.dumps(found, indent=1))
     return 0
 

@@ -21,14 +21,14 @@ import torch
 
 from nulsq.config import Recipe, command_line
 from nulsq.data import Normalize, build_loaders
-from nulsq.distributed import World, world
+from nulsq.distributed import Ranks, join_ranks
 from nulsq.errors import InputError, exit_on_input_error
 from nulsq.evaluate import evaluate, evaluate_run, read_evaluation
 from nulsq.models.network import fold_for_training
 from nulsq.models.teacher import build_teacher
 from nulsq.quant.batch_norm import freeze_batch_norm_
 from nulsq.quant.calibration.calibrate import calibrate_
-from nulsq.quant.oscillation import shares
+from nulsq.quant.oscillation import oscillating_fraction
 from nulsq.quant.projection import quantizers_of
 from nulsq.quant.summary import summary
 from nulsq.run import checkpoint
@@ -71,9 +71,9 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
     written or data turn out damaged, with the checkpoints before it intact.
     """
     threads = torch.get_num_threads()
-    with world(recipe.run.device) as here, contextlib.ExitStack() as cleanup:
-        cleanup.enter_context(torch.random.fork_rng(devices=[here.device] if here.device.type == "cuda" else []))
-        if here.device.type == "cpu":
+    with join_ranks(recipe.run.device) as ranks, contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(torch.random.fork_rng(devices=[ranks.device] if ranks.device.type == "cuda" else []))
+        if ranks.device.type == "cpu":
             keep_freed_memory()
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
@@ -81,18 +81,18 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
 
         # ---- everything that can be wrong with the input is found here, before the run directory exists
         run = RunDirectory(path_of(recipe))
-        resume = resume or here.on_first(lambda: checkpoint.newest(run.path))
+        resume = resume or ranks.on_first(lambda: checkpoint.newest(run.path))
         resumed = checkpoint.load(Path(resume)) if resume is not None else None
-        data, model, kind = prepare(recipe, here, start=resumed is None)
-        prepared = data, model, kind, build_teacher(recipe, len(data.classes), here)
+        data, model, kind = prepare(recipe, ranks, start=resumed is None)
+        prepared = data, model, kind, build_teacher(recipe, len(data.classes), ranks)
         cleanup.callback(run.release)
-        here.on_first(lambda: run.start(recipe))
-        progress = Progress(recipe.optim.epochs, here, quiet=quiet)
+        ranks.on_first(lambda: run.start(recipe))
+        progress = Progress(recipe.optim.epochs, ranks, quiet=quiet)
         cleanup.callback(progress.close)
         try:
-            return _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup)
+            return _run(recipe, ranks, prepared, run, progress, resumed, report, stop, cleanup)
         except SystemExit:  # out of `report`: whoever listens ends the run; its last epoch is saved
-            if here.first and read_outcome(run.path)["outcome"] == "running":
+            if ranks.is_first and read_outcome(run.path)["outcome"] == "running":
                 write_status(run.path, RunStatus.SAVED, requeue=False)
             raise
         except (Exception, KeyboardInterrupt) as error:
@@ -101,19 +101,19 @@ def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None =
             raise
 
 
-def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
-    (data, model, kind, teacher), optim, device = prepared, recipe.optim, here.device
+def _run(recipe, ranks, prepared, run, progress, resumed, report, stop, cleanup):
+    (data, model, kind, teacher), optim, device = prepared, recipe.optim, ranks.device
 
     # ---- network, in the order that matters: device, calibration, then the wrappers
     model.to(device, memory_format=torch.channels_last if recipe.run.channels_last else torch.contiguous_format)
-    loaders = build_loaders(recipe.data, data, recipe.run.seed, here.rank, here.size, device)
+    loaders = build_loaders(recipe.data, data, recipe.run.seed, ranks.rank, ranks.size, device)
     normalize = Normalize(data, device, recipe.run.channels_last)
-    asked = Asked(stop, here, run.path)
+    asked = Asked(stop, ranks, run.path)
     if resumed is None and quantizers_of(model):
-        _calibrate(recipe, here, model, loaders, normalize, progress, asked)
-    model = fold_for_training(model, here.size, device)
+        _calibrate(recipe, ranks, model, loaders, normalize, progress, asked)
+    model = fold_for_training(model, ranks.size, device)
     oscillations = track_oscillations(recipe, model)
-    stepped = here.data_parallel(model)
+    stepped = ranks.data_parallel(model)
     if recipe.run.compile:
         stepped = compiled(stepped, device)
         cleanup.callback(torch.compiler.reset)  # past its eighth network of one class a process would go eager
@@ -121,23 +121,23 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
     # ---- state: fresh or resumed
     average = WeightAverage(model, optim.ema_decay) if optim.ema_decay else None
     state = TrainState(model, Optimizers(model, optim), Counters(device), average)
-    step = training_step(recipe, here, state, stepped, teacher, oscillations)
+    step = training_step(recipe, ranks, state, stepped, teacher, oscillations)
     if resumed is not None:
-        progress.say(state.load_state_dict(resumed, here))
-    if here.first:
+        progress.say(state.load_state_dict(resumed, ranks))
+    if ranks.is_first:
         run.truncate_records(state.epoch)  # a line without its checkpoint is written again
     steps = loaders.train.steps
     total = steps * optim.epochs
     schedule = functools.partial(learning_rate, steps=total, warmup_steps=round(steps * optim.warmup_epochs),
                                  peak=optim.lr, warmup_lr=optim.warmup_lr, shape=optim.schedule)
     if state.epoch < optim.epochs:
-        here.on_first(lambda: write_status(run.path, RunStatus.RUNNING))
+        ranks.on_first(lambda: write_status(run.path, RunStatus.RUNNING))
     progress.announce(recipe, state, data.name, kind, steps, run.path)
-    log = TensorBoardLog(run.path, state.step, enabled=here.first and state.step < total)
+    log = TensorBoardLog(run.path, state.step, enabled=ranks.is_first and state.step < total)
     cleanup.callback(log.close)
-    guard = DivergenceGuard(recipe.guard, len(data.classes), here)
+    guard = DivergenceGuard(recipe.guard, len(data.classes), ranks)
     if resumed is None:
-        outcome.save(state, here, run)  # where a run goes back to that goes wrong in its first steps
+        outcome.save(state, ranks, run)  # where a run goes back to that goes wrong in its first steps
 
     # ---- epochs
     bad = images = None  # the step that went wrong, once one has
@@ -145,12 +145,12 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
         if bad is not None:
             if len(state.skipped) >= recipe.guard.rollbacks:
                 where = first_bad(model, normalize(images))
-                state, metrics = outcome.diverged(state, here, run, progress, bad, where)
+                state, metrics = outcome.diverged(state, ranks, run, progress, bad, where)
                 if report is not None:
                     report(metrics, run.path / "checkpoints")
                 return state
             skipped = [*state.skipped, bad]
-            state.load_state_dict(checkpoint.load(here.on_first(lambda: checkpoint.newest(run.path))), here)
+            state.load_state_dict(checkpoint.load(ranks.on_first(lambda: checkpoint.newest(run.path))), ranks)
             step.replaced()
             state.skipped, bad = skipped, None
             guard.forget(watched=skipped[-1] + recipe.guard.every)
@@ -166,7 +166,7 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
             waited += time.monotonic() - fetched
             rate = schedule(state.step)
             if state.step not in state.skipped:
-                torch.manual_seed(_step_seed(recipe.run.seed, state.step, here.rank))
+                torch.manual_seed(_step_seed(recipe.run.seed, state.step, ranks.rank))
                 labels = labels.to(device, non_blocking=True)
                 loss, norm = step.gradients(normalize(images), labels, state.step / total)
                 bad = guard.look(state.step, loss, norm, state.level)
@@ -184,12 +184,12 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
                 bad = guard.check(state.level)
                 if bad is not None:
                     break
-                outcome.save(state, here, run)
+                outcome.save(state, ranks, run)
                 if answer == STOP:
-                    return outcome.saved(state, here, run, progress)
+                    return outcome.saved(state, ranks, run, progress)
                 if answer == SAVE:
                     progress.say(f"saved at step {state.step}, as {SAVE_FILE} asked for")
-                    here.on_first(asked.answered)
+                    ranks.on_first(asked.answered)
             fetched = time.monotonic()
         if bad is None:
             bad = guard.check(state.level)
@@ -197,42 +197,42 @@ def _run(recipe, here, prepared, run, progress, resumed, report, stop, cleanup):
             continue
         seconds = time.monotonic() - began
         metrics = {"epoch": state.epoch + 1, "step": state.step, "lr": schedule(state.step - 1),
-                   **state.counters.read(here, "train"),
+                   **state.counters.read(ranks, "train"),
                    "images_per_second": (state.step - first_step) * recipe.data.batch / seconds,
                    "wait_share": waited / seconds}
 
         # ---- evaluation on the holdout; never on test
         try:
-            metrics |= validate(recipe, here, state, loaders, normalize, asked)
+            metrics |= validate(recipe, ranks, state, loaders, normalize, asked)
         except Stopped:
-            outcome.save(state, here, run)
-            return outcome.saved(state, here, run, progress)
+            outcome.save(state, ranks, run)
+            return outcome.saved(state, ranks, run, progress)
         if not math.isfinite(metrics.get("val_loss", 0.0)):
             bad = state.step - 1  # its loss, that before the update, was good
             continue
         layers = oscillations.count() if oscillations else {}
         if layers:
-            metrics |= shares(layers)
+            metrics |= oscillating_fraction(layers)
         metrics["seconds"] = time.monotonic() - began
         if "val_top1" in metrics and (state.best is None or metrics["val_top1"] > state.best["val_top1"]):
             state.best = dict(metrics)
         state.epoch += 1
         state.counters.reset()
-        if here.first:
+        if ranks.is_first:
             run.append(METRICS, metrics)
             log.epoch(metrics)
             if layers:
                 run.append(OSCILLATIONS, {"epoch": state.epoch, "step": state.step, "layers": layers})
                 log.oscillations(layers, state.step)
-        outcome.save(state, here, run)
+        outcome.save(state, ranks, run)
         progress.finish(metrics, optim.epochs - state.epoch, metrics["seconds"])
         if report is not None:
             report(metrics, run.path / "checkpoints")
 
-    return outcome.finished(state, here, run)
+    return outcome.finished(state, ranks, run)
 
 
-def _calibrate(recipe, here, model, loaders, normalize, progress, asked):
+def _calibrate(recipe, ranks, model, loaders, normalize, progress, asked):
     batches = first_batches(loaders.train, normalize, recipe.quant.calibration_batches)
     try:
         calibrate_(model, batches, recipe.quant.calibration)
@@ -240,7 +240,7 @@ def _calibrate(recipe, here, model, loaders, normalize, progress, asked):
         raise InputError(str(error)) from None
     if loaders.val is not None and not progress.quiet:  # a collective: all ranks are as quiet as rank 0
         with contextlib.suppress(Stopped):  # the first step stops
-            found = evaluate(model, loaders.val, normalize, here, recipe, "val", asked)
+            found = evaluate(model, loaders.val, normalize, ranks, recipe, "val", asked)
             progress.say(f"after calibration, before training: val top-1 {found['val_top1']:.2f}")
 
 
@@ -260,11 +260,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-test", action="store_true",
                         help="leave the test images closed after the run: for trials of a search")
     arguments, recipe = command_line.parse(parser, argv)
-    with world(recipe.run.device) as here:
+    with join_ranks(recipe.run.device) as ranks:
         if arguments.dry_run is not None:
-            data, model, kind = prepare(recipe, World(0, arguments.dry_run, here.device))
-            build_teacher(recipe, len(data.classes), here)
-            if here.first:
+            data, model, kind = prepare(recipe, Ranks(0, arguments.dry_run, ranks.device))
+            build_teacher(recipe, len(data.classes), ranks)
+            if ranks.is_first:
                 print(summary(model))
                 print(f"would train {recipe.optim.epochs} epochs on {data.name} ({kind} loader) in {path_of(recipe)}")
             return 0
@@ -278,12 +278,12 @@ def main(argv: list[str]) -> int:
                 return 0
             path = path_of(recipe)
             try:
-                found = here.on_first(lambda: read_evaluation(path)) or evaluate_run(
-                    path, here=here, asked=Asked(stop, here, path))
+                found = ranks.on_first(lambda: read_evaluation(path)) or evaluate_run(
+                    path, ranks=ranks, asked=Asked(stop, ranks, path))
             except Stopped:
-                here.on_first(lambda: write_status(path, RunStatus.SAVED, epoch=state.epoch, step=state.step))
+                ranks.on_first(lambda: write_status(path, RunStatus.SAVED, epoch=state.epoch, step=state.step))
                 return outcome.EXIT_SAVED
-        if here.first:
+        if ranks.is_first:
             print(f"test top-1 {found['test_top1']:.2f}  top-5 {found['test_top5']:.2f}  ({found['test_images']} "
                   f"images, {found['checkpoint']} checkpoint of epoch {found['epoch']})  {path_of(recipe)}")
     return 0

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from nulsq.config import load_recipe
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 from nulsq.models.network import build_network
 from nulsq.quant.calibration.calibrate import calibrate_
 from nulsq.quant.fold import fold_
@@ -62,7 +62,7 @@ def main(overrides):
         move_(model)
         oscillations = track_oscillations(recipe, model)
         state = TrainState(model, Optimizers(model, recipe.optim), Counters(CUDA), WeightAverage(model, 0.9))
-        alone = World(0, 1, CUDA)
+        alone = Ranks(0, 1, CUDA)
         step, guard = training_step(recipe, alone, state, model, None, oscillations), DivergenceGuard(
             recipe.guard, 10, alone)
         images = torch.empty(4, 3, 32, 32, device=CUDA).contiguous(memory_format=torch.channels_last)

@@ -128,7 +128,7 @@ def test_random_search_starts_only_what_is_paid_for():
 
 def test_the_choice_is_the_searchs_own():
     from tune.space import Trial
-    from tune.store.results import Row, ranked
+    from tune.store.results import TrialResult, ranked
     draw = random.Random(0)
     for _ in range(50):
         runs = []
@@ -136,8 +136,9 @@ def test_the_choice_is_the_searchs_own():
             epochs, status = draw.choice([(3, "stopped"), (9, "stopped"), (10, "finished"), (4, "diverged")])
             scores = tuple(float(draw.randrange(5)) for _ in range(3 if status == "diverged" else 10))
             runs.append(Run(Curve("s", number, scores), epochs, status))
-        rows = [Row(trial=Trial("s", run.curve.number), status=run.status, epochs=run.epochs, seconds=1.0, path=Path(),
-                    score=run.curve.final(run.epochs), curve=list(run.curve.scores[:run.epochs])) for run in runs]
+        rows = [TrialResult(trial=Trial("s", run.curve.number), status=run.status, epochs=run.epochs, seconds=1.0,
+                            path=Path(), score=run.curve.final(run.epochs), curve=list(run.curve.scores[:run.epochs]))
+                for run in runs]
         if all(run.status == "diverged" for run in runs):
             continue
         assert ranked(rows, "s", "max")[0].trial.number == chosen(runs).number

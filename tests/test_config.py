@@ -88,10 +88,10 @@ def test_fp_on_both_sides_is_the_float_network():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--x_quantizer", "Positive_nuLSQ"], "Did you mean Positive_nuLSQ_quantizer"),
+    (["--x_quantizer", "Positive_nuLSQ"], "Did you mean 'Positive_nuLSQ_quantizer'"),
     (["--w_quantizer", "Positive_nuLSQ_quantizer"], "weights are signed"),
-    (["--initializer", "NMSE"], "Did you mean NMSE_initializer"),
-    (["--num_bit", "3"], "unrecognized arguments: --num_bit 3. Did you mean --num_bits"),
+    (["--initializer", "NMSE"], "Did you mean 'NMSE_initializer'"),
+    (["--num_bit", "3"], "unrecognized arguments: --num_bit 3. Did you mean '--num_bits'"),
     (["--num_bits", "0"], "quant.bits = 0"),
 ])
 def test_a_published_option_that_does_not_fit(arguments, message):

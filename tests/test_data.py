@@ -335,14 +335,14 @@ def test_a_windowed_order_is_shared_by_ranks_and_touches_few_neighbours_at_a_tim
 
 
 def test_evaluation_with_the_mirror_image_does_not_see_which_way_an_image_looks(short, float_run, digits):
-    from nulsq.distributed import World
+    from nulsq.distributed import Ranks
     from nulsq.evaluate import evaluate
     from nulsq.models.network import build_network
-    recipe, here = short("mirrored", **FLOAT, data__eval_flip=True, model__init_from=str(float_run)), World(
+    recipe, ranks = short("mirrored", **FLOAT, data__eval_flip=True, model__init_from=str(float_run)), Ranks(
         0, 1, torch.device("cpu"))
     data = DataSet(digits)
     model = build_network(recipe, 10)
-    normalize = Normalize(data, here.device)
+    normalize = Normalize(data, ranks.device)
     loader = build_loader(recipe.data, data, "val")
 
     class Mirrored:
@@ -351,7 +351,7 @@ def test_evaluation_with_the_mirror_image_does_not_see_which_way_an_image_looks(
         def epoch(self, number):
             return ((images.flip(3), labels, indices) for images, labels, indices in loader.epoch(number))
 
-    a, b = (evaluate(model, each, normalize, here, recipe, "val") for each in (loader, Mirrored()))
+    a, b = (evaluate(model, each, normalize, ranks, recipe, "val") for each in (loader, Mirrored()))
     assert a == pytest.approx(b, rel=1e-5)
-    plain = evaluate(model, loader, normalize, here, short("plain", **FLOAT), "val")
+    plain = evaluate(model, loader, normalize, ranks, short("plain", **FLOAT), "val")
     assert plain["val_loss"] != pytest.approx(a["val_loss"], rel=1e-5)

@@ -199,11 +199,11 @@ def test_trackers_and_whole_numbers_are_not_averaged():
 
 def test_evaluation_and_starting_weights_take_the_average(short, everything):
     lines, content = read_metrics(everything), checkpoint.best_or_last(everything)
-    found = evaluate_run(everything, split="val", here=ALONE)
+    found = evaluate_run(everything, split="val", ranks=ALONE)
     best = content["best"]
     assert {key: found[key] for key in ("val_top1", "val_loss", "val_images")} == {
         key: best[key] for key in ("val_top1", "val_loss", "val_images")}
-    assert evaluate_run(everything, split="val", which="last", here=ALONE)["val_loss"] == lines[-1]["val_loss"]
+    assert evaluate_run(everything, split="val", which="last", ranks=ALONE)["val_loss"] == lines[-1]["val_loss"]
     assert all(line["val_loss"] != line["raw_val_loss"] for line in lines)
     for source in (everything, checkpoint.chosen(everything)):
         weights = read_weights(source)
@@ -305,6 +305,6 @@ def test_two_ranks_measure_batch_norm_again(short, float_run, tmp_path):
                    optim__ema_decay=0.9)
     done = torchrun(recipe, tmp_path, 2)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = evaluate_run(path_of(recipe), split="val", here=ALONE)
+    found = evaluate_run(path_of(recipe), split="val", ranks=ALONE)
     line = read_metrics(path_of(recipe))[-1]
     assert found["val_top1"] == line["val_top1"] and found["val_loss"] == pytest.approx(line["val_loss"], rel=1e-6)

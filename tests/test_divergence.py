@@ -15,7 +15,7 @@ import nulsq.train
 import nulsq.training.step
 from bench.counts import Waits
 from nulsq.config.recipe import Guard
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 from nulsq.quant.projection import quantizers_of
 from nulsq.run import checkpoint
 from nulsq.run.directory import path_of, read_metrics
@@ -24,7 +24,7 @@ from nulsq.train import train
 from nulsq.training.divergence import TRUSTED, DivergenceGuard, first_bad
 from tests.runs import assert_same_state, last, numbers
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 NAN, INF = math.nan, math.inf
 
 
@@ -143,8 +143,8 @@ TWO = """
 import json, sys, torch
 from nulsq.training.divergence import DivergenceGuard
 from nulsq.config.recipe import Guard
-from nulsq.distributed import world
-with world("cpu") as here:
+from nulsq.distributed import join_ranks
+with join_ranks("cpu") as here:
     guard, level = DivergenceGuard(Guard(every=4), 10, here), [0.0, 0]
     found = [guard.look(step, torch.tensor(float("nan") if (here.rank, step) == (1, 5) else 1.0 + here.rank),
                         torch.tensor(1.0), level) for step in range(8)]

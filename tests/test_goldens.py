@@ -30,7 +30,7 @@ def test_quantizer_equals_reference(case):
     with torch.no_grad():
         for key in keys:
             goldens.parameter(quantizer, key).copy_(goldens.tensor(store, f"{name}/param/{key}"))
-    quantizer.mark_ready_()
+    quantizer.mark_calibrated_()
 
     y = quantizer(x)
     y.backward(goldens.tensor(store, f"{name}/dy"))

@@ -397,14 +397,14 @@ def test_a_float_run_has_totals_and_no_pictures(float_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["RUNS/inspectde"], "Did you mean RUNS/inspected-0"),
+    (["RUNS/inspectde"], "Did you mean 'RUNS/inspected-0'"),
     (["RUNS"], "is not a run directory (no recipe.yaml); in it there are: "),
     (["RUN/metrics.jsonl"], "is neither a run directory nor a recipe"),
     (["nowhere/at/all"], "no run directory or recipe nowhere/at/all"),
     (["nowhere.yaml"], "no file nowhere.yaml"),
     (["RUN", "quant.bits=3"], "quant.bits=3: a run is shown as it was trained"),
     (["RUN", "--batches", "0"], "--batches 0, allowed: at least 1"),
-    (["RUN", "--jsn", "x"], "Did you mean --json?"),
+    (["RUN", "--jsn", "x"], "Did you mean '--json'?"),
     (["RUN", "--no-plot", "--json", "RUN"], "cannot be written"),
     (["DAMAGED"], "can be read: "),
     (["DAMAGED", "--checkpoint", "best"], "is damaged: its 10 bytes are not the"),

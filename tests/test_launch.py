@@ -37,8 +37,8 @@ def commands(recipe, *arguments):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["optim.lrr=0.1"], "Did you mean: 'lr'"),
     (["--num_bits", "0"], "quant.bits = 0, allowed: at least 1"),
-    (["--w_quantizer", "LSQ_quantizr"], "Did you mean LSQ_quantizer"),
-    (["--num_bitz", "2"], "Did you mean --num_bits"),
+    (["--w_quantizer", "LSQ_quantizr"], "Did you mean 'LSQ_quantizer'"),
+    (["--num_bitz", "2"], "Did you mean '--num_bits'"),
 ])
 def test_misuse_that_the_recipe_shows(recipe_file, capsys, arguments, message):
     for command in commands(recipe_file, *arguments):

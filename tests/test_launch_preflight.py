@@ -119,7 +119,7 @@ def test_a_run_directory_that_waits_for_its_job_stays_as_it_was(recipe_file, tmp
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["optim.lrr=1"], "Did you mean: 'lr'"), (["--disks", "1"], "Did you mean --disk"),
+    (["optim.lrr=1"], "Did you mean: 'lr'"), (["--disks", "1"], "Did you mean '--disk'"),
     (["--devices", "-1"], "--devices = -1, allowed: at least 0"), (["--timeout", "0"], "--timeout = 0, allowed: above"),
     (["--disk", "nan"], "--disk = nan"), (["--report", "/no/such/folder/r.json", *QUICK], "cannot be written"),
 ])

@@ -22,7 +22,7 @@ def ready(name, bits, signed, *, role="activation", seed=0, **options):
             parameter.copy_(0.2 + 0.4 * torch.rand(parameter.shape, generator=draw))
         if name in ("apot", "lcq"):
             quantizer.alpha.fill_(1.7)
-    quantizer.mark_ready_()
+    quantizer.mark_calibrated_()
     return quantizer.double()
 
 
@@ -180,7 +180,7 @@ def test_gradient_scale_of_the_whole_batch(name, shares):
     found = []
     for scale in ("none", "batch"):
         quantizer = ready(name, 3, False, grad_scale=scale)
-        quantizer.shares = shares
+        quantizer.batch_shards = shares
         quantizer(x).square().sum().backward()
         found.append([parameter.grad for parameter in quantizer.parameters()])
     elements, top = x.numel() * shares, 7

@@ -21,7 +21,7 @@ def by_the_formula(quantizer):
         parameters = list(quantizer.parameters())
         elements = quantizer._elements(x)
         if elements is not None:  # the gradient scale of LSQ on one step, of a clipping threshold Qp steps long
-            high = quantizer.codes[1]
+            high = quantizer.level_range[1]
             factor = (high / elements) ** 0.5 if quantizer.name() in ("apot", "lcq") else 1 / (elements * high) ** 0.5
             parameters = [p * factor + (p - p * factor).detach() for p in parameters]
         return DEFINITIONS[quantizer.name()](x, quantizer.signed, quantizer.bits, *parameters)

@@ -222,7 +222,7 @@ def test_an_unknown_tag_of_published_weights_names_the_near_ones():
 
 def test_the_recipes_policy_and_shares_reach_the_quantizers():
     recipe = load(Recipe, None, ["model.name=torchvision:resnet18", "quant.preset=none", "quant.bits=3"])
-    model = build_network(recipe, 10, shares=6)
+    model = build_network(recipe, 10, batch_shards=6)
     found = nulsq.quantizers_of(model)
-    assert {(quantizer.bits, quantizer.shares) for quantizer in found} == {(3, 6)}
-    assert build_network(recipe, 10).conv1.weight_quantizer.shares == 1
+    assert {(quantizer.bits, quantizer.batch_shards) for quantizer in found} == {(3, 6)}
+    assert build_network(recipe, 10).conv1.weight_quantizer.batch_shards == 1

@@ -16,7 +16,7 @@ def ready(name, bits, signed, dtype=torch.float32, **options):
     with torch.no_grad():
         for parameter in quantizer.parameters():
             parameter.copy_(0.2 + 0.4 * torch.rand(parameter.shape, generator=draw))
-    quantizer.mark_ready_()
+    quantizer.mark_calibrated_()
     return quantizer.to(dtype)
 
 
@@ -95,8 +95,8 @@ def test_equal_steps_make_nulsq_equal_lsq(bits, role):
     with torch.no_grad():
         lsq.step.fill_(0.37)
         non_uniform.steps.fill_(0.37)
-    lsq.mark_ready_()
-    non_uniform.mark_ready_()
+    lsq.mark_calibrated_()
+    non_uniform.mark_calibrated_()
     draw = torch.Generator().manual_seed(3)
     x, dy = (torch.randn(4000, generator=draw, dtype=torch.float64) for _ in range(2))  # random: away from ties
     y, dx, (ds,) = gradients(lsq, x, dy)

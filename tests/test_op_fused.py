@@ -390,7 +390,7 @@ def test_next_to_every_tie_the_kernel_rounds_as_the_oracle_does():
     draw = torch.Generator().manual_seed(0)
     for bits, signed in ((2, False), (3, True), (4, False), (8, True)):
         quantizer = ready("lsq", bits, signed=signed)
-        low, high = quantizer.codes
+        low, high = quantizer.level_range
         ties = torch.arange(low - 2, high + 2) + 0.5
         for step in torch.cat([torch.rand(40, generator=draw), torch.logspace(-7, 7, 15)]):
             quantizer.step.data.fill_(step)

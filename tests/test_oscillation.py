@@ -14,7 +14,7 @@ from nulsq.errors import InputError
 from nulsq.quant.batch_norm import freeze_batch_norm_, reestimate_batch_norm_
 from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.layers import QuantConv2d, QuantLinear
-from nulsq.quant.oscillation import Oscillations, dampening_loss, shares
+from nulsq.quant.oscillation import Oscillations, dampening_loss, oscillating_fraction
 from nulsq.quant.settings import OscillationSettings
 
 GRIDS = [("lsq", 2, False), ("nulsq", 3, False), ("nulsq", 2, True), ("uniq", 1, False), ("lsq", 4, True)]
@@ -190,7 +190,7 @@ def test_a_weight_whose_optimum_lies_between_levels_oscillates_until_dampened_or
         runs = training(model, layer, OscillationSettings(momentum=0.1, start=0.0, **settings), steps=80, lr=0.05)
         *_, oscillations = runs
         found[what] = oscillations.count()["0"]
-        assert shares(oscillations.count())["frozen_share"] == found[what]["frozen"] / 108
+        assert oscillating_fraction(oscillations.count())["frozen_share"] == found[what]["frozen"] / 108
     assert found["nothing"]["oscillating"] > 20 and found["nothing"]["frozen"] == 0
     assert found["dampened"]["oscillating"] == 0 < found["frozen"]["frozen"]
     assert found["frozen"]["oscillating"] < found["nothing"]["oscillating"] / 2

@@ -88,7 +88,7 @@ def test_calibration_leaves_trained_batch_norm_alone_and_settles_every_quantizer
     nulsq.calibrate_(model, [images(), images(seed=1)])
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    assert all(quantizer.ready for quantizer in nulsq.quantizers_of(model))
+    assert all(quantizer.calibrated for quantizer in nulsq.quantizers_of(model))
     assert model[0].activation_quantizer.signed and not model[3].activation_quantizer.signed
     assert not model.training
 
@@ -120,7 +120,7 @@ def test_fresh_batch_norms_get_statistics_first():
     model = nulsq.quantize_(network())
     nulsq.calibrate_(model, [images()])
     assert model[1].running_var.sub(1).abs().max() > 0.1
-    assert all(quantizer.ready for quantizer in nulsq.quantizers_of(model))
+    assert all(quantizer.calibrated for quantizer in nulsq.quantizers_of(model))
 
 
 def test_calibration_without_batches_or_with_nan_says_so():
@@ -140,7 +140,7 @@ def test_a_refused_calibration_leaves_batch_norm_as_it_was():
         nulsq.calibrate_(model, [bad])
     assert not model[1].running_mean.any() and model[1].momentum == 0.1
     nulsq.calibrate_(model, [images()])
-    assert all(quantizer.ready for quantizer in nulsq.quantizers_of(model))
+    assert all(quantizer.calibrated for quantizer in nulsq.quantizers_of(model))
 
 
 @pytest.mark.parametrize("name", nulsq.available())

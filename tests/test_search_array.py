@@ -17,7 +17,7 @@ from tests.searches import SPACE, made_search
 from tune import array, status
 from tune import search as searching
 from tune.cost import network_cost
-from tune.queue import Course, warm_rows
+from tune.queue import TrialQueue, warm_rows
 from tune.ray_backend.trial_protocol import recipe_of
 from tune.space import base_recipe, load_search
 from tune.store import journal
@@ -62,7 +62,7 @@ def test_an_array_has_the_very_trials_that_the_search_draws(made, tmp_path, sear
     search = load_search(made.file, overrides)
     asked = tmp_path / "asked"  # the folder of what Tune would get
     asked.mkdir()
-    tune = StudySearcher(Course(search, [], warm_rows(search)), asked,
+    tune = StudySearcher(TrialQueue(search, [], warm_rows(search)), asked,
                          {"directory": str(out), "recipe": str(out / "recipe.yaml"), "cpus": 1, "gpus": 0},
                          lambda trial: network_cost(base_recipe(search, trial.overrides)))
     configurations = []
@@ -119,7 +119,7 @@ def test_after_its_array_a_search_has_only_repeats_left(made, tmp_path):
             run.append(METRICS, {"epoch": epoch, "val_top1": 99.0, "val_loss": 0.1, "seconds": 1.0})
         write_status(run.path, RunStatus.DIVERGED if run is runs[1] else RunStatus.FINISHED)
     search = load_search(made.file, settings)
-    course = Course(search, collect(search, journal.read(out)))
+    course = TrialQueue(search, collect(search, journal.read(out)))
     assert [course.status[trial.key] for trial in journal.read(out)] == ["finished", "diverged"] + ["finished"] * 2
     again = [course.next() for _ in range(3)]
     assert [(trial.study, trial.number, trial.repeat) for trial in again[:2]] == [("2", 1, 1), ("4", 1, 1)]
@@ -128,7 +128,7 @@ def test_after_its_array_a_search_has_only_repeats_left(made, tmp_path):
         course.end(trial.key, "failed")
     assert course.finished
     alone = load_search(made.file, [*settings, "repeats=0"])
-    assert Course(alone, collect(alone, journal.read(out))).finished  # nothing to start a Ray for
+    assert TrialQueue(alone, collect(alone, journal.read(out))).finished  # nothing to start a Ray for
 
 
 def test_a_plan_for_programs_is_one_line_of_json(made, tmp_path, capsys, digits):

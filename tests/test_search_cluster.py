@@ -103,7 +103,7 @@ def cluster(slow):
     authentication.reset_auth_token_state()
 
 
-class Told(Callback):
+class Observation(Callback):
     """Keeps what Tune was told, in order: number of the trial, epoch, score."""
 
     def __init__(self, at_result=None):
@@ -127,7 +127,7 @@ def tune_trials(cluster, tmp_path):
         (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
         listed = [{"study": "s", "number": number, "key": f"s/{number:03d}", "repeat": 0, "stratum": "s",
                    "overrides": each} for number, each in enumerate(overrides)]
-        told = Told(at_result)
+        told = Observation(at_result)
         grid = ray.tune.Tuner(
             ray.tune.with_resources(function, resources),
             param_space={"directory": str(tmp_path), "folder": str(ROOT), "metric": "val_top1", "cpus": 1, "gpus": 0,

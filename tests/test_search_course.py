@@ -9,12 +9,12 @@ import pytest
 
 from nulsq.errors import InputError
 from tests.searches import made_search
-from tune.queue import Course, listed, warm_rows
-from tune.samplers import STARTUP, Told, quasirandom, tpe
+from tune.queue import TrialQueue, listed, warm_rows
+from tune.samplers import STARTUP, Observation, quasirandom, tpe
 from tune.samplers import random as at_random
 from tune.space import load_search, stratum
 from tune.store import journal
-from tune.store.results import Row
+from tune.store.results import TrialResult
 
 pytest.importorskip("optuna")
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,14 +38,15 @@ def end(course, trial):
 
 def rows_of(course):
     """What the search's folder would say after an interruption: what ran is unfinished."""
-    return [Row(trial, "running" if course.status[key] == "running" else course.status[key], len(course.curves[key]),
-                course.curves[key][-1] if course.curves[key] else math.nan, list(course.curves[key]), 0.0, Path(key))
+    return [TrialResult(trial, "running" if course.status[key] == "running" else course.status[key],
+                        len(course.curves[key]), course.curves[key][-1] if course.curves[key] else math.nan,
+                        list(course.curves[key]), 0.0, Path(key))
             for key, trial in course.trials.items()]
 
 
 def test_studies_take_turns_whatever_the_searcher():
     for searcher in ("random", "quasirandom", "tpe"):
-        course = Course(load_search(DEMO, [f"searcher={searcher}", "trials=12"]), [])
+        course = TrialQueue(load_search(DEMO, [f"searcher={searcher}", "trials=12"]), [])
         order = []
         while (trial := course.next()) is not None:
             order.append(trial)
@@ -58,14 +59,14 @@ def test_studies_take_turns_whatever_the_searcher():
 @pytest.mark.parametrize("searcher", ["random", "quasirandom", "tpe"])
 def test_a_search_that_goes_on_draws_what_the_uninterrupted_one_draws(searcher):
     search = load_search(DEMO, [f"searcher={searcher}", "trials=14", "finalists=2", "repeats=1"])
-    straight, broken = Course(search, []), Course(search, [])
+    straight, broken = TrialQueue(search, []), TrialQueue(search, [])
     expected, found = [], []
     while (trial := straight.next()) is not None:
         expected.append(trial)
         end(straight, trial)
     for i in range(10_000):
         if i % 5 == 4:
-            broken = Course(search, rows_of(broken))  # nothing but what the files say
+            broken = TrialQueue(search, rows_of(broken))  # nothing but what the files say
         if (trial := broken.next()) is None:
             break
         found.append(trial)
@@ -75,17 +76,17 @@ def test_a_search_that_goes_on_draws_what_the_uninterrupted_one_draws(searcher):
 
 def test_what_was_interrupted_goes_on_first_and_once():
     search = load_search(DEMO, ["trials=4"])
-    course = Course(search, [])
+    course = TrialQueue(search, [])
     first = [course.next() for _ in range(3)]
     end(course, first[1])
-    again = Course(search, rows_of(course))
+    again = TrialQueue(search, rows_of(course))
     assert again.unfinished() == 2
     assert [again.next() for _ in range(2)] == [first[0], first[2]]
     assert again.next().key not in {trial.key for trial in first}
 
 
 def test_what_no_process_has_taken_is_given_out_again():
-    course = Course(load_search(DEMO, ["retries=1"]), [])
+    course = TrialQueue(load_search(DEMO, ["retries=1"]), [])
     first = course.next()
     course.end(first.key, course.failure(first.key))
     assert course.status[first.key] == "waiting" and course.next() == first
@@ -99,7 +100,7 @@ def test_what_no_process_has_taken_is_given_out_again():
 
 def test_finalists_are_repeated_once_all_trials_of_their_study_have_ended():
     search = load_search(DEMO, ["trials=5", "finalists=2", "repeats=2", "studies.activation.values=[lsq]"])
-    course = Course(search, [])
+    course = TrialQueue(search, [])
     running = [course.next() for _ in range(5)]
     for trial in running[:4]:
         end(course, trial)
@@ -140,8 +141,8 @@ def test_tpe_is_told_that_a_stopped_trial_was_stopped():
     told = []
     for i in range(24):
         drawn = at_random(search, i) | {"lr": 10 ** draw.uniform(-4, -2.5) if i % 2 else 10 ** draw.uniform(-1.5, 0)}
-        told.append(Told(drawn, [90.0 + draw.random()], "stopped", {}) if i % 2 else
-                    Told(drawn, [50.0, 60.0, 70.0, 80.0 + draw.random()], "finished", {}))
+        told.append(Observation(drawn, [90.0 + draw.random()], "stopped", {}) if i % 2 else
+                    Observation(drawn, [50.0, 60.0, 70.0, 80.0 + draw.random()], "finished", {}))
     truth = [tpe(search, "s", number, told)["lr"] for number in range(30)]
     lie = [tpe(search, "s", number, [dataclasses.replace(each, status="finished", curve=each.curve[-1:])
                                      for each in told])["lr"] for number in range(30)]
@@ -151,7 +152,7 @@ def test_tpe_is_told_that_a_stopped_trial_was_stopped():
 def test_tpe_finds_a_better_place_than_random_draws():
     search = load_search(DEMO, ["searcher=tpe", "trials=40", "studies.activation.values=[lsq]", "space.lr.low=1e-4",
                                 "space.lr.high=1"])
-    course = Course(search, [])
+    course = TrialQueue(search, [])
     while (trial := course.next()) is not None:
         end(course, trial)
     miss = [abs(math.log10(trial.drawn["lr"]) + 1.5) for trial in course.trials.values()]
@@ -169,7 +170,7 @@ def test_points_come_first_in_every_study():
 
 def test_cases_set_several_keys():
     search = load_search(ROOT / "configs/search/cifar10.yaml")
-    course = Course(search, [])
+    course = TrialQueue(search, [])
     first = [course.next() for _ in range(18)]
     assert len({trial.study for trial in first}) == 18
     mine = next(trial for trial in first if trial.study == "nulsq-a_3")
@@ -189,7 +190,7 @@ def test_a_search_starts_from_what_another_one_found(tmp_path):
                               for name, each in other.space.items()))
     search = load_search(file)
     warm = warm_rows(search)
-    course = Course(search, [], warm)
+    course = TrialQueue(search, [], warm)
     first = [course.next() for _ in range(6)]
     assert [trial.source for trial in first] == ["warm"] * 4 + ["tpe"] * 2  # it has learned enough to draw at once
     best = {study: sorted((row for row in warm[study] if row.good), key=lambda row: (-row.epochs, -row.score))
@@ -222,7 +223,7 @@ def test_tpe_with_two_objectives_looks_for_the_front():
     search = load_search(DEMO, ["searcher=tpe", "against=average_bits", "trials=60", "studies.bits.key=run.seed",
                                 "studies.activation.values=[lsq]", "space.lr.low=1e-4", "space.lr.high=1",
                                 "space.bits={key: quant.bits, sample: choice, values: [2, 3, 4]}"])
-    course = Course(search, [])
+    course = TrialQueue(search, [])
     while (trial := course.next()) is not None:
         trial = dataclasses.replace(trial, cost={"average_bits": float(trial.drawn["bits"]), "bytes": 1})
         course.trials[trial.key] = trial

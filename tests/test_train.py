@@ -10,7 +10,7 @@ import torch
 from conftest import FLOAT
 
 from nulsq.config import to_yaml
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 from nulsq.errors import InputError
 from nulsq.evaluate import evaluate_run, read_evaluation
 from nulsq.run import checkpoint
@@ -22,7 +22,7 @@ from nulsq.train import main, train
 from nulsq.training.optim import learning_rate
 from tests.runs import TIMES, assert_same_state, in_ranks, last, numbers, torchrun
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("stops", [[3], [4, 9], [1, 2, 11]])
@@ -92,16 +92,16 @@ def test_training_never_opens_the_test_images(short, float_run, digits, tmp_path
     (path_of(recipe) / LAUNCH).mkdir(parents=True)  # a launcher's folder may be there before the run
     assert train(recipe, quiet=True).outcome == "finished"
     with pytest.raises(ValueError):
-        evaluate_run(path_of(recipe), here=ALONE)
+        evaluate_run(path_of(recipe), ranks=ALONE)
     (tmp_path / "blind.yaml").write_text(to_yaml(recipe))
     assert main([str(tmp_path / "blind.yaml"), "--no-test"]) == 0
 
 
 def test_evaluation_counts_every_test_image_once(straight, digits):
-    found = evaluate_run(straight, here=ALONE)
+    found = evaluate_run(straight, ranks=ALONE)
     assert found["test_images"] == json.loads((digits / "manifest.json").read_text())["counts"]["test"]
     assert found == read_evaluation(straight)
-    again = evaluate_run(straight, split="val", here=ALONE)
+    again = evaluate_run(straight, split="val", ranks=ALONE)
     assert again["val_top1"] == checkpoint.best_or_last(straight)["best"]["val_top1"]
 
 
@@ -175,7 +175,7 @@ def test_wrong_input_writes_nothing(short, tmp_path):
     for settings, message in (
         ({"data__path": str(tmp_path / "none")}, "not a prepared data set"),
         ({"model__init_from": str(tmp_path / "none.pth")}, "no file or run directory"),
-        ({"model__name": "pytorchcv:preresnet21_cifar10"}, "Did you mean preresnet20_cifar10"),
+        ({"model__name": "pytorchcv:preresnet21_cifar10"}, "Did you mean 'preresnet20_cifar10'"),
         ({"quant__weight__quantizer": "nulsqq"}, "Did you mean 'nulsq'"),
         ({"data__batch": 30, "optim__accumulate": 4}, "does not divide"),
     ):
@@ -240,7 +240,7 @@ def test_two_ranks_equal_one_process(short, float_run, tmp_path):
         assert x["train_loss"] == pytest.approx(y["train_loss"], rel=2e-3)
     before, after = last(path_of(one))["model"], last(path_of(two))["model"]
     assert before.keys() == after.keys()
-    assert read_evaluation(path_of(two))["test_images"] == evaluate_run(path_of(one), here=ALONE)["test_images"]
+    assert read_evaluation(path_of(two))["test_images"] == evaluate_run(path_of(one), ranks=ALONE)["test_images"]
     assert "batch norm is per rank on the CPU" in done.stdout
 
 
@@ -260,8 +260,8 @@ def test_two_ranks_calibrate_to_the_parameters_of_one_process(short, float_run, 
 def test_two_ranks_evaluate_every_image_once(straight):
     done = in_ranks(2, "nulsq.evaluate", str(straight), "--split", "val", "--device", "cpu")
     assert done.returncode == 0, done.stderr[-2000:]
-    ranks, one = read_evaluation(straight, "val"), evaluate_run(straight, split="val", here=ALONE)
-    assert (ranks["val_images"], ranks["val_top1"]) == (one["val_images"], one["val_top1"])
+    both, one = read_evaluation(straight, "val"), evaluate_run(straight, split="val", ranks=ALONE)
+    assert (both["val_images"], both["val_top1"]) == (one["val_images"], one["val_top1"])
 
 
 @pytest.mark.long

@@ -26,12 +26,12 @@ from nulsq.files import write_atomically
 from nulsq.run.directory import path_of
 from tune.apart import apart
 from tune.cost import network_cost
-from tune.queue import Course, warm_rows
+from tune.queue import TrialQueue, warm_rows
 from tune.ray_backend.trial_protocol import recipe_of
 from tune.space import Search, Trial, full_epochs, load_search, studies
 from tune.store import journal
 from tune.store.directory import ARRAY, SearchDirectory
-from tune.store.results import Row, collect, read_stopped
+from tune.store.results import TrialResult, collect, read_stopped
 
 
 def parser() -> Parser:
@@ -63,16 +63,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def decide(search: Search, known: list[Trial], warm: dict[str, list[Row]]) -> list[Trial]:
+def decide(search: Search, known: list[Trial], warm: dict[str, list[TrialResult]]) -> list[Trial]:
     """Every trial of the search but repeats: those that its journal has, `known`, then all that it would draw."""
     first = [trial for trial in known if not trial.repeat]
-    course = Course(dataclasses.replace(search, repeats=0), collect(search, first), warm)
+    course = TrialQueue(dataclasses.replace(search, repeats=0), collect(search, first), warm)
     while course.next() is not None:
         pass
     return list(course.trials.values())
 
 
-def write(search: Search, folder: Path, warm: dict[str, list[Row]]) -> list[Path]:
+def write(search: Search, folder: Path, warm: dict[str, list[TrialResult]]) -> list[Path]:
     """Decide on all trials, add the new ones to the journal, write recipes and the list of their run directories.
 
     `folder` is the search's, absolute, and holds its recipe.yaml: as for a trial that Ray starts, the recipe is what it

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 from nulsq.models.teacher import build_teacher
 from nulsq.training.prepare import prepare
 from tune.cost import KNOWN, network_cost
@@ -34,8 +34,8 @@ def check(search: Search, measure: bool = True) -> tuple[int, dict[str, dict[str
 
 def check_recipes(search: Search) -> None:
     """Build each study's network and open its data. Raises InputError for what cannot be trained."""
-    here = World(0, search.workers, torch.device("cpu"))
+    ranks = Ranks(0, search.workers, torch.device("cpu"))
     for study in studies(search):
         recipe = base_recipe(search, study.overrides)
-        data, _, _ = prepare(recipe, here)
-        build_teacher(recipe, len(data.classes), here)
+        data, _, _ = prepare(recipe, ranks)
+        build_teacher(recipe, len(data.classes), ranks)

@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from nulsq.errors import InputError
-from tune.samplers import Told, draw, inside, trial_of
+from tune.samplers import Observation, draw, inside, trial_of
 from tune.space import Search, Trial, base_recipe, studies
 from tune.store import journal
-from tune.store.results import ENDED, Row, collect, finalists, ranked
+from tune.store.results import ENDED, TrialResult, collect, finalists, ranked
 
 
-class Course:
+class TrialQueue:
     """The course of a search: its trials so far and what is known of each.
 
     Args:
@@ -26,7 +26,7 @@ class Course:
         warm: rows of the search that this one starts from, by study.
     """
 
-    def __init__(self, search: Search, rows: list[Row], warm: dict[str, list[Row]] | None = None):
+    def __init__(self, search: Search, rows: list[TrialResult], warm: dict[str, list[TrialResult]] | None = None):
         self.search = search
         self.studies = {study.name: study for study in studies(search)}
         self.trials = {row.trial.key: row.trial for row in rows}
@@ -75,12 +75,13 @@ class Course:
         self.lost[key] += 1
         return "waiting" if self.lost[key] <= self.search.retries else "failed"
 
-    def told(self, study: str) -> list[Told]:
+    def told(self, study: str) -> list[Observation]:
         """What TPE hears: this study's trials, in their order, then those of the search that it starts from."""
-        own = [Told(trial.drawn, self.curves[key], "running" if self.status[key] == "waiting" else self.status[key],
-                    trial.cost) for key, trial in self.trials.items()
+        own = [Observation(trial.drawn, self.curves[key],
+                           "running" if self.status[key] == "waiting" else self.status[key], trial.cost)
+               for key, trial in self.trials.items()
                if trial.study == study and not trial.repeat and self.status[key] != "failed"]
-        return own + [Told(row.trial.drawn, row.curve, row.status, row.trial.cost) for row in self.warm[study]]
+        return own + [Observation(row.trial.drawn, row.curve, row.status, row.trial.cost) for row in self.warm[study]]
 
     def budget(self) -> int:
         """Trials that the search is made of, repeats included."""
@@ -127,11 +128,11 @@ class Course:
             counts[trial.study] += not trial.repeat
         return counts
 
-    def row(self, key: str) -> Row:
+    def row(self, key: str) -> TrialResult:
         """A trial as the course knows it, without a look at its files."""
         curve = self.curves[key]
-        return Row(self.trials[key], self.status[key], len(curve), curve[-1] if curve else float("nan"), curve, 0.0,
-                   Path(key))
+        return TrialResult(self.trials[key], self.status[key], len(curve), curve[-1] if curve else float("nan"),
+                           curve, 0.0, Path(key))
 
 
 def again(search: Search, first: Trial, repeat: int) -> Trial:
@@ -140,7 +141,7 @@ def again(search: Search, first: Trial, repeat: int) -> Trial:
     return replace(first, overrides=first.overrides | {"run.seed": seed}, source="repeat", repeat=repeat)
 
 
-def warm_rows(search: Search) -> dict[str, list[Row]]:
+def warm_rows(search: Search) -> dict[str, list[TrialResult]]:
     """The rows of the search that this one starts from: those of the study of the same name, or of its only study.
 
     Raises InputError where the folder holds no search, no such study, another metric or draws outside of this space.
@@ -166,7 +167,7 @@ def warm_rows(search: Search) -> dict[str, list[Row]]:
 
 def listed(search: Search) -> list[Trial]:
     """All trials of a search that looks at no results, in the order in which they start."""
-    course = Course(search, [])
+    course = TrialQueue(search, [])
     while (trial := course.next()) is not None:
         course.end(trial.key, "failed")  # so that there is nothing to repeat
     return list(course.trials.values())

@@ -22,7 +22,7 @@ STARTUP = 10  # trials of a study that TPE draws at random, as Optuna does
 
 
 @dataclass(frozen=True)
-class Told:
+class Observation:
     """What a searcher is told about a trial: the truth."""
 
     drawn: dict[str, Any]
@@ -31,7 +31,7 @@ class Told:
     cost: dict[str, float]
 
 
-def draw(search: Search, study: str, number: int, told: list[Told], warm: list[dict[str, Any]]) \
+def draw(search: Search, study: str, number: int, told: list[Observation], warm: list[dict[str, Any]]) \
         -> tuple[dict[str, Any], str]:
     """Sampler's name -> value for trial `number` of a study, and the source.
 
@@ -78,7 +78,7 @@ def sobol(dimensions: int, seed: int, count: int) -> list[list[float]]:
     return SobolEngine(dimensions, scramble=True, seed=seed).draw(count).tolist()
 
 
-def tpe(search: Search, study: str, number: int, told: list[Told]) -> dict[str, Any]:
+def tpe(search: Search, study: str, number: int, told: list[Observation]) -> dict[str, Any]:
     """Tree-structured Parzen estimator (Bergstra et al. 2011; Optuna's, multivariate).
 
     It hears the truth about trials that were stopped early: not that they ended with the score of their last epoch,

@@ -25,7 +25,7 @@ from nulsq.config import describe
 from nulsq.errors import InputError, Parser, exit_on_input_error, missing
 from tune import cost
 from tune.apart import apart
-from tune.queue import Course, warm_rows
+from tune.queue import TrialQueue, warm_rows
 from tune.ray_backend.trial_protocol import directory
 from tune.space import Search, base_recipe, expected_epochs, full_epochs, load_search, rungs, studies
 from tune.status import elapsed
@@ -91,7 +91,7 @@ def _main(arguments) -> int:
             return show(search, folder)
         if more:
             folder.extend(more)
-        return run(search, folder, Course(search, results.collect(search, journal.read(folder.path)), warm))
+        return run(search, folder, TrialQueue(search, results.collect(search, journal.read(folder.path)), warm))
 
 
 def _interrupt(*_):
@@ -131,11 +131,12 @@ def outline(search: Search, folder: SearchDirectory) -> dict[str, Any]:
     return {"name": search.name, "directory": str(search.directory), "recipe": search.recipe,
             "data": base_recipe(search, {}).data.path, "searcher": search.searcher,
             "studies": [study.name for study in studies(search)], "trials": search.trials,
-            "total": Course(search, []).budget(), "workers": search.workers, "cpus": search.cpus, "gpus": search.gpus,
-            "address": search.address, "hours": search.hours, "begun": folder.begun, "finished": folder.finished}
+            "total": TrialQueue(search, []).budget(), "workers": search.workers, "cpus": search.cpus,
+            "gpus": search.gpus, "address": search.address, "hours": search.hours,
+            "begun": folder.begun, "finished": folder.finished}
 
 
-def run(search: Search, folder: SearchDirectory, course: Course) -> int:
+def run(search: Search, folder: SearchDirectory, course: TrialQueue) -> int:
     """Start or continue the search, then show and write its results. Returns the exit code."""
     wanted = dict.fromkeys(("matplotlib", "pandas", "pyarrow", "sklearn", "optuna", "ray"), "search")
     for module, extra in (wanted | {name: name for name in ("wandb", "mlflow") if getattr(search, name)}).items():

@@ -19,13 +19,13 @@ from tune.ray_backend.trial_protocol import directory
 from tune.space import Search, expected_epochs, full_epochs, rungs, studies
 from tune.store import journal
 from tune.store.directory import ARRAY
-from tune.store.results import Row, collect, ranked
+from tune.store.results import TrialResult, collect, ranked
 
 STATES = ("finished", "stopped", "running", "waiting", "diverged", "failed")
 COLUMNS = ("study", *STATES, "best", "reached rungs", "epochs")
 
 
-def table(search: Search, rows: list[Row], seconds: float, *, running: bool) -> str:
+def table(search: Search, rows: list[TrialResult], seconds: float, *, running: bool) -> str:
     """The table, and a line that sums it up; `seconds` that the search has run so far."""
     lines, spent, most, left, full = [list(COLUMNS)], 0, 0, 0.0, full_epochs(search)
     array = (search.directory / ARRAY).is_dir()  # its trials are not stopped early

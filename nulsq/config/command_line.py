@@ -7,10 +7,9 @@ Both say the same thing; the second is spelled as users of the reference impleme
 """
 
 import argparse
-import difflib
 
 from nulsq.config import Recipe, describe, load_recipe
-from nulsq.errors import InputError, Parser
+from nulsq.errors import InputError, Parser, did_you_mean
 
 ALIASES = {
     "lr": ["optim.lr"],
@@ -93,6 +92,4 @@ def published_overrides(arguments: argparse.Namespace) -> list[str]:
 def _known(table, option, name):
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name, table, 1, 0.4)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise InputError(f"{option} {name}: not known.{hint} Allowed: {', '.join(table)}")
+    raise InputError(f"{option} {name}: not known.{did_you_mean(name, table)} Allowed: {', '.join(table)}")

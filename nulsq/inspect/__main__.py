@@ -18,7 +18,6 @@ into --out: overview.png with histograms, levels, thresholds and staircases, and
 Inputs are measured in float32 on images of the holdout, of training where nothing is held out; never of test.
 """
 
-import difflib
 import json
 from pathlib import Path
 
@@ -26,8 +25,8 @@ from torch import nn
 
 from nulsq.config import Recipe, load_recipe
 from nulsq.data import DataSet, Normalize, build_loaders
-from nulsq.distributed import World, world
-from nulsq.errors import InputError, Parser, exit_on_input_error, require
+from nulsq.distributed import Ranks, join_ranks
+from nulsq.errors import InputError, Parser, did_you_mean, exit_on_input_error, require
 from nulsq.files import write_atomically
 from nulsq.inspect.measure import report
 from nulsq.inspect.pictures import plot
@@ -41,23 +40,23 @@ from nulsq.training.state import trained_network
 from nulsq.training.validate import first_batches
 
 
-def of_run(run: Path, which: str, here: World) -> tuple[Recipe, DataSet, nn.Module, str]:
+def of_run(run: Path, which: str, ranks: Ranks) -> tuple[Recipe, DataSet, nn.Module, str]:
     """A run's recipe, data set and trained network, and what it is in words. `which`: auto, best or last."""
     recipe = read_recipe(run)
     content = checkpoint.best_or_last(run, which)
     data = DataSet(recipe.data.path)
-    model = trained_network(recipe, content, len(data.classes)).to(here.device)
+    model = trained_network(recipe, content, len(data.classes)).to(ranks.device)
     return recipe, data, model, f"{run}, after epoch {content['epoch']}"
 
 
-def of_recipe(path: Path, overrides: list[str], here: World) -> tuple[Recipe, DataSet, nn.Module, str]:
+def of_recipe(path: Path, overrides: list[str], ranks: Ranks) -> tuple[Recipe, DataSet, nn.Module, str]:
     """A recipe's data set and its network at the start of training, calibrated, and what it is in words."""
     recipe = load_recipe(path, overrides)
-    data, model, _ = prepare(recipe, here)
-    model.to(here.device)
+    data, model, _ = prepare(recipe, ranks)
+    model.to(ranks.device)
     if quantizers_of(model):
-        train = build_loaders(recipe.data, data, recipe.run.seed, device=here.device).train
-        batches = first_batches(train, Normalize(data, here.device), recipe.quant.calibration_batches)
+        train = build_loaders(recipe.data, data, recipe.run.seed, device=ranks.device).train
+        batches = first_batches(train, Normalize(data, ranks.device), recipe.quant.calibration_batches)
         try:
             calibrate_(model, batches, recipe.quant.calibration)
         except ValueError as error:
@@ -80,8 +79,7 @@ def _kind(path: Path, overrides: list[str]) -> str:
     if path.exists():
         raise InputError(f"{path} is neither a run directory nor a recipe (.yaml)")
     runs = [str(each.parent) for each in path.parent.glob("*/recipe.yaml")]
-    near = difflib.get_close_matches(str(path), runs, 3, 0.5)
-    raise InputError(f"no run directory or recipe {path}" + (f". Did you mean {', '.join(near)}?" if near else ""))
+    raise InputError(f"no run directory or recipe {path}.{did_you_mean(path, runs, count=3, cutoff=0.5)}")
 
 
 def parser() -> Parser:
@@ -111,17 +109,17 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--checkpoint {arguments.checkpoint}: only a run has checkpoints, not a recipe")
     if not arguments.no_plot:
         require("matplotlib", "train")  # looked for before minutes are spent
-    with world(arguments.device) as here:
-        if here.size > 1:
-            raise InputError(f"inspection runs in one process, not on {here.size} ranks")
+    with join_ranks(arguments.device) as ranks:
+        if ranks.size > 1:
+            raise InputError(f"inspection runs in one process, not on {ranks.size} ranks")
         if kind == "run":
-            recipe, data, model, title = of_run(arguments.what, arguments.checkpoint, here)
+            recipe, data, model, title = of_run(arguments.what, arguments.checkpoint, ranks)
             out = arguments.out or arguments.what / "inspect"
         else:
-            recipe, data, model, title = of_recipe(arguments.what, arguments.overrides, here)
+            recipe, data, model, title = of_recipe(arguments.what, arguments.overrides, ranks)
             out = arguments.out or Path(recipe.run.root) / f"{recipe.name}-inspect"
-        loaders = build_loaders(recipe.data, data, recipe.run.seed, device=here.device)
-        batches = first_batches(loaders.val or loaders.train, Normalize(data, here.device), arguments.batches)
+        loaders = build_loaders(recipe.data, data, recipe.run.seed, device=ranks.device)
+        batches = first_batches(loaders.val or loaders.train, Normalize(data, ranks.device), arguments.batches)
         found = report(model, batches, oscillating_above=recipe.oscillation.oscillating_above)
     title += f" ({recipe.model.name} on {data.name}, inputs of {found.images} images of " \
              f"{'the holdout' if loaders.val else 'training: nothing is held out'})"

@@ -12,10 +12,10 @@ from nulsq.quant.fold import fold_
 from nulsq.quant.quantize import quantize_
 
 
-def build_network(recipe: Recipe, classes: int, *, start: bool = True, shares: int = 1) -> nn.Module:
+def build_network(recipe: Recipe, classes: int, *, start: bool = True, batch_shards: int = 1) -> nn.Module:
     """The recipe's network: built with the run's seed, started from its weights, quantized; not yet calibrated.
 
-    With `start=False` nothing is read from disk: for a checkpoint that holds everything. `shares`: ranks times
+    With `start=False` nothing is read from disk: for a checkpoint that holds everything. `batch_shards`: ranks times
     micro-batches, see `quantize_`.
     """
     with torch.random.fork_rng(devices=[]):
@@ -25,7 +25,7 @@ def build_network(recipe: Recipe, classes: int, *, start: bool = True, shares: i
         load_weights_(model, recipe.model.init_from)
     try:
         if not is_float(recipe):
-            quantize_(model, recipe.quant, shares=shares)
+            quantize_(model, recipe.quant, batch_shards=batch_shards)
     except ValueError as error:
         raise InputError(str(error)) from None
     return model

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nulsq.config import Recipe
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 from nulsq.errors import InputError
 from nulsq.models.libraries import LIBRARIES, build_model
 from nulsq.models.weights import load_weights_
@@ -15,7 +15,7 @@ from nulsq.run.directory import read_recipe
 from nulsq.training.state import trained_network
 
 
-def build_teacher(recipe: Recipe, classes: int, here: World) -> nn.Module | None:
+def build_teacher(recipe: Recipe, classes: int, ranks: Ranks) -> nn.Module | None:
     """The recipe's teacher on this rank's device, in evaluation mode, without gradients; None where it has none.
 
     `distill.teacher` is LIBRARY:NAME, with the weights in `distill.weights` or else the published ones, or a run
@@ -28,22 +28,22 @@ def build_teacher(recipe: Recipe, classes: int, here: World) -> nn.Module | None
     if settings.teacher is None:
         return None
     if settings.teacher.partition(":")[0] in LIBRARIES:
-        teacher = _of_library(settings, classes, here)
+        teacher = _of_library(settings, classes, ranks)
     elif Path(settings.teacher).is_dir():
         teacher = _of_run(Path(settings.teacher), classes)
     else:
         raise InputError(f"distill.teacher = {settings.teacher!r}: no such run directory; allowed: a run directory, "
                          f"{', '.join(f'{library}:NAME' for library in LIBRARIES)}")
     memory = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
-    return teacher.eval().requires_grad_(False).to(here.device, memory_format=memory)
+    return teacher.eval().requires_grad_(False).to(ranks.device, memory_format=memory)
 
 
-def _of_library(settings, classes, here):
+def _of_library(settings, classes, ranks):
     published = settings.weights is None
     try:
         if published and torch.distributed.is_initialized():
             # one rank downloads, the others find the file
-            here.on_first(lambda: build_model(settings.teacher, classes, pretrained=True) and None)
+            ranks.on_first(lambda: build_model(settings.teacher, classes, pretrained=True) and None)
         teacher = build_model(settings.teacher, classes, pretrained=published)
     except InputError as error:
         text = str(error)

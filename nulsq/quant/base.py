@@ -75,12 +75,12 @@ class Quantizer(nn.Module):
         # leaves them to it
         self.batch_norm: tuple[nn.Module, ...] = ()
         self.relu = False
-        self.shares = 1  # how many inputs of this size make the global batch: ranks x micro-batches
+        self.batch_shards = 1  # how many inputs of this size make the global batch: ranks x micro-batches
         self.init, self.grad_scale = init, grad_scale
         self.ste = self.ste if ste is None else ste
         self.asked_sign = self.signed = signed  # what was asked for stays, `signed` is settled by data
         self.channel_dimension = 1  # of activations; a linear layer's is the last
-        self.ready = False  # a plain attribute: reading it costs nothing and does not break a compiled graph
+        self.calibrated = False  # a plain attribute: reading it costs nothing and does not break a compiled graph
         # -1: not calibrated yet, else whether signed; what of the two flags above a state dict carries
         self.register_buffer("sign", torch.tensor(-1, dtype=torch.int8))
         self.register_load_state_dict_post_hook(_read_sign)
@@ -107,7 +107,7 @@ class Quantizer(nn.Module):
         return ()
 
     @property
-    def codes(self) -> tuple[int, int]:
+    def level_range(self) -> tuple[int, int]:
         """Lowest and highest level number, zero being 0: (-2^(b-1), 2^(b-1) - 1) signed, (0, 2^b - 1) unsigned."""
         half = 2 ** (self.bits - 1)
         return (-half, half - 1) if self.signed else (0, 2 * half - 1)
@@ -115,7 +115,7 @@ class Quantizer(nn.Module):
     # ---- what everybody uses ----
 
     def forward(self, x: Tensor) -> Tensor:
-        self._require_ready()
+        self._require_calibrated()
         affine = None
         for norm in self.batch_norm:
             affine = norm.affine_of(x, self)
@@ -128,30 +128,30 @@ class Quantizer(nn.Module):
         return x.relu() if self.relu else x
 
     def rule(self) -> Rule:
-        return Rule(self.index, self.ste, self.reduction, self.codes, self.ties_up(), self.shift, self.segments,
+        return Rule(self.index, self.ste, self.reduction, self.level_range, self.ties_up(), self.shift, self.segments,
                     self.relu)
 
     @torch.no_grad()
     def levels(self) -> Tensor:
         """Output values, ascending: [L], or [C, L] per channel. L is at most 2^bits."""
-        self._require_ready()
+        self._require_calibrated()
         return self.levels_of(self.table())
 
     @torch.no_grad()
     def thresholds(self) -> Tensor:
         """Decision boundaries between neighbouring levels, ascending: [L-1] or [C, L-1]."""
-        self._require_ready()
+        self._require_calibrated()
         return self.thresholds_of(self.table())
 
     def levels_of(self, table: Table) -> Tensor:
         if self.index == "uniform":
-            low, high = self.codes
+            low, high = self.level_range
             return table.gaps * (torch.arange(low, high + 1, device=table.gaps.device) + self.shift)
         return table.levels.clone()
 
     def thresholds_of(self, table: Table) -> Tensor:
         if self.index == "uniform":
-            low, high = self.codes
+            low, high = self.level_range
             return table.gaps * (torch.arange(low, high, device=table.gaps.device) + self.shift + 0.5)
         return table.thresholds.clone()
 
@@ -161,7 +161,7 @@ class Quantizer(nn.Module):
 
         Raises ValueError where x has NaN or infinite elements.
         """
-        self._require_ready()
+        self._require_calibrated()
         bad = ~torch.isfinite(x)
         if bad.any():
             raise ValueError(f"{self.name()}.encode: {int(bad.sum())} of {x.numel()} elements are NaN or infinite")
@@ -200,17 +200,17 @@ class Quantizer(nn.Module):
             raise ValueError(f"init = lloyd_max: values up to {statistics.largest.max():.3g}, allowed: below "
                              f"{LARGEST:g}")
         self.signed = signed
-        step = initial_step(init, statistics, self.codes[1], self.role, self.signed)
+        step = initial_step(init, statistics, self.level_range[1], self.role, self.signed)
         if init == "lloyd_max":
             step = best_step(self, statistics.histogram, step).clamp(min=SMALLEST_STEP)
         self.set_steps_(step.to(torch.float32))
         if init == "lloyd_max" and self.free_levels:
             start = self.levels_of(self.table())
-            self.set_levels_(lloyd_max(statistics.histogram, start, -self.codes[0]).to(torch.float32))
-        self.mark_ready_()
+            self.set_levels_(lloyd_max(statistics.histogram, start, -self.level_range[0]).to(torch.float32))
+        self.mark_calibrated_()
 
-    def mark_ready_(self) -> None:
-        self.ready = True
+    def mark_calibrated_(self) -> None:
+        self.calibrated = True
         self.sign.fill_(int(self.signed))
 
     @torch.no_grad()
@@ -242,11 +242,11 @@ class Quantizer(nn.Module):
         if self.role == "weight":
             return x.numel() // (self.channels or 1)
         if self.grad_scale == "batch":
-            return x.numel() * self.shares
+            return x.numel() * self.batch_shards
         return x.shape[self.channel_dimension] if self.grad_scale == "channels" else x[0].numel()
 
-    def _require_ready(self) -> None:
-        if not self.ready:
+    def _require_calibrated(self) -> None:
+        if not self.calibrated:
             raise RuntimeError(f"this {self.name()} {self.role} quantizer has no step sizes yet: "
                                "call nulsq.calibrate_(model, batches) or load a state dict first")
 
@@ -261,8 +261,8 @@ def project_(quantizers: list[Quantizer]) -> None:
 
 def _read_sign(quantizer: Quantizer, incompatible) -> None:
     sign = int(quantizer.sign)
-    quantizer.ready = sign >= 0
-    if quantizer.ready:
+    quantizer.calibrated = sign >= 0
+    if quantizer.calibrated:
         quantizer.signed = bool(sign)
 
 

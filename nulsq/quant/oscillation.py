@@ -70,7 +70,7 @@ class OscillationTracker(nn.Module):
             self._hold_(layer)
 
     def _found(self, layer):
-        low, high = layer.weight_quantizer.codes
+        low, high = layer.weight_quantizer.level_range
         index = layer.weight_quantizer.level_index(layer.normalized_weight()[0])
         return index.clamp(0, high - low)  # that of a NaN means nothing, but must be one
 
@@ -103,7 +103,7 @@ class Oscillations:
         self.layers = tracked_layers(model, settings.max_bits)
         for layer in self.layers.values():
             layer.oscillation = OscillationTracker(layer.weight)
-            if layer.weight_quantizer.ready:
+            if layer.weight_quantizer.calibrated:
                 layer.oscillation.start_(layer)
 
     def after_step_(self, done: float) -> None:
@@ -146,7 +146,7 @@ class Oscillations:
                 for (name, layer), (oscillating, frozen) in zip(self.layers.items(), counts, strict=True)}
 
 
-def shares(counts: dict[str, dict[str, int]]) -> dict[str, float]:
+def oscillating_fraction(counts: dict[str, dict[str, int]]) -> dict[str, float]:
     """`oscillating_share` and `frozen_share` of all weights together, from `Oscillations.count`."""
     weights = sum(count["weights"] for count in counts.values())
     return {f"{what}_share": sum(count[what] for count in counts.values()) / weights

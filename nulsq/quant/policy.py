@@ -11,12 +11,12 @@ What matches nothing is an error. One exception, for a search over several model
 have is passed over where another entry of the same rule matches.
 """
 
-import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from nulsq.errors import did_you_mean
 from nulsq.quant.layers import QUANTIZED
 from nulsq.quant.settings import LayerRule, Policy, SideRule
 
@@ -80,9 +80,8 @@ def _wanted(label: str, rule: LayerRule, names: list[str], found: dict[str, list
             others: Iterable[str]) -> list[str]:
     """Names of the quantizable layers that a rule matches: at least one."""
     if not rule.match:
-        near = difflib.get_close_matches(label, others, 1, 0.6)
         raise ValueError(f"quant.rules.{label}.match is empty: the rule has no layers."
-                         + (f" Did you mean quant.rules.{near[0]}?" if near else ""))
+                         f"{did_you_mean(label, others, cutoff=0.6)}")
     wanted, absent = [], []
     for pattern in rule.match:
         if pattern.startswith("role:"):
@@ -96,8 +95,8 @@ def _wanted(label: str, rule: LayerRule, names: list[str], found: dict[str, list
         else:
             matched = [name for name in names if fnmatchcase(name, pattern)]
             if not matched:
-                near = difflib.get_close_matches(pattern, names, 3, 0.4) or names[:3]
-                raise ValueError(f"quant.rules.{label}.match: {pattern!r} matches no layer; near: {', '.join(near)}")
+                hint = did_you_mean(pattern, names, count=3) or f" The first layers are {', '.join(names[:3])}."
+                raise ValueError(f"quant.rules.{label}.match: {pattern!r} matches no layer.{hint}")
         wanted += matched
     if not wanted:
         here = [f"role:{role}" for role, layers in found.items() if set(layers) & set(names)]

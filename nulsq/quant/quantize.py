@@ -11,7 +11,7 @@ from nulsq.quant.registry import get_quantizer
 from nulsq.quant.settings import FLOAT, Policy, SideRule
 
 
-def quantize_(model: nn.Module, policy: Policy | None = None, *, shares: int = 1) -> nn.Module:
+def quantize_(model: nn.Module, policy: Policy | None = None, *, batch_shards: int = 1) -> nn.Module:
     """Replace every Conv2d and Linear by its quantized form, as the policy says. In place; returns the model.
 
     Parameters are shared with the old layers and keep their names. Step sizes come next, from data:
@@ -19,7 +19,7 @@ def quantize_(model: nn.Module, policy: Policy | None = None, *, shares: int = 1
 
     Args:
         policy: None takes the default one, the paper's.
-        shares: how many of the batches that the model sees make one global batch: ranks times micro-batches of an
+        batch_shards: how many of the batches that the model sees make one global batch: ranks times micro-batches of an
             accumulated step. Gradient scales that count the batch need it.
 
     Raises ValueError for an unknown quantizer, bits that it does not have, a pattern or role that matches no layer,
@@ -27,8 +27,8 @@ def quantize_(model: nn.Module, policy: Policy | None = None, *, shares: int = 1
     """
     if any(isinstance(module, Quantizer) for module in model.modules()):
         raise ValueError("the model is quantized already; build a float one and call quantize_ once")
-    if not isinstance(shares, int) or shares < 1:
-        raise ValueError(f"shares = {shares!r}, allowed: whole numbers from 1")
+    if not isinstance(batch_shards, int) or batch_shards < 1:
+        raise ValueError(f"batch_shards = {batch_shards!r}, allowed: whole numbers from 1")
     plan = resolve(policy or Policy(), model)
     swapped = {}
     for name, (weight, activation) in plan.items():
@@ -37,7 +37,7 @@ def quantize_(model: nn.Module, policy: Policy | None = None, *, shares: int = 1
         if sides == (None, None):
             continue
         for quantizer in filter(None, sides):
-            quantizer.shares = shares
+            quantizer.batch_shards = batch_shards
         normalization = weight.normalization or getattr(sides[0], "normalization", "none")
         new = QUANTIZED[type(layer)].from_float(layer, *sides, normalization)
         swapped[name] = new.to(layer.weight.device)

@@ -13,9 +13,10 @@ A preset is a word for what most policies differ in:
     weights_only   activations float everywhere; weights as the rules say
 """
 
-import difflib
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
+
+from nulsq.errors import did_you_mean
 
 FLOAT = "fp"  # the name of "no quantizer"
 PRESETS = ("paper", "none", "weights_only")
@@ -166,6 +167,4 @@ class OscillationSettings:
 
 def _known(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        near = difflib.get_close_matches(str(value).lower(), allowed, 1, 0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{key} = {value!r}.{hint} Allowed: {', '.join(allowed)}")
+        raise ValueError(f"{key} = {value!r}.{did_you_mean(str(value).lower(), allowed)} Allowed: {', '.join(allowed)}")

@@ -67,7 +67,7 @@ class APoT(Quantizer):
         self.register_buffer("signed_units", torch.tensor(signed_units, dtype=torch.float32), persistent=False)
 
     @property
-    def codes(self):
+    def level_range(self):
         high = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
         return (-high if self.signed else 0), high
 
@@ -75,18 +75,18 @@ class APoT(Quantizer):
         units = self.signed_units if self.signed else self.unsigned_units
         alpha = self.alpha
         if elements is not None:
-            alpha = scale_gradient(alpha, self.gradient_factor(elements, self.codes[1]))
+            alpha = scale_gradient(alpha, self.gradient_factor(elements, self.level_range[1]))
         with torch.no_grad():
             levels = alpha * (units / units[-1])
             thresholds = (levels[..., :-1] + levels[..., 1:]) / 2
         return Table(gaps=alpha, levels=levels, thresholds=thresholds)
 
     def ties_up(self):
-        low, high = self.codes
+        low, high = self.level_range
         return (True,) * -low + (False,) * high
 
     def gradient_factor(self, elements, codes, numerator=1.0):
         return (codes / elements) ** 0.5
 
     def set_steps_(self, step):
-        self.alpha.copy_((step * self.codes[1]).view(self.alpha.shape))
+        self.alpha.copy_((step * self.level_range[1]).view(self.alpha.shape))

@@ -62,25 +62,25 @@ class LCQ(Quantizer):
         return 0 if self.theta is None else INTERVALS * (2 if self.signed else 1)
 
     @property
-    def codes(self):
+    def level_range(self):
         high = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
         return (-high if self.signed else 0), high
 
     def table(self, elements=None):
         alpha = self.alpha
         if elements is not None:
-            alpha = scale_gradient(alpha, self.gradient_factor(elements, self.codes[1]))
+            alpha = scale_gradient(alpha, self.gradient_factor(elements, self.level_range[1]))
         if self.theta is None:
             unit = alpha.detach()
             return Table(gaps=alpha, levels=torch.cat([-unit, 0 * unit, unit], -1),
                          thresholds=torch.cat([-unit / 2, unit / 2], -1))
         theta = self.theta
         if elements is not None:
-            theta = scale_gradient(theta, self.gradient_factor(elements, self.codes[1]))
+            theta = scale_gradient(theta, self.gradient_factor(elements, self.level_range[1]))
         share = theta.softmax(-1).clamp(min=1e-7)  # no interval is so narrow that dividing by it overflows
         slope, offset = INTERVALS * share, share.cumsum(-1) - share
         with torch.no_grad():
-            count = self.codes[1]
+            count = self.level_range[1]
             code = torch.arange(count + 1, dtype=alpha.dtype, device=alpha.device) / count
             level = _expand(code, slope, offset)
             level[..., -1].fill_(1)  # exactly, whatever the sum of the shares rounds to
@@ -108,14 +108,14 @@ class LCQ(Quantizer):
         return Table(alpha, levels, thresholds, cell_offset, cell_slope)
 
     def ties_up(self):
-        low, high = self.codes
+        low, high = self.level_range
         return (False,) * -low + (self.theta is not None,) * high  # a threshold is the first number of the outer level
 
     def gradient_factor(self, elements, codes, numerator=1.0):
         return (codes / elements) ** 0.5
 
     def set_steps_(self, step):
-        self.alpha.copy_((step * self.codes[1]).view(self.alpha.shape))
+        self.alpha.copy_((step * self.level_range[1]).view(self.alpha.shape))
         if self.theta is not None:
             self.theta.zero_()
 

@@ -32,7 +32,7 @@ class LSQ(Quantizer):
     def table(self, elements=None):
         step = self.step
         if elements is not None:
-            step = scale_gradient(step, self.gradient_factor(elements, self.codes[1]))
+            step = scale_gradient(step, self.gradient_factor(elements, self.level_range[1]))
         return Table(gaps=step)
 
     def set_steps_(self, step):

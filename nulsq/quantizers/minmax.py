@@ -39,17 +39,17 @@ class MinMax(Quantizer):
         self.register_buffer("seen", torch.zeros(shape), persistent=False)  # largest of the batches since last step
 
     @property
-    def codes(self):
+    def level_range(self):
         high = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
         return (-high if self.signed else 0), high
 
     def table(self, elements=None):
-        return Table(gaps=(self.largest / self.codes[1]).clamp(min=SMALLEST_STEP))
+        return Table(gaps=(self.largest / self.level_range[1]).clamp(min=SMALLEST_STEP))
 
     def forward(self, x):
-        self._require_ready()
+        self._require_calibrated()
         if self.range == "reference":
-            step = x.detach().max() / self.codes[1]
+            step = x.detach().max() / self.level_range[1]
             y = torch.round(x.detach() / step) * step
             return x + (y - x).detach()
         if self.range == "dynamic":

@@ -40,7 +40,7 @@ class NuLSQ(Quantizer):
         self.steps = nn.Parameter(torch.ones(intervals) if channels is None else torch.ones(channels, intervals))
 
     def table(self, elements=None):
-        below = -self.codes[0]  # number of negative steps
+        below = -self.level_range[0]  # number of negative steps
         if not below:
             return self._positive(elements)
         negative, positive = self.steps[..., :below], self.steps[..., below:]
@@ -66,13 +66,13 @@ class NuLSQ(Quantizer):
         return Table(gaps=steps, levels=nn.functional.pad(up, (1, 0)), thresholds=torch.sub(up, fixed, alpha=0.5))
 
     def ties_up(self):
-        low, high = self.codes
+        low, high = self.level_range
         return (True,) * -low + (False,) * high
 
     def set_steps_(self, step):
         self.steps.copy_(step.unsqueeze(-1).expand(self.steps.shape))
 
     def set_levels_(self, levels):
-        below = -self.codes[0]
+        below = -self.level_range[0]
         gaps = levels.diff(dim=-1).clamp(min=SMALLEST_STEP)
         self.steps.copy_(torch.cat([gaps[..., :below].flip(-1), gaps[..., below:]], -1))

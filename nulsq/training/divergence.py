@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nulsq.config.recipe import Guard
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 from nulsq.quant.base import Quantizer
 from nulsq.quant.modes import in_evaluation
 
@@ -27,10 +27,10 @@ class DivergenceGuard:
     `level` is the mean of the good losses and their number; it belongs to the run's state.
     """
 
-    def __init__(self, settings: Guard, classes: int, here: World):
-        self.settings, self.here = settings, here
+    def __init__(self, settings: Guard, classes: int, ranks: Ranks):
+        self.settings, self.ranks = settings, ranks
         self.guessing = math.log(classes)
-        self.numbers = torch.zeros(settings.every, 2, dtype=torch.float64, device=here.device)  # loss, norm
+        self.numbers = torch.zeros(settings.every, 2, dtype=torch.float64, device=ranks.device)  # loss, norm
         self.first, self.count, self.watched = 0, 0, 0
 
     def look(self, step: int, loss: Tensor, norm: Tensor, level: list[float]) -> int | None:
@@ -50,9 +50,9 @@ class DivergenceGuard:
         """Judge what was taken down since the last time. A collective call; synchronizes."""
         if not self.count:
             return None
-        taken, self.count = self.here.sum_(self.numbers[:self.count].clone()).tolist(), 0
+        taken, self.count = self.ranks.sum_(self.numbers[:self.count].clone()).tolist(), 0
         for i, (loss, norm) in enumerate(taken):
-            loss /= self.here.size
+            loss /= self.ranks.size
             if not (math.isfinite(loss) and math.isfinite(norm)) or self._jumps(loss, level):
                 return self.first + i
             level[0] = loss if level[1] == 0 else DECAY * level[0] + (1 - DECAY) * loss

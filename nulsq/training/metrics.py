@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 
 
 class Counters:
@@ -24,7 +24,7 @@ class Counters:
     def reset(self) -> None:
         self.values.zero_()
 
-    def read(self, world: World, prefix: str) -> dict[str, float]:
+    def read(self, world: Ranks, prefix: str) -> dict[str, float]:
         """Mean loss and accuracies in percent over all ranks. A collective call; synchronizes."""
         loss, top1, top5, count = world.sum_(self.values.clone()).tolist()
         count = max(count, 1)

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from nulsq.config import Recipe
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 from nulsq.quant.projection import quantizers_of
 from nulsq.quant.summary import summary
 from nulsq.text import duration
@@ -17,23 +17,23 @@ INTERVAL = 30.0  # seconds between two plain lines within an epoch
 class Progress:
     """Progress of one epoch's steps, and the line that sums it up."""
 
-    def __init__(self, epochs: int, here: World, quiet: bool = False):
-        self.epochs, self.here, self.quiet = epochs, here, quiet
-        self.show = here.first and not quiet
+    def __init__(self, epochs: int, ranks: Ranks, quiet: bool = False):
+        self.epochs, self.ranks, self.quiet = epochs, ranks, quiet
+        self.show = ranks.is_first and not quiet
         self.bar = None
 
     def announce(self, recipe: Recipe, state: TrainState, data: str, loader: str, steps: int, run: Path) -> None:
         """What is about to be trained, on what, and from where."""
-        here = self.here
+        ranks = self.ranks
         if quantizers_of(state.model):
             self.say(summary(state.model))
         held = "nothing held out" if recipe.data.holdout == "none" else f"holdout {recipe.data.holdout}"
         saw = ", which the starting weights have seen" if recipe.model.init_saw_holdout else ""
         self.say(f"{run}: {recipe.model.name} on {data} ({loader} loader, {steps} steps of {recipe.data.batch} per "
-                 f"epoch, {held}{saw}), {here.size} {'rank' if here.size == 1 else 'ranks'} on {here.device.type}")
+                 f"epoch, {held}{saw}), {ranks.size} {'rank' if ranks.size == 1 else 'ranks'} on {ranks.device.type}")
         if recipe.distill.teacher:
             self.say(f"taught by {recipe.distill.teacher}, weight {recipe.distill.weight:g} of the loss")
-        if here.size > 1 and here.device.type == "cpu":
+        if ranks.size > 1 and ranks.device.type == "cpu":
             self.say("batch norm is per rank on the CPU (torch has no SyncBatchNorm for it); its running statistics "
                      "are averaged over the ranks before each evaluation")
         if state.epoch >= self.epochs:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nulsq.config import Recipe
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 from nulsq.errors import InputError
 from nulsq.models.network import build_network
 from nulsq.models.weights import evaluated
@@ -38,11 +38,11 @@ class TrainState:
     level: list[float] = field(default_factory=lambda: [0.0, 0])  # the guard's mean of good losses, and their number
     outcome: str = "running"  # running, finished, saved, diverged
 
-    def state_dict(self, here: World) -> dict:
+    def state_dict(self, ranks: Ranks) -> dict:
         """The content of a checkpoint. A collective call; every rank gets all of it."""
         return {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict(),
                 "ema": self.average.values if self.average else None, "step": self.step, "epoch": self.epoch,
-                "best": self.best, "skipped": self.skipped, "level": self.level, "ranks": here.gather(self.own())}
+                "best": self.best, "skipped": self.skipped, "level": self.level, "ranks": ranks.gather(self.own())}
 
     def own(self) -> dict:
         """Copies of what this rank has alone."""
@@ -57,7 +57,7 @@ class TrainState:
                 self.average.values[name].copy_(own["ema"][name])
         self.counters.values.copy_(own["counters"])
 
-    def load_state_dict(self, content: dict, here: World) -> str:
+    def load_state_dict(self, content: dict, ranks: Ranks) -> str:
         """Continue from a checkpoint's content; returns what is different now, in words, "" where nothing is.
 
         Raises InputError where it is of another network.
@@ -69,14 +69,14 @@ class TrainState:
                 self.average.load_(content["ema"])
             self.step, self.epoch, self.best = content["step"], content["epoch"], content["best"]
             self.skipped, self.level = list(content["skipped"]), list(content["level"])
-            ranks = content["ranks"]
-            if len(ranks) == here.size:
-                self.load_own(ranks[here.rank])
+            per_rank = content["ranks"]
+            if len(per_rank) == ranks.size:
+                self.load_own(per_rank[ranks.rank])
                 return ""
-            self.load_own(_merged(ranks))
-            if not here.first:
+            self.load_own(_merged(per_rank))
+            if not ranks.is_first:
                 self.counters.reset()  # rank 0 has the sum
-            return (f"saved by {len(ranks)} ranks, continued by {here.size}: every step takes the same images, but "
+            return (f"saved by {len(per_rank)} ranks, continued by {ranks.size}: every step takes the same images, but "
                     "batch norm sees other parts of them at a time, its running statistics start from the ranks' "
                     "average, and sums are rounded otherwise; the result is as good, not bit for bit the same")
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
@@ -90,12 +90,13 @@ def _statistics(model):
             if module in own for key in ("running_mean", "running_var")}
 
 
-def _merged(ranks):
+def _merged(per_rank):
     """One rank's part made of those of several: sums of counters, means of statistics."""
     def mean(part):
-        return {name: torch.stack([rank[part][name] for rank in ranks]).mean(0) for name in ranks[0][part]}
+        return {name: torch.stack([rank[part][name] for rank in per_rank]).mean(0) for name in per_rank[0][part]}
 
-    return {"counters": sum(rank["counters"] for rank in ranks), "batch_norm": mean("batch_norm"), "ema": mean("ema")}
+    return {"counters": sum(rank["counters"] for rank in per_rank), "batch_norm": mean("batch_norm"),
+            "ema": mean("ema")}
 
 
 def track_oscillations(recipe: Recipe, model: nn.Module) -> Oscillations | None:

@@ -13,7 +13,7 @@ import warnings
 from torch import Tensor, nn
 
 from nulsq.config import Recipe
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 from nulsq.quant.oscillation import Oscillations
 from nulsq.training.cuda_graph import RECORDERS, Recording, kind, warmed_up
 from nulsq.training.divergence import gradient_norm
@@ -23,13 +23,13 @@ from nulsq.training.state import TrainState
 WARM_UP = 3  # plain steps before a recording
 
 
-def training_step(recipe: Recipe, here: World, state: TrainState, network: nn.Module, teacher: nn.Module | None = None,
+def training_step(recipe: Recipe, ranks: Ranks, state: TrainState, network: nn.Module, teacher: nn.Module | None = None,
                   oscillations: Oscillations | None = None) -> "TrainingStep":
     """The step that the recipe asks for; the plain one, with a warning, where there can be no graphs."""
     graphed = recipe.run.cuda_graph
-    if graphed and (here.device.type not in RECORDERS or here.size > 1):
+    if graphed and (ranks.device.type not in RECORDERS or ranks.size > 1):
         warnings.warn("run.cuda_graph: only one rank on a GPU records its steps; the run goes on without (same recipe, "
-                      f"here with {here.size} on {here.device.type})", stacklevel=2)
+                      f"here with {ranks.size} on {ranks.device.type})", stacklevel=2)
         graphed = False
     return (GraphedStep if graphed else TrainingStep)(recipe, state, network, teacher, oscillations)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 
 INTERVAL = 8  # steps between two agreements of several ranks, each of which costs a collective
 SAME_WORD = 5.0  # seconds: Slurm signals every process of a job, torchrun passes the same signal on to its ranks
@@ -49,23 +49,23 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 class Asked:
     """What a run is asked for. Every rank gets the same answer if all ask at the same counts."""
 
-    def __init__(self, stop: Callable[[], bool] | None, here: World, run: Path):
-        self.stop, self.here, self.file = stop, here, run / SAVE_FILE
+    def __init__(self, stop: Callable[[], bool] | None, ranks: Ranks, run: Path):
+        self.stop, self.ranks, self.file = stop, ranks, run / SAVE_FILE
 
     def __call__(self, count: int) -> int:
         """NOTHING, SAVE or STOP after step number `count`."""
         agreed = count % INTERVAL == 0
-        if self.here.size > 1 and not agreed:
+        if self.ranks.size > 1 and not agreed:
             return NOTHING
         own = STOP if self._stop() else NOTHING
-        if own == NOTHING and agreed and self.here.first and self.file.exists():
+        if own == NOTHING and agreed and self.ranks.is_first and self.file.exists():
             own = SAVE
-        return self.here.largest(own)
+        return self.ranks.max(own)
 
     def stop_evaluation(self, count: int) -> None:
         """Raises Stopped where batch number `count` of an evaluation is to be the last."""
-        asked = self.here.size == 1 or count % INTERVAL == 0
-        if asked and self.here.any(self._stop()):
+        asked = self.ranks.size == 1 or count % INTERVAL == 0
+        if asked and self.ranks.any(self._stop()):
             raise Stopped
 
     def answered(self) -> None:

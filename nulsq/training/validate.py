@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nulsq.config import Recipe
 from nulsq.data import Loaders, Normalize
-from nulsq.distributed import World
+from nulsq.distributed import Ranks
 from nulsq.evaluate import evaluate
 from nulsq.quant.batch_norm import reestimate_batch_norm_
 from nulsq.quant.calibration.calibrate import average_batch_norm_
@@ -15,7 +15,7 @@ from nulsq.training.state import TrainState
 from nulsq.training.stop import Asked, Stopped
 
 
-def validate(recipe: Recipe, here: World, state: TrainState, loaders: Loaders, normalize: Normalize,
+def validate(recipe: Recipe, ranks: Ranks, state: TrainState, loaders: Loaders, normalize: Normalize,
              asked: Asked) -> dict:
     """Settle batch-norm statistics, which the checkpoint then holds, and measure accuracy. A collective call.
 
@@ -25,23 +25,23 @@ def validate(recipe: Recipe, here: World, state: TrainState, loaders: Loaders, n
     """
     before = state.own()
     try:
-        return _settle_and_measure(recipe, here, state, loaders, normalize, asked)
+        return _settle_and_measure(recipe, ranks, state, loaders, normalize, asked)
     except Stopped:
         state.load_own(before)
         raise
 
 
-def _settle_and_measure(recipe, here, state, loaders, normalize, asked):
+def _settle_and_measure(recipe, ranks, state, loaders, normalize, asked):
     def measure(prefix):
         if recipe.optim.reestimate_bn:
             batches = first_batches(loaders.train, normalize, recipe.optim.reestimate_bn)
-            with torch.autocast(here.device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
                 reestimate_batch_norm_(state.model, batches)
-        elif here.device.type == "cpu":
+        elif ranks.device.type == "cpu":
             average_batch_norm_(state.model.modules())  # torch has no SyncBatchNorm for the CPU
         if loaders.val is None:
             return {}
-        return evaluate(state.model, loaders.val, normalize, here, recipe, prefix, asked)
+        return evaluate(state.model, loaders.val, normalize, ranks, recipe, prefix, asked)
 
     if state.average is None:
         return measure("val")

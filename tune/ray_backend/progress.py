@@ -10,7 +10,7 @@ from pathlib import Path
 from ray.tune import Callback
 
 from nulsq.text import duration
-from tune.queue import Course
+from tune.queue import TrialQueue
 from tune.status import elapsed, table
 from tune.store import journal
 
@@ -20,7 +20,7 @@ TERMINAL, PLAIN = 5.0, 60.0  # seconds between two tables
 class Watch(Callback):
     """Prints results as they come in."""
 
-    def __init__(self, course: Course, folder: Path):
+    def __init__(self, course: TrialQueue, folder: Path):
         self.course, self.folder = course, folder
         self.terminal = sys.stdout.isatty()
         self.before = elapsed(journal.events(folder))  # of earlier sessions

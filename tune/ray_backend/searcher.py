@@ -14,7 +14,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from nulsq.run.status import read_outcome
-from tune.queue import Course
+from tune.queue import TrialQueue
 from tune.ray_backend.trial_protocol import directory
 from tune.space import Search, Trial, stratum
 from tune.store import journal
@@ -22,14 +22,15 @@ from tune.store.results import ENDED, read_stopped, remove_checkpoints
 
 
 class StudySearcher(Searcher):
-    """Suggests trials in the order of a Course and keeps the journal.
+    """Suggests trials in the order of a TrialQueue and keeps the journal.
 
     Args:
         common: what every trial's configuration has beside `trial`, see `configuration`.
         cost: of a trial's network, see `tune.cost`.
     """
 
-    def __init__(self, course: Course, folder: Path, common: dict[str, Any], cost: Callable[[Trial], dict[str, float]]):
+    def __init__(self, course: TrialQueue, folder: Path, common: dict[str, Any],
+                 cost: Callable[[Trial], dict[str, float]]):
         super().__init__()
         self.course, self.folder, self.common, self.cost = course, folder, common, cost
         self.keys = {}  # Tune's id -> key

@@ -12,7 +12,7 @@ import ray.tune
 
 from nulsq.text import duration
 from tune import cost
-from tune.queue import Course
+from tune.queue import TrialQueue
 from tune.ray_backend import trial, workers
 from tune.ray_backend.cluster import check_fits, check_placement, open_cluster
 from tune.ray_backend.progress import Watch
@@ -23,7 +23,7 @@ from tune.store import journal
 from tune.store.directory import SearchDirectory
 
 
-def run_trials(search: Search, folder: SearchDirectory, course: Course, seconds: float | None) -> bool:
+def run_trials(search: Search, folder: SearchDirectory, course: TrialQueue, seconds: float | None) -> bool:
     """Run the trials on Ray, for so many seconds at most. Returns whether all of them ended."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial's run directory has its own logs
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Watch says what happens

@@ -19,12 +19,12 @@ from typing import Any
 
 from tune.report.tables import leaderboard
 from tune.space import Search
-from tune.store.results import Row
+from tune.store.results import TrialResult
 
 __all__ = ["leaderboard", "write"]
 
 
-def write(search: Search, folder: Path, rows: list[Row], tests: dict[str, list[dict[str, Any]]],
+def write(search: Search, folder: Path, rows: list[TrialResult], tests: dict[str, list[dict[str, Any]]],
           out: Path | None = None, running: bool = False) -> list[Path]:
     """Write everything and return the paths.
 

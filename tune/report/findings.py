@@ -14,7 +14,7 @@ from typing import Any
 
 from tune.space import Search, Study, full_epochs, rungs, studies
 from tune.status import state
-from tune.store.results import ENDED, Finalist, Row, finalists, ranked
+from tune.store.results import ENDED, Finalist, TrialResult, finalists, ranked
 
 NEARLY_ALL = 0.9
 
@@ -25,7 +25,7 @@ class Comparison:
     a hyperparameter that makes trials diverge matters, and no number would hide it."""
 
     epoch: int
-    rows: list[Row]
+    rows: list[TrialResult]
     scores: list[float]
     imputed: list[bool]  # diverged: the score is the worst of the others
 
@@ -39,7 +39,7 @@ class Findings:
     `running`: the search goes on meanwhile."""
 
     search: Search
-    rows: list[Row]
+    rows: list[TrialResult]
     tests: dict[str, list[dict[str, Any]]]
     running: bool = False
 
@@ -63,7 +63,7 @@ class Findings:
     def winner(self, study: str) -> Finalist | None:
         return self.finalists[study][0] if study in self.finalists else None
 
-    def own(self, study: str) -> list[Row]:
+    def own(self, study: str) -> list[TrialResult]:
         """The study's trials without repeats, best first."""
         return ranked(self.rows, study, self.search.mode)
 
@@ -75,7 +75,7 @@ class Findings:
         """finished, running or interrupted."""
         return state(self.folder, self.running)
 
-    def status(self, row: Row) -> str:
+    def status(self, row: TrialResult) -> str:
         """As the row has it, but nothing runs in a search that does not."""
         return "interrupted" if row.status == "running" and self.state != "running" else row.status
 

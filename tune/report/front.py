@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tune.report.findings import Findings
-from tune.store.results import Row
+from tune.store.results import TrialResult
 
 COSTS = {"average_bits": "average bits of weights and activations", "bytes": "bytes of the model, weights packed"}
 
@@ -54,5 +54,5 @@ def points(findings: Findings, cost: str) -> list[Point]:
     return found
 
 
-def _point(row: Row, score: float, spread: float | None, seeds: int) -> Point:
+def _point(row: TrialResult, score: float, spread: float | None, seeds: int) -> Point:
     return Point(row.trial.study, row.trial.number, score, spread, seeds, row.trial.cost)

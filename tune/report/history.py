@@ -15,7 +15,7 @@ from typing import Any
 
 from tune.report.findings import Findings
 from tune.store import journal
-from tune.store.results import Row
+from tune.store.results import TrialResult
 
 
 @dataclass
@@ -151,5 +151,5 @@ def saving(findings: Findings) -> Saving:
                   sum(row.seconds for row in findings.rows if row.trial.repeat))
 
 
-def _pace(row: Row) -> float:
+def _pace(row: TrialResult) -> float:
     return row.seconds / row.epochs

@@ -11,12 +11,12 @@ from tune.report.importance import Importance
 from tune.report.markup import Cell, Html, facts, join, number, picture, table, tag
 from tune.report.tables import epochs_spent, retraining_command, short, verdict
 from tune.space import Sampler, Study
-from tune.store.results import Row
+from tune.store.results import TrialResult
 
 TOP = 10  # trials in a study's own table
 
 
-def hyperparameters(findings: Findings, row: Row) -> list[Cell]:
+def hyperparameters(findings: Findings, row: TrialResult) -> list[Cell]:
     found = []
     for name in findings.search.space:
         value = row.trial.drawn.get(name)
@@ -33,7 +33,7 @@ def columns_of(findings: Findings) -> list[tuple[str, str]]:
     return [(name, "number" if numeric(sampler) else "text") for name, sampler in findings.search.space.items()]
 
 
-def trained(findings: Findings, row: Row) -> Cell:
+def trained(findings: Findings, row: TrialResult) -> Cell:
     score = row.score if row.curve and row.status != "diverged" else None
     return number(score, f"{{:.{findings.digits}f}}")
 

@@ -20,7 +20,7 @@ from nulsq.files import temporary_path, write_atomically
 from nulsq.run.directory import read_recipe
 from tune.report.findings import Findings
 from tune.space import Search
-from tune.store.results import Finalist, Row
+from tune.store.results import Finalist, TrialResult
 
 
 def write_tables(findings: Findings) -> list[Path]:
@@ -38,7 +38,7 @@ def write_tables(findings: Findings) -> list[Path]:
 # ---- a line per trial
 
 
-def frame(search: Search, rows: list[Row]):
+def frame(search: Search, rows: list[TrialResult]):
     """The trials as a pandas.DataFrame, in the order in which they were begun."""
     pandas = require("pandas", "search")
     require("pyarrow", "search")
@@ -58,7 +58,7 @@ def frame(search: Search, rows: list[Row]):
     return table
 
 
-def _line(search: Search, row: Row, keys: list[str]) -> dict[str, Any]:
+def _line(search: Search, row: TrialResult, keys: list[str]) -> dict[str, Any]:
     trial = row.trial
     known = [value for value in row.curve if math.isfinite(value)]
     last = row.curve[-1] if row.curve and row.status != "diverged" and math.isfinite(row.curve[-1]) else None
@@ -75,7 +75,7 @@ def _line(search: Search, row: Row, keys: list[str]) -> dict[str, Any]:
 # ---- the leaderboard
 
 
-def leaderboard(search: Search, rows: list[Row], tests: dict[str, list[dict[str, Any]]], top: int = 5) -> str:
+def leaderboard(search: Search, rows: list[TrialResult], tests: dict[str, list[dict[str, Any]]], top: int = 5) -> str:
     """A table per study: its winner on test, the best trials on the holdout, the finalists' means."""
     return _leaderboard(Findings(search, rows, tests), top)
 

@@ -27,7 +27,7 @@ ENDED = ("finished", "stopped", "diverged", "failed")
 
 
 @dataclass
-class Row:
+class TrialResult:
     """What became of one trial."""
 
     trial: Trial
@@ -51,7 +51,7 @@ class Row:
 class Finalist:
     """A configuration of a study with all its seeds: the trial of the search first, then its repeats."""
 
-    rows: list[Row]
+    rows: list[TrialResult]
 
     @property
     def scores(self) -> list[float]:
@@ -72,7 +72,7 @@ class Finalist:
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
 
-def read_row(search: Search, trial: Trial, stopped: dict[str, int], failed: set[str]) -> Row:
+def read_row(search: Search, trial: Trial, stopped: dict[str, int], failed: set[str]) -> TrialResult:
     """One trial's row; `stopped`: trial keys that ASHA ended, as the rungs file has them, `failed`: those of processes
     that were killed and could not say so themselves."""
     path = directory(search.directory, trial.key)
@@ -88,11 +88,12 @@ def read_row(search: Search, trial: Trial, stopped: dict[str, int], failed: set[
         metrics = [line for line in metrics if line["epoch"] <= stopped[trial.key]]
     curve = [line[search.metric] for line in metrics]
     worst = not curve or not math.isfinite(curve[-1]) or status == "diverged"
-    return Row(trial, status, metrics[-1]["epoch"] if metrics else 0, WORST[search.metric] if worst else curve[-1],
-               curve, sum(line["seconds"] for line in metrics), path)
+    return TrialResult(trial, status, metrics[-1]["epoch"] if metrics else 0,
+                       WORST[search.metric] if worst else curve[-1], curve,
+                       sum(line["seconds"] for line in metrics), path)
 
 
-def collect(search: Search, trials: list[Trial]) -> list[Row]:
+def collect(search: Search, trials: list[Trial]) -> list[TrialResult]:
     """Read every trial's run directory."""
     stopped, last = read_stopped(search.directory), {}
     for event in journal.events(search.directory):
@@ -116,7 +117,7 @@ def remove_checkpoints(run: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def ranked(rows: list[Row], study: str, mode: str) -> list[Row]:
+def ranked(rows: list[TrialResult], study: str, mode: str) -> list[TrialResult]:
     """A study's trials without repeats, best first: longest trained, then better score. What diverged or failed comes
     last."""
     sign = 1 if mode == "max" else -1
@@ -124,7 +125,7 @@ def ranked(rows: list[Row], study: str, mode: str) -> list[Row]:
     return sorted(own, key=lambda row: (not row.good, -row.epochs, -sign * row.score))
 
 
-def finalists(search: Search, rows: list[Row]) -> dict[str, list[Finalist]]:
+def finalists(search: Search, rows: list[TrialResult]) -> dict[str, list[Finalist]]:
     """Study -> its finalists, best mean first; studies in which no trial has reached its end are left out."""
     found = {}
     sign = 1 if search.mode == "max" else -1
@@ -137,7 +138,7 @@ def finalists(search: Search, rows: list[Row]) -> dict[str, list[Finalist]]:
     return found
 
 
-def winners(search: Search, rows: list[Row]) -> dict[str, Finalist]:
+def winners(search: Search, rows: list[TrialResult]) -> dict[str, Finalist]:
     """Study -> its winner; studies in which no trial has reached its end are left out."""
     return {study: own[0] for study, own in finalists(search, rows).items()}
 
@@ -146,11 +147,11 @@ def evaluate_winners(winners: dict[str, Finalist]) -> dict[str, list[dict[str, A
     """Study -> each of the winner's seeds once on the test images; an earlier call's results are not measured again."""
     import torch  # not before: a search needs it for nothing else
 
-    from nulsq.distributed import World
+    from nulsq.distributed import Ranks
     from nulsq.evaluate import evaluate_run, read_evaluation
 
-    here = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return {study: [read_evaluation(row.path) or evaluate_run(row.path, here=here)
+    ranks = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return {study: [read_evaluation(row.path) or evaluate_run(row.path, ranks=ranks)
                     for row in winner.rows if row.finished] for study, winner in winners.items()}
 
 
@@ -160,7 +161,7 @@ def read_evaluations(winners: dict[str, Finalist]) -> dict[str, list[dict[str, A
             for study, winner in winners.items()}
 
 
-def _measured(row: Row) -> dict[str, Any] | None:
+def _measured(row: TrialResult) -> dict[str, Any] | None:
     """Of a folder that was copied without its checkpoints the file is believed as it is: whether it belongs to the
     run's last checkpoint cannot be told."""
     from nulsq.evaluate import read_evaluation

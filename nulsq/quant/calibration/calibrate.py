@@ -156,8 +156,8 @@ def keep_larger_(quantizer: Quantizer, statistics: Statistics) -> None:
     def settled():
         return [*quantizer.parameters(), *(buffer for buffer in quantizer.buffers() if buffer.is_floating_point())]
 
-    before = [value.clone() for value in settled()] if quantizer.ready else None
-    if quantizer.ready and quantizer.signed:  # a sign that an earlier batch showed stays
+    before = [value.clone() for value in settled()] if quantizer.calibrated else None
+    if quantizer.calibrated and quantizer.signed:  # a sign that an earlier batch showed stays
         statistics.low = statistics.low.clamp(max=-torch.finfo(torch.float32).tiny)
     quantizer.reset_(statistics)
     if before is not None:

@@ -26,7 +26,7 @@ class Eager(torch.autograd.Function):
         if rule.index == "uniform":
             index = None
             at = x / table.gaps
-            y = (at.sub_(rule.shift) if rule.shift else at).round_().clamp_(*rule.codes)
+            y = (at.sub_(rule.shift) if rule.shift else at).round_().clamp_(*rule.level_range)
             y = (y.add_(rule.shift) if rule.shift else y).mul_(table.gaps)
         else:
             count = len(rule.ties_up)
@@ -75,7 +75,7 @@ class Eager(torch.autograd.Function):
             y = _look_up(table.levels, index)
             gap = index + _byte(x > y)
             weights = y.sub_(clamped).add_(~inside).mul_(dy)
-            count = rule.codes[1] - rule.codes[0]
+            count = rule.level_range[1] - rule.level_range[0]
             sums = _sums(gap, weights, count + 2)
             below, above = sums[:1], sums[-1:]
             errors = (sums[1:-1] if rule.reduction == "per_gap" else sums[1:-1].sum().view(1)) / table.gaps

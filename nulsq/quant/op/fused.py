@@ -27,7 +27,7 @@ from nulsq.quant.op.reference import Affine, Oracle, Rule, Table, sums_asked_for
 
 KERNELS = {"cpu": cpu, "cuda": gpu}
 _TABLE = "Tensor gaps, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
-_RULE = "str index, str ste, str reduction, int[] codes, bool[] ties_up, float shift, int segments, bool relu"
+_RULE = "str index, str ste, str reduction, int[] level_range, bool[] ties_up, float shift, int segments, bool relu"
 _AFFINE = "Tensor? center=None, Tensor? scale=None, Tensor? shift_by=None, Tensor? inverse=None"
 _FIELDS, _SWITCHES, _LINES = len(Table._fields), len(Rule._fields), len(Affine._fields)
 MOST_INLINED = 15  # thresholds: the comparisons are unrolled
@@ -165,7 +165,7 @@ _library.define(f"gradients_behind_over(Tensor x, Tensor(a!) dy, Tensor? other, 
 def _read(arguments):
     """Table, rule and affine map from an operator's arguments behind x or dy."""
     rule = Rule(*arguments[_FIELDS:_FIELDS + _SWITCHES])
-    rule = rule._replace(codes=tuple(rule.codes), ties_up=tuple(rule.ties_up))
+    rule = rule._replace(level_range=tuple(rule.level_range), ties_up=tuple(rule.ties_up))
     affine = arguments[_FIELDS + _SWITCHES:] or (None,)  # defaults are not passed on
     return _table_and_affine((*arguments[:_FIELDS], *affine), rule)
 

@@ -77,7 +77,7 @@ class Rule(NamedTuple):
     ste: str  # dL/dx: "clip" passes low <= x <= high; "clip_open" low < x < high; "half" 0.5 at both ends; "none" all
     reduction: str  # gradient of the gaps: "none", "total" (of the unit), "per_gap" (one each); or "per_cell", where
     # the unit gets what lies beyond the ends and `offset` and `slope` what lies inside
-    codes: tuple[int, int]  # lowest and highest level number relative to zero; K = codes[1] - codes[0]
+    level_range: tuple[int, int]  # lowest and highest level number relative to zero; K = codes[1] - codes[0]
     ties_up: tuple[bool, ...] = ()  # per threshold: does x == threshold belong to the upper level?
     shift: float = 0.0  # "uniform": 0 has a level at zero, 0.5 has one on either side of it
     segments: int = 0  # "per_cell": S
@@ -88,7 +88,7 @@ def encode(x: Tensor, table: Table, rule: Rule) -> Tensor:
     """Level index of each element, by the very comparisons that `fake_quantize` makes. int64, shape of x."""
     x, table = prepared(x, table, rule)
     if rule.index == "uniform":
-        return (_code(x, table, rule) - rule.codes[0]).long()
+        return (_code(x, table, rule) - rule.level_range[0]).long()
     return _index(x, table, rule)
 
 
@@ -145,7 +145,7 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor |
         errors = torch.cat([
             _sum(torch.where((x > _column(table.levels, k, x)) & (x <= _column(table.levels, k + 1, x)), error, 0),
                  channels)
-            for k in range(rule.codes[1] - rule.codes[0])
+            for k in range(rule.level_range[1] - rule.level_range[0])
         ], dim=-1)
     return dx, gap_gradient(errors / table.gaps, below, above, table, rule).to(kind), None, None
 
@@ -160,10 +160,10 @@ def gap_gradient(errors: Tensor | float, below: Tensor, above: Tensor, table: Ta
         low, high = (end_codes(rule) if rule.index == "uniform" else
                      (table.levels[..., end] / table.gaps for end in (slice(1), slice(-1, None))))
         return errors + low * below + high * above
-    if not rule.codes[0]:
+    if not rule.level_range[0]:
         return errors + above
     far = below.shape[:-1]
-    return errors + torch.cat([-below.expand(*far, -rule.codes[0]), above.expand(*far, rule.codes[1])], -1)
+    return errors + torch.cat([-below.expand(*far, -rule.level_range[0]), above.expand(*far, rule.level_range[1])], -1)
 
 
 def quantize(x, table, rule):
@@ -179,7 +179,7 @@ def quantize(x, table, rule):
 
 def end_codes(rule: Rule) -> tuple[float, float]:
     """Lowest and highest level of a uniform grid in units of its step."""
-    return rule.codes[0] + rule.shift, rule.codes[1] + rule.shift
+    return rule.level_range[0] + rule.shift, rule.level_range[1] + rule.shift
 
 
 def segment(x: Tensor, low: Tensor, high: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -197,7 +197,7 @@ def _index(x, table, rule):
 
 
 def _code(x, table, rule):
-    return (x / _column(table.gaps, 0, x) - rule.shift).round().clamp(*rule.codes)
+    return (x / _column(table.gaps, 0, x) - rule.shift).round().clamp(*rule.level_range)
 
 
 def _above(x, threshold, tie_goes_up):

@@ -145,8 +145,8 @@ def _lines(call, x, affine):
 
 @functools.cache
 def _switches(rule):
-    return _Rule(rule.index == "uniform", STE_RULES.index(rule.ste), REDUCTIONS.index(rule.reduction), *rule.codes,
-                 rule.segments, len(rule.ties_up), rule.relu, rule.shift)
+    return _Rule(rule.index == "uniform", STE_RULES.index(rule.ste), REDUCTIONS.index(rule.reduction),
+                 *rule.level_range, rule.segments, len(rule.ties_up), rule.relu, rule.shift)
 
 
 @functools.cache  # which also keeps the array alive: C++ gets its address

@@ -148,7 +148,7 @@ def _run(x, dy, dx, other, table, rule, affine, buffers, channels):
         kernels.finish[(tables + -(-features // LINES_AT_ONCE),)](
             partial, line_partial, *_pointers(table)[:2], *(partial if each is None else each for each in buffers),
             *(partial for _ in range(5 - len(buffers))), tables, programs if affine is None else lanes * programs,
-            programs, features, **ends, NEGATIVE=-rule.codes[0], REDUCTION=rule.reduction, SLOTS=slots, WIDE=wide,
+            programs, features, **ends, NEGATIVE=-rule.level_range[0], REDUCTION=rule.reduction, SLOTS=slots, WIDE=wide,
             AT_ONCE=NUMBERS_AT_ONCE // max(wide, LINES_AT_ONCE), LINE_COLS=LINES_AT_ONCE if features else 0,
             num_warps=FINISH_WARPS, enable_fp_fusion=False)
     if twice:
@@ -193,7 +193,7 @@ def _pointers(table):
 
 @functools.cache
 def _static(rule):
-    return {"UNIFORM": rule.index == "uniform", "LOW": float(rule.codes[0]), "HIGH": float(rule.codes[1]),
+    return {"UNIFORM": rule.index == "uniform", "LOW": float(rule.level_range[0]), "HIGH": float(rule.level_range[1]),
             "SHIFT": float(rule.shift), "COUNT": len(rule.ties_up), "RELU": rule.relu,
             "TIES": sum(1 << k for k, up in enumerate(rule.ties_up) if up), "DEPTH": halves(rule.ties_up)}
 
@@ -212,7 +212,8 @@ def halves(ties_up: tuple[bool, ...]) -> int:
 
 def _from_zero(rule):
     """Whether nothing can lie below the range: behind a ReLU, on a grid whose lowest level is zero."""
-    return rule.relu and rule.codes[0] + rule.shift == 0 and (rule.index == "uniform" or rule.reduction == "per_gap")
+    return (rule.relu and rule.level_range[0] + rule.shift == 0
+            and (rule.index == "uniform" or rule.reduction == "per_gap"))
 
 
 def _columns(features):
