@@ -31,7 +31,7 @@ def epoch(arguments, root: str, name: str, overrides: list[str], seed: int, form
         f"optim.lr={arguments.lr}", f"run.compile={str(arguments.compile).lower()}", *overrides])
     with force(form):
         state = train(recipe, quiet=True)
-    assert state.outcome == "finished", state.outcome
+    assert state.status == "finished", state.status
     lines = read_metrics(Path(root) / f"{recipe.name}-{name}-{seed}")
     images = lines[0]["step"] * recipe.data.batch
     seconds = [images / line["images_per_second"] for line in lines]

@@ -55,12 +55,12 @@ def measured(recipe: Recipe, split: str, ranks) -> float:
     run = path_of(recipe)
     if not (run.exists() and read_outcome(run)["outcome"] == "finished"):
         state = train(recipe, quiet=True)
-        if state.outcome != "finished":
+        if state.status != "finished":
             return float("nan")
     if split == "val":
         return read_metrics(run)[-1]["val_top1"]
     found = read_evaluation(run)
-    if found is None or found["step"] != checkpoint.best_or_last(run, "last")["step"]:
+    if found is None or found["step"] != checkpoint.load_chosen(run, "last")["step"]:
         found = evaluate_run(run, which="last", ranks=ranks)
     return found["test_top1"]
 

@@ -59,7 +59,8 @@ def tensors(arguments) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and inputs of the network's middle layers."""
     settings = [*FLOAT, f"data.path={arguments.data}", f'model.init_from="{arguments.init}"']
     recipe = load_recipe(arguments.recipe, settings)
-    data, model, _ = prepare(recipe, Ranks(0, 1, torch.device("cpu")))
+    prepared = prepare(recipe, Ranks(0, 1, torch.device("cpu")))
+    data, model = prepared.data, prepared.model
     names, inputs = quantizable(model)[1:-1], []
     handles = [model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
                for name in names]

@@ -52,7 +52,7 @@ def same(a, b) -> bool:
 
 def result(run: Path) -> tuple:
     """All that a finished run leaves but times: final state, metrics, test accuracy."""
-    return (checkpoint.best_or_last(run, "last"), read_metrics(run),
+    return (checkpoint.load_chosen(run, "last"), read_metrics(run),
             json.loads((run / "test.json").read_text()))
 
 
@@ -82,7 +82,7 @@ def moment(run: Path, steps: int) -> str:
         return "save"
     if not checkpoint.files(run):
         return "start"
-    content = checkpoint.best_or_last(run, "last")
+    content = checkpoint.load_chosen(run, "last")
     return "evaluation" if content["step"] == (content["epoch"] + 1) * steps else "training"
 
 

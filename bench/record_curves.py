@@ -41,7 +41,7 @@ def train_share(search: Search, runs: Path, every: list[Trial]) -> None:
         recipe = load_recipe(search.recipe, search.overrides | trial.overrides | own)
         if read_outcome(path_of(recipe))["outcome"] not in ("finished", "diverged"):
             state = train(recipe, quiet=True)
-            print(f"{trial.key} {state.outcome} {(state.best or {}).get(search.metric)}", flush=True)
+            print(f"{trial.key} {state.status} {(state.best or {}).get(search.metric)}", flush=True)
             for file in (runs / trial.key / "checkpoints").glob("*.pt"):
                 file.unlink()
 

@@ -88,15 +88,15 @@ class Step:
             stepped = compiled(self.model, device)
         plain = "eager" if device.type == "cpu" else "oracle"  # what is chosen where there is no kernel
         self.form = {"no-compiler": plain, "traced": "oracle"}.get(setting)
-        self.state = TrainState(self.model, Optimizers(self.model, self.recipe.optim), Counters(device))
         alone = Ranks(0, 1, device)
+        self.state = TrainState(self.model, Optimizers(self.model, self.recipe.optim), Counters(device),
+                                DivergenceGuard(self.recipe.guard, classes, alone))
         self.step = training_step(self.recipe, alone, self.state, stepped)
-        self.guard = DivergenceGuard(self.recipe.guard, classes, alone)
 
     def __call__(self) -> None:
         with force(self.form):
             loss, norm = self.step.gradients(self.images, self.labels, 0.0)
-            self.guard.look(self.state.step, loss, norm, self.state.level)
+            self.state.guard.observe(self.state.step, loss, norm)
             self.step.update(0.01, 0.0)
         self.state.step += 1
 

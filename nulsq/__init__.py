@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nulsq._version import __version__
 
 if TYPE_CHECKING:  # the same names for editors and type checkers
+    from nulsq.models.trained import load_run as load_run
     from nulsq.quant.base import Quantizer as Quantizer
     from nulsq.quant.batch_norm import reestimate_batch_norm_ as reestimate_batch_norm_
     from nulsq.quant.calibration.calibrate import calibrate_ as calibrate_
@@ -40,6 +41,7 @@ _MODULES = {
     "calibrate_": "nulsq.quant.calibration.calibrate",
     "follow_step_": "nulsq.quant.projection",
     "get_quantizer": "nulsq.quant.registry",
+    "load_run": "nulsq.models.trained",
     "quantize_": "nulsq.quant.quantize",
     "quantizers_of": "nulsq.quant.projection",
     "reestimate_batch_norm_": "nulsq.quant.batch_norm",

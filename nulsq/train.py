@@ -6,246 +6,220 @@
     from nulsq.train import train
     state = train(recipe, report=lambda metrics, checkpoint_dir: ..., stop=lambda: False)
 
-Exit codes: 0 finished, 2 input that cannot be used, 3 diverged, 99 saved before the end (start the same command again).
-Read top to bottom.
+Exit codes: 0 finished, 1 failed, 2 bad input, 3 diverged, 99 saved before the end (start the same command again).
+Training sees the training images and a holdout of them, never the test images: `nulsq.evaluate` opens those.
 """
 
 import contextlib
-import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from nulsq.config import Recipe, command_line
-from nulsq.data import Normalize, build_loaders
 from nulsq.distributed import Ranks, join_ranks
-from nulsq.errors import InputError, exit_on_input_error
-from nulsq.evaluate import evaluate, evaluate_run, read_evaluation
-from nulsq.models.network import fold_for_training
-from nulsq.models.teacher import build_teacher
+from nulsq.errors import exit_on_input_error
 from nulsq.quant.batch_norm import freeze_batch_norm_
-from nulsq.quant.calibration.calibrate import calibrate_
 from nulsq.quant.oscillation import oscillating_fraction
-from nulsq.quant.projection import quantizers_of
 from nulsq.quant.summary import summary
 from nulsq.run import checkpoint
-from nulsq.run.directory import METRICS, OSCILLATIONS, RunDirectory, path_of
-from nulsq.run.status import RunStatus, read_outcome, write_status
-from nulsq.run.tensorboard import TensorBoardLog
-from nulsq.training import outcome
-from nulsq.training.compile import compiled
-from nulsq.training.divergence import DivergenceGuard, first_bad
-from nulsq.training.ema import WeightAverage
-from nulsq.training.memory import keep_freed_memory
-from nulsq.training.metrics import Counters
-from nulsq.training.optim import Optimizers, learning_rate
+from nulsq.run.directory import METRICS, OSCILLATIONS, RunDirectory, path_of, read_metrics
+from nulsq.run.status import RunStatus, read_status, write_status
+from nulsq.training.divergence import Diverged, find_nonfinite
 from nulsq.training.prepare import prepare
 from nulsq.training.progress import Progress
-from nulsq.training.state import TrainState, track_oscillations
-from nulsq.training.step import training_step
-from nulsq.training.stop import NOTHING, SAVE, SAVE_FILE, STOP, Asked, Stopped, stop_on_signal
-from nulsq.training.validate import first_batches, validate
+from nulsq.training.setup import Training, isolate_process, set_up
+from nulsq.training.state import TrainState
+from nulsq.training.stop import SAVE_FILE, Action, Stopped, stop_on_signal
+from nulsq.training.validate import validate
 
-Report = Callable[[dict, Path], None]
+Report = Callable[[dict[str, Any], Path], None]
 
 
 def train(recipe: Recipe, *, report: Report | None = None, resume: Path | None = None,
           stop: Callable[[], bool] | None = None, quiet: bool = False) -> TrainState:
-    """Train as the recipe says, from where its run directory stands, to the end or until `stop()`.
+    """Train a recipe to its end, or until `stop()`. Continues the run directory's newest checkpoint.
 
     Args:
-        report: called once per epoch on every rank with the epoch's metrics and the checkpoints' folder; of a run that
-            diverged once more, with losses and accuracies NaN.
-        resume: a checkpoint file to continue from; None continues the run directory's newest good one, if there is one.
-        stop: polled at step boundaries and in evaluation; any rank's True saves the state and returns (outcome
-            "saved").
+        report: called once per epoch on every rank with the epoch's metrics and the folder of the checkpoints; for a
+            run that diverged, called once more with losses and accuracies NaN.
+        resume: a checkpoint file to continue from; None takes the newest good one of the run directory, if any.
+        stop: polled at step boundaries and in evaluation. True on any rank saves the state and returns.
         quiet: print nothing.
 
-    Returns the state at the end; `state.outcome` is finished, saved or diverged, as in outcome.json. May be called
-    many times in one process: it leaves no thread, process group or global setting of torch behind.
+    Returns the state at the end; its `status` is finished, saved or diverged, as in outcome.json. Can be called many
+    times in one process: it leaves no thread, process group or changed global setting behind.
 
-    Raises InputError, before anything is written, for a recipe that cannot be run; later where a checkpoint cannot be
-    written or data turn out damaged, with the checkpoints before it intact.
+    Raises InputError for a recipe that cannot be run, before anything is written; later for a checkpoint that cannot be
+    written or damaged data, with the earlier checkpoints intact.
     """
-    threads = torch.get_num_threads()
     with join_ranks(recipe.run.device) as ranks, contextlib.ExitStack() as cleanup:
-        cleanup.enter_context(torch.random.fork_rng(devices=[ranks.device] if ranks.device.type == "cuda" else []))
-        if ranks.device.type == "cpu":
-            keep_freed_memory()
-        if recipe.run.threads:
-            torch.set_num_threads(recipe.run.threads)
-            cleanup.callback(torch.set_num_threads, threads)
+        isolate_process(recipe, ranks, cleanup)
 
-        # ---- everything that can be wrong with the input is found here, before the run directory exists
+        # ---- check all input, before the run directory exists
         run = RunDirectory(path_of(recipe))
         resume = resume or ranks.on_first(lambda: checkpoint.newest(run.path))
         resumed = checkpoint.load(Path(resume)) if resume is not None else None
-        data, model, kind = prepare(recipe, ranks, start=resumed is None)
-        prepared = data, model, kind, build_teacher(recipe, len(data.classes), ranks)
+        prepared = prepare(recipe, ranks, start=resumed is None)
+
+        # ---- train; outcome.json says how it ended
         cleanup.callback(run.release)
         ranks.on_first(lambda: run.start(recipe))
         progress = Progress(recipe.optim.epochs, ranks, quiet=quiet)
         cleanup.callback(progress.close)
         try:
-            return _run(recipe, ranks, prepared, run, progress, resumed, report, stop, cleanup)
-        except SystemExit:  # out of `report`: whoever listens ends the run; its last epoch is saved
-            if ranks.is_first and read_outcome(run.path)["outcome"] == "running":
+            training = set_up(recipe, prepared, resumed, ranks=ranks, run=run, stop=stop, progress=progress,
+                              cleanup=cleanup)
+            return train_epochs(training, report or (lambda metrics, folder: None))
+        except SystemExit:  # raised by `report`: the caller ends the run after an epoch, which is saved
+            if ranks.is_first and read_status(run.path) is RunStatus.RUNNING:
                 write_status(run.path, RunStatus.SAVED, requeue=False)
             raise
         except (Exception, KeyboardInterrupt) as error:
-            with contextlib.suppress(OSError):  # a full disk is an error of its own; any rank may be the one that fails
+            with contextlib.suppress(OSError):  # a full disk raises again; any rank may be the one that fails
                 write_status(run.path, RunStatus.FAILED, error=f"{type(error).__name__}: {error}"[:2000])
             raise
 
 
-def _run(recipe, ranks, prepared, run, progress, resumed, report, stop, cleanup):
-    (data, model, kind, teacher), optim, device = prepared, recipe.optim, ranks.device
-
-    # ---- network, in the order that matters: device, calibration, then the wrappers
-    model.to(device, memory_format=torch.channels_last if recipe.run.channels_last else torch.contiguous_format)
-    loaders = build_loaders(recipe.data, data, recipe.run.seed, ranks.rank, ranks.size, device)
-    normalize = Normalize(data, device, recipe.run.channels_last)
-    asked = Asked(stop, ranks, run.path)
-    if resumed is None and quantizers_of(model):
-        _calibrate(recipe, ranks, model, loaders, normalize, progress, asked)
-    model = fold_for_training(model, ranks.size, device)
-    oscillations = track_oscillations(recipe, model)
-    stepped = ranks.data_parallel(model)
-    if recipe.run.compile:
-        stepped = compiled(stepped, device)
-        cleanup.callback(torch.compiler.reset)  # past its eighth network of one class a process would go eager
-
-    # ---- state: fresh or resumed
-    average = WeightAverage(model, optim.ema_decay) if optim.ema_decay else None
-    state = TrainState(model, Optimizers(model, optim), Counters(device), average)
-    step = training_step(recipe, ranks, state, stepped, teacher, oscillations)
-    if resumed is not None:
-        progress.say(state.load_state_dict(resumed, ranks))
-    if ranks.is_first:
-        run.truncate_records(state.epoch)  # a line without its checkpoint is written again
-    steps = loaders.train.steps
-    total = steps * optim.epochs
-    schedule = functools.partial(learning_rate, steps=total, warmup_steps=round(steps * optim.warmup_epochs),
-                                 peak=optim.lr, warmup_lr=optim.warmup_lr, shape=optim.schedule)
-    if state.epoch < optim.epochs:
-        ranks.on_first(lambda: write_status(run.path, RunStatus.RUNNING))
-    progress.announce(recipe, state, data.name, kind, steps, run.path)
-    log = TensorBoardLog(run.path, state.step, enabled=ranks.is_first and state.step < total)
-    cleanup.callback(log.close)
-    guard = DivergenceGuard(recipe.guard, len(data.classes), ranks)
-    if resumed is None:
-        outcome.save(state, ranks, run)  # where a run goes back to that goes wrong in its first steps
-
-    # ---- epochs
-    bad = images = None  # the step that went wrong, once one has
-    while state.epoch < optim.epochs:
-        if bad is not None:
-            if len(state.skipped) >= recipe.guard.rollbacks:
-                where = first_bad(model, normalize(images))
-                state, metrics = outcome.diverged(state, ranks, run, progress, bad, where)
-                if report is not None:
-                    report(metrics, run.path / "checkpoints")
-                return state
-            skipped = [*state.skipped, bad]
-            state.load_state_dict(checkpoint.load(ranks.on_first(lambda: checkpoint.newest(run.path))), ranks)
-            step.replaced()
-            state.skipped, bad = skipped, None
-            guard.forget(watched=skipped[-1] + recipe.guard.every)
-            progress.say(f"step {skipped[-1]} went wrong; going back to step {state.step} and leaving its batch out "
-                         f"({len(skipped)} of at most {recipe.guard.rollbacks})")
-        began, first_step, waited = time.monotonic(), state.step, 0.0
-        progress.start(state.epoch, state.step - state.epoch * steps, steps)
-        model.train()
-        if optim.freeze_bn:
-            freeze_batch_norm_(model)
-        fetched = time.monotonic()
-        for images, labels, _ in loaders.train.epoch(state.epoch, state.step - state.epoch * steps):
-            waited += time.monotonic() - fetched
-            rate = schedule(state.step)
-            if state.step not in state.skipped:
-                torch.manual_seed(_step_seed(recipe.run.seed, state.step, ranks.rank))
-                labels = labels.to(device, non_blocking=True)
-                loss, norm = step.gradients(normalize(images), labels, state.step / total)
-                bad = guard.look(state.step, loss, norm, state.level)
-                if bad is not None:
-                    break
-                step.update(rate, (state.step + 1) / total)
-                if average:
-                    average.update_(state.step + 1)
-            state.step += 1
-            progress.advance()
-            if state.step % recipe.run.log_every == 0:
-                log.step(state.step, rate, state.counters)
-            answer = asked(state.step)
-            if answer != NOTHING or recipe.run.save_every and state.step % recipe.run.save_every == 0:
-                bad = guard.check(state.level)
-                if bad is not None:
-                    break
-                outcome.save(state, ranks, run)
-                if answer == STOP:
-                    return outcome.saved(state, ranks, run, progress)
-                if answer == SAVE:
-                    progress.say(f"saved at step {state.step}, as {SAVE_FILE} asked for")
-                    ranks.on_first(asked.answered)
-            fetched = time.monotonic()
-        if bad is None:
-            bad = guard.check(state.level)
-        if bad is not None:
-            continue
-        seconds = time.monotonic() - began
-        metrics = {"epoch": state.epoch + 1, "step": state.step, "lr": schedule(state.step - 1),
-                   **state.counters.read(ranks, "train"),
-                   "images_per_second": (state.step - first_step) * recipe.data.batch / seconds,
-                   "wait_share": waited / seconds}
-
-        # ---- evaluation on the holdout; never on test
+def train_epochs(training: Training, report: Report) -> TrainState:
+    """The training loop: epochs, from wherever the state is, to the end of the recipe."""
+    state, recipe, folder = training.state, training.recipe, training.run.path / checkpoint.FOLDER
+    while state.epoch < recipe.optim.epochs:
+        start = time.monotonic()
         try:
-            metrics |= validate(recipe, ranks, state, loaders, normalize, asked)
-        except Stopped:
-            outcome.save(state, ranks, run)
-            return outcome.saved(state, ranks, run, progress)
-        if not math.isfinite(metrics.get("val_loss", 0.0)):
-            bad = state.step - 1  # its loss, that before the update, was good
+            metrics = train_epoch(training)
+            metrics |= validate(recipe, training.ranks, state, training.loaders, training.normalize,
+                                training.stop_request)
+            if not math.isfinite(metrics.get("val_loss", 0.0)):
+                raise Diverged(state.step - 1)  # its loss, computed before the update, was finite
+        except Diverged as divergence:
+            if len(state.skipped) >= recipe.guard.rollbacks:
+                report(end_diverged(training, divergence), folder)
+                return state
+            roll_back(training, divergence)
             continue
-        layers = oscillations.count() if oscillations else {}
+        except Stopped:
+            training.save()
+            training.progress.say(f"saved at step {state.step} of epoch {state.epoch + 1}; the same command continues")
+            return training.end(RunStatus.SAVED, step=state.step)
+        finish_epoch(training, metrics, start)
+        report(metrics, folder)
+    return training.end(RunStatus.FINISHED, best=state.best, skipped=state.skipped)
+
+
+def train_epoch(training: Training) -> dict[str, Any]:
+    """The rest of the current epoch, step by step. Returns its metrics on the training images.
+
+    Raises Diverged where a step went wrong, Stopped where the run was asked to stop.
+    """
+    state, optim, guard, seed = training.state, training.recipe.optim, training.state.guard, training.recipe.run.seed
+    start, first_step, waited = time.monotonic(), state.step, 0.0
+    offset = state.step - state.epoch * training.steps
+    training.progress.start(state.epoch, offset, training.steps)
+    state.model.train()
+    if optim.freeze_bn:
+        freeze_batch_norm_(state.model)
+    for images, labels, seconds in _timed(training.loaders.train.epoch(state.epoch, offset)):
+        waited += seconds
+        training.last_images = images
+        lr = training.learning_rate(state.step)
+        if state.step not in state.skipped:
+            torch.manual_seed(_step_seed(seed, state.step, training.ranks.rank))
+            labels = labels.to(training.ranks.device, non_blocking=True)
+            loss, norm = training.step.gradients(training.normalize(images), labels, state.step / training.total_steps)
+            guard.observe(state.step, loss, norm)
+            training.step.update(lr, (state.step + 1) / training.total_steps)
+            if state.average:
+                state.average.update_(state.step + 1)
+        state.step += 1
+        training.progress.advance()
+        if state.step % training.recipe.run.log_every == 0:
+            training.log.step(state.step, lr, state.counters.values)
+        save_if_due(training)
+    guard.check()
+    seconds = time.monotonic() - start
+    return {"epoch": state.epoch + 1, "step": state.step, "lr": training.learning_rate(state.step - 1),
+            **state.counters.read(training.ranks, "train"),
+            "images_per_second": (state.step - first_step) * training.recipe.data.batch / seconds,
+            "wait_share": waited / seconds}
+
+
+def save_if_due(training: Training) -> None:
+    """After a step: save where run.save_every, the file RUN/save or a stop asks for it. Raises Stopped for a stop."""
+    state, every = training.state, training.recipe.run.save_every
+    action = training.stop_request.poll(state.step)
+    if action is Action.NONE and not (every and state.step % every == 0):
+        return
+    state.guard.check()  # no checkpoint holds a network that has gone bad
+    if action is Action.STOP:
+        raise Stopped
+    training.save()
+    if action is Action.SAVE:
+        training.progress.say(f"saved at step {state.step}, as the file {SAVE_FILE} asks for")
+        training.ranks.on_first(training.stop_request.remove_save_file)
+
+
+def finish_epoch(training: Training, metrics: dict[str, Any], start: float) -> None:
+    """Record an epoch that began at time `start`: metrics, best epoch, oscillations, checkpoint."""
+    state, run = training.state, training.run
+    layers = training.oscillations.count() if training.oscillations else {}
+    if layers:
+        metrics |= oscillating_fraction(layers)
+    metrics["seconds"] = time.monotonic() - start
+    if "val_top1" in metrics and (state.best is None or metrics["val_top1"] > state.best["val_top1"]):
+        state.best = dict(metrics)
+    state.epoch += 1
+    state.counters.reset()
+    if training.ranks.is_first:
+        run.append(METRICS, metrics)
+        training.log.epoch(metrics)
         if layers:
-            metrics |= oscillating_fraction(layers)
-        metrics["seconds"] = time.monotonic() - began
-        if "val_top1" in metrics and (state.best is None or metrics["val_top1"] > state.best["val_top1"]):
-            state.best = dict(metrics)
-        state.epoch += 1
-        state.counters.reset()
-        if ranks.is_first:
-            run.append(METRICS, metrics)
-            log.epoch(metrics)
-            if layers:
-                run.append(OSCILLATIONS, {"epoch": state.epoch, "step": state.step, "layers": layers})
-                log.oscillations(layers, state.step)
-        outcome.save(state, ranks, run)
-        progress.finish(metrics, optim.epochs - state.epoch, metrics["seconds"])
-        if report is not None:
-            report(metrics, run.path / "checkpoints")
-
-    return outcome.finished(state, ranks, run)
+            run.append(OSCILLATIONS, {"epoch": state.epoch, "step": state.step, "layers": layers})
+            training.log.oscillations(layers, state.step)
+    training.save()
+    training.progress.finish(metrics, training.recipe.optim.epochs - state.epoch)
 
 
-def _calibrate(recipe, ranks, model, loaders, normalize, progress, asked):
-    batches = first_batches(loaders.train, normalize, recipe.quant.calibration_batches)
-    try:
-        calibrate_(model, batches, recipe.quant.calibration)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    if loaders.val is not None and not progress.quiet:  # a collective: all ranks are as quiet as rank 0
-        with contextlib.suppress(Stopped):  # the first step stops
-            found = evaluate(model, loaders.val, normalize, ranks, recipe, "val", asked)
-            progress.say(f"after calibration, before training: val top-1 {found['val_top1']:.2f}")
+def roll_back(training: Training, divergence: Diverged) -> None:
+    """Go back to the newest checkpoint; from now on leave out the batch of the step that went wrong."""
+    state, guard = training.state, training.recipe.guard
+    skipped = [*state.skipped, divergence.step]
+    newest = training.ranks.on_first(lambda: checkpoint.newest(training.run.path))
+    assert newest is not None  # set_up saved one
+    state.load_state_dict(checkpoint.load(newest), training.ranks)
+    training.step.state_was_loaded()
+    state.skipped = skipped
+    state.guard.rolled_back(watch_until=divergence.step + guard.every)
+    training.progress.say(f"step {divergence.step} went wrong; going back to step {state.step} and leaving its batch "
+                          f"out ({len(skipped)} of at most {guard.rollbacks})")
+
+
+def end_diverged(training: Training, divergence: Diverged) -> dict[str, Any]:
+    """End the run as diverged and name the layer that went wrong first. Returns metrics with NaN for `report`."""
+    state, step, images = training.state, divergence.step, training.last_images
+    causes = training.ranks.gather(find_nonfinite(state.model, None if images is None else training.normalize(images)))
+    cause = next((text for text in causes if not text.startswith("no layer")), causes[0])
+    training.end(RunStatus.DIVERGED, step=step, skipped=state.skipped, error=f"step {step}: {cause}")
+    training.progress.say(f"diverged at step {step} of epoch {state.epoch + 1}: {cause}. Earlier checkpoints are in "
+                          f"{training.run.path / checkpoint.FOLDER}")
+    return {"epoch": state.epoch + 1, "step": step,
+            **dict.fromkeys(("train_loss", "val_loss", "val_top1", "val_top5"), math.nan)}
+
+
+def _timed(batches: Iterator[tuple[Tensor, Tensor, Any]]) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Images and labels of each batch, and the seconds that the loader took for it."""
+    start = time.monotonic()
+    for images, labels, _ in batches:
+        yield images, labels, time.monotonic() - start
+        start = time.monotonic()
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Random numbers inside the network (dropout) follow from (seed, step, rank): no state to save."""
+    """Random numbers inside the network (dropout) follow from (seed, step, rank): there is no state to save."""
     return (seed * 1_000_003 + step) * 4099 + rank
 
 
@@ -254,39 +228,32 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 @exit_on_input_error
 def main(argv: list[str]) -> int:
-    parser = command_line.parser("python -m nulsq.train", "Train one recipe, then evaluate it once on the test images.")
+    parser = command_line.parser("python -m nulsq.train", "Train one recipe. Prints accuracy on the holdout; "
+                                 "`python -m nulsq.evaluate RUN` measures it on the test images.")
     parser.add_argument("--dry-run", type=int, nargs="?", const=1, metavar="RANKS",
-                        help="check everything (for so many ranks), print the plan, write nothing")
-    parser.add_argument("--no-test", action="store_true",
-                        help="leave the test images closed after the run: for trials of a search")
+                        help="check everything for this many ranks (1), print the plan, write nothing")
     arguments, recipe = command_line.parse(parser, argv)
     with join_ranks(recipe.run.device) as ranks:
         if arguments.dry_run is not None:
-            data, model, kind = prepare(recipe, Ranks(0, arguments.dry_run, ranks.device))
-            build_teacher(recipe, len(data.classes), ranks)
+            prepared = prepare(recipe, Ranks(0, arguments.dry_run, ranks.device))
             if ranks.is_first:
-                print(summary(model))
-                print(f"would train {recipe.optim.epochs} epochs on {data.name} ({kind} loader) in {path_of(recipe)}")
+                print(summary(prepared.model))
+                print(f"would train {recipe.optim.epochs} epochs on {prepared.data.name} ({prepared.loader_name} "
+                      f"loader) in {path_of(recipe)}")
             return 0
         with stop_on_signal() as stop:
             state = train(recipe, stop=stop)
-            if state.outcome == "saved":
-                return outcome.EXIT_SAVED
-            if state.outcome == "diverged":
-                return outcome.EXIT_DIVERGED
-            if arguments.no_test:
-                return 0
-            path = path_of(recipe)
-            try:
-                found = ranks.on_first(lambda: read_evaluation(path)) or evaluate_run(
-                    path, ranks=ranks, asked=Asked(stop, ranks, path))
-            except Stopped:
-                ranks.on_first(lambda: write_status(path, RunStatus.SAVED, epoch=state.epoch, step=state.step))
-                return outcome.EXIT_SAVED
-        if ranks.is_first:
-            print(f"test top-1 {found['test_top1']:.2f}  top-5 {found['test_top5']:.2f}  ({found['test_images']} "
-                  f"images, {found['checkpoint']} checkpoint of epoch {found['epoch']})  {path_of(recipe)}")
-    return 0
+        if ranks.is_first and state.status is RunStatus.FINISHED:
+            print(result_line(path_of(recipe)), flush=True)
+    return state.status.exit_code
+
+
+def result_line(run: Path) -> str:
+    """What a finished run reached, and the command that evaluates it on the test images."""
+    best, last = checkpoint.load_chosen(run)["best"], read_metrics(run)[-1]
+    reached = (f"holdout top-1 {best['val_top1']:.2f} at epoch {best['epoch']}" if best else
+               f"training loss {last['train_loss']:.4f}, nothing was held out")
+    return f"{reached}; on the test images: python -m nulsq.evaluate {run}"
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def float_run(short) -> Path:
     from nulsq.run.directory import path_of
     from nulsq.train import train
     recipe = short("float", **FLOAT)
-    assert train(recipe, quiet=True).outcome == "finished"
+    assert train(recipe, quiet=True).status == "finished"
     return path_of(recipe)
 
 
@@ -95,7 +95,7 @@ def straight(short, float_run) -> Path:
     from nulsq.run.directory import path_of
     from nulsq.train import train
     recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
-    assert train(recipe, quiet=True).outcome == "finished"
+    assert train(recipe, quiet=True).status == "finished"
     return path_of(recipe)
 
 
@@ -108,7 +108,7 @@ def search_file(short, tmp_path_factory) -> Path:
     from nulsq.run.directory import path_of
     from nulsq.train import train
     learned = short("learned", **FLOAT, optim__epochs=6, data__subset=1024)
-    assert train(learned, quiet=True).outcome == "finished"
+    assert train(learned, quiet=True).status == "finished"
     recipe = short("trial", model__init_from=str(path_of(learned)), optim__epochs=4)
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     (folder / "tiny.yaml").write_text(f"""

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from nulsq.config import load_recipe
 from nulsq.distributed import Ranks
-from nulsq.models.network import build_network
+from nulsq.models.network import build_network, track_oscillations
 from nulsq.quant.calibration.calibrate import calibrate_
 from nulsq.quant.fold import fold_
 from nulsq.quant.op.gpu import kernel as gpu
@@ -20,7 +20,7 @@ from nulsq.training.divergence import DivergenceGuard
 from nulsq.training.ema import WeightAverage
 from nulsq.training.metrics import Counters
 from nulsq.training.optim import Optimizers
-from nulsq.training.state import TrainState, track_oscillations
+from nulsq.training.state import TrainState
 from nulsq.training.step import training_step
 
 CUDA = torch.device("cuda")
@@ -61,15 +61,15 @@ def main(overrides):
     with FakeTensorMode(allow_non_fake_inputs=False):
         move_(model)
         oscillations = track_oscillations(recipe, model)
-        state = TrainState(model, Optimizers(model, recipe.optim), Counters(CUDA), WeightAverage(model, 0.9))
         alone = Ranks(0, 1, CUDA)
-        step, guard = training_step(recipe, alone, state, model, None, oscillations), DivergenceGuard(
-            recipe.guard, 10, alone)
+        state = TrainState(model, Optimizers(model, recipe.optim), Counters(CUDA),
+                           DivergenceGuard(recipe.guard, 10, alone), WeightAverage(model, 0.9))
+        step = training_step(recipe, alone, state, model, None, oscillations)
         images = torch.empty(4, 3, 32, 32, device=CUDA).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(4, dtype=torch.long, device=CUDA)
         for number, rate in enumerate((0.1, torch.full((), 0.1, device=CUDA))):
             loss, norm = step.gradients(images, labels, 0.9)
-            guard.look(number, loss, norm, state.level)
+            state.guard.observe(number, loss, norm)
             step.update(rate, 0.9)
             state.average.update_(number + 1)
     assert loss.is_cuda

@@ -18,7 +18,7 @@ def numbers(run: Path) -> list[dict]:
 
 
 def last(run: Path) -> dict:
-    return checkpoint.best_or_last(run, "last")
+    return checkpoint.load_chosen(run, "last")
 
 
 def assert_same_state(a, b):

@@ -16,7 +16,7 @@ from nulsq.models.network import build_network
 from nulsq.quant.batch_norm import freeze_batch_norm_
 from nulsq.quant.fold import fold_
 from nulsq.quant.op import available, force
-from nulsq.training.loss import backward
+from nulsq.training.loss import TaskLoss, backward
 from nulsq.training.metrics import Counters
 from nulsq.training.optim import Optimizers
 from tests.test_fold import DEVICES
@@ -96,7 +96,7 @@ def losses(recipe, images, labels, form, *, kind=torch.float32, compiled=False, 
         for x, y in zip(images[:steps], labels, strict=False):
             before = counters.values.clone()
             optimizers.zero_grad()
-            backward(stepped, x.to(kind), y, recipe, counters)
+            backward(stepped, x.to(kind), y, TaskLoss.of(recipe), counters)
             optimizers.step(0.01)
             found.append((counters.values - before).tolist())
     return torch.tensor(found)

@@ -46,8 +46,8 @@ def test_replayed_steps_are_plain_steps(name, short, float_run, recorded):
         overrides = overrides | {"distill__teacher": str(float_run), "distill__weight": 0.5}
     graphed, plain = (short(f"{kind}-{name}", **{"model__init_from": str(float_run), "optim__epochs": 2}
                             | EXACT | overrides, run__cuda_graph=kind == "graphed") for kind in ("graphed", "plain"))
-    assert train(plain, quiet=True).outcome == "finished" and recorded == []
-    assert train(graphed, quiet=True).outcome == "finished" and recorded == wanted
+    assert train(plain, quiet=True).status == "finished" and recorded == []
+    assert train(graphed, quiet=True).status == "finished" and recorded == wanted
     assert numbers(path_of(graphed)) == numbers(path_of(plain))
     assert_same_state(last(path_of(graphed)), last(path_of(plain)))
 
@@ -56,8 +56,8 @@ def test_a_run_goes_on_from_its_checkpoint(short, float_run, recorded, steps_don
     whole, parted = (short(name, model__init_from=str(float_run), run__cuda_graph=True, optim__epochs=3)
                      for name in ("graphed-whole", "graphed-parted"))
     train(whole, quiet=True)
-    assert train(parted, quiet=True, stop=lambda: steps_done[-1] == 6).outcome == "saved"
-    assert train(parted, quiet=True).outcome == "finished"
+    assert train(parted, quiet=True, stop=lambda: steps_done[-1] == 6).status == "saved"
+    assert train(parted, quiet=True).status == "finished"
     assert recorded == 3 * HALVES
     assert numbers(path_of(parted)) == numbers(path_of(whole))
     assert_same_state(last(path_of(parted)), last(path_of(whole)))
@@ -75,7 +75,7 @@ def test_a_run_that_goes_back_records_again(short, float_run, recorded, steps_do
     graphed, wanted = (short(name, model__init_from=str(float_run), run__cuda_graph=name == "graphed-back",
                              optim__epochs=3, **EXACT) for name in ("graphed-back", "plain-back"))
     states = [train(recipe, quiet=True) for recipe in (graphed, wanted)]
-    assert [(state.outcome, state.skipped) for state in states] == 2 * [("finished", [6])]
+    assert [(state.status, state.skipped) for state in states] == 2 * [("finished", [6])]
     assert recorded == 2 * HALVES
     assert numbers(path_of(graphed)) == numbers(path_of(wanted))
     assert_same_state(last(path_of(graphed)), last(path_of(wanted)))
@@ -97,7 +97,7 @@ def test_a_diverged_run_still_names_its_quantizer(short, float_run, recorded, mo
     monkeypatch.setattr(nulsq.train, "first_bad", spoiled)
     recipe = short("graphed-diverged", model__init_from=str(float_run), run__cuda_graph=True, optim__epochs=3,
                    guard__rollbacks=0)
-    assert train(recipe, quiet=True).outcome == "diverged" and recorded == HALVES
+    assert train(recipe, quiet=True).status == "diverged" and recorded == HALVES
 
 
 def test_a_recording_refuses_what_a_graph_cannot_do(recorded):
@@ -139,7 +139,7 @@ def test_on_a_gpu(name, compile, short, float_run, monkeypatch):
                             | overrides | {"run__device": "cuda", "run__compile": compile, "optim__lr": 0.001},
                             run__cuda_graph=kind == "graphed") for kind in ("graphed", "plain"))
     for recipe in (plain, graphed):
-        assert train(recipe, quiet=True).outcome == "finished"
+        assert train(recipe, quiet=True).status == "finished"
     assert recorded == wanted
     losses = torch.tensor([[line["train_loss"], line["val_loss"]] for recipe in (graphed, plain)
                            for line in numbers(path_of(recipe))])

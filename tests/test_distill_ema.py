@@ -22,7 +22,7 @@ from nulsq.run import checkpoint
 from nulsq.run.directory import path_of, read_metrics
 from nulsq.train import train
 from nulsq.training.ema import WeightAverage
-from nulsq.training.loss import distillation, task_loss
+from nulsq.training.loss import TaskLoss, distillation
 from tests.runs import assert_same_state, last, numbers, torchrun
 
 # Twelve steps are few: counted fast, and from the start, so that some weights do freeze.
@@ -35,7 +35,7 @@ ALL = {"oscillation__momentum": 0.1, "oscillation__freeze_threshold": 0.25, "osc
 def everything(short, float_run):
     """An uninterrupted run with all options on."""
     recipe = short("everything", model__init_from=str(float_run), distill__teacher=str(float_run), **ALL)
-    assert train(recipe, quiet=True).outcome == "finished"
+    assert train(recipe, quiet=True).status == "finished"
     return path_of(recipe)
 
 
@@ -67,10 +67,10 @@ def test_the_loss_mixes_labels_and_teacher_by_weight():
     student, teacher, labels = logits(0).float(), logits(1).float(), torch.arange(7) % 5
     hard = F.cross_entropy(student, labels, label_smoothing=0.1)
     soft = distillation(student, teacher, 3.0)
-    found = task_loss(student, labels, recipe_of(0.1, weight=0.25, temperature=3.0), teacher)
+    found = TaskLoss.of(recipe_of(0.1, weight=0.25, temperature=3.0))(student, labels, teacher)
     torch.testing.assert_close(found, 0.75 * hard + 0.25 * soft)
-    assert torch.equal(task_loss(student, labels, recipe_of(weight=1.0, temperature=3.0), teacher), soft)
-    assert torch.equal(task_loss(student, labels, recipe_of(0.1)), hard)
+    assert torch.equal(TaskLoss.of(recipe_of(weight=1.0, temperature=3.0))(student, labels, teacher), soft)
+    assert torch.equal(TaskLoss.of(recipe_of(0.1))(student, labels), hard)
 
 
 def test_a_student_that_is_its_teacher_has_no_loss_and_does_not_move(short, float_run):
@@ -79,7 +79,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_does_not_move(short, floa
     train(recipe, quiet=True)
     # Softmax and KL in float32: zero up to rounding.
     assert abs(read_metrics(path_of(recipe))[0]["train_loss"]) < 1e-6
-    before, after = checkpoint.best_or_last(float_run)["model"], last(path_of(recipe))["model"]
+    before, after = checkpoint.load_chosen(float_run)["model"], last(path_of(recipe))["model"]
     for key, value in before.items():  # a step that learns moves weights by 1e-3 and more
         torch.testing.assert_close(after[key], value, rtol=1e-5, atol=1e-5)
 
@@ -87,12 +87,12 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_does_not_move(short, floa
 def test_a_quantized_run_can_teach(short, everything, float_run):
     recipe = short("taught", model__init_from=str(float_run), distill__teacher=str(everything), optim__epochs=1,
                    optim__accumulate=2)
-    assert train(recipe, quiet=True).outcome == "finished"
+    assert train(recipe, quiet=True).status == "finished"
     assert not any("teacher" in key for key in last(path_of(recipe)))
 
 
 def test_a_teacher_from_a_file_is_the_same_teacher(short, float_run, tmp_path):
-    torch.save(checkpoint.best_or_last(float_run)["model"], tmp_path / "teacher.pth")
+    torch.save(checkpoint.load_chosen(float_run)["model"], tmp_path / "teacher.pth")
     losses = []
     for name, settings in (("run", {"distill__teacher": str(float_run)}),
                            ("file", {"distill__teacher": "pytorchcv:preresnet20_cifar10",
@@ -108,7 +108,7 @@ def test_a_teacher_that_does_not_fit_writes_nothing(short, float_run, tmp_path):
     other = dataclasses.replace(short("hundred", **FLOAT), model=dataclasses.replace(
         short("x").model, name="pytorchcv:preresnet20_cifar100"))
     make_run(other, hundred, classes=100)
-    torch.save(checkpoint.best_or_last(hundred)["model"], tmp_path / "hundred.pth")
+    torch.save(checkpoint.load_chosen(hundred)["model"], tmp_path / "hundred.pth")
     for settings, message in (
         ({"distill__teacher": str(tmp_path / "none")}, "no such run directory; allowed: .*pytorchcv:NAME"),
         ({"distill__teacher": str(tmp_path)}, "is not a run directory"),
@@ -198,14 +198,14 @@ def test_trackers_and_whole_numbers_are_not_averaged():
 
 
 def test_evaluation_and_starting_weights_take_the_average(short, everything):
-    lines, content = read_metrics(everything), checkpoint.best_or_last(everything)
+    lines, content = read_metrics(everything), checkpoint.load_chosen(everything)
     found = evaluate_run(everything, split="val", ranks=ALONE)
     best = content["best"]
     assert {key: found[key] for key in ("val_top1", "val_loss", "val_images")} == {
         key: best[key] for key in ("val_top1", "val_loss", "val_images")}
     assert evaluate_run(everything, split="val", which="last", ranks=ALONE)["val_loss"] == lines[-1]["val_loss"]
     assert all(line["val_loss"] != line["raw_val_loss"] for line in lines)
-    for source in (everything, checkpoint.chosen(everything)):
+    for source in (everything, checkpoint.choose(everything)):
         weights = read_weights(source)
         for key, value in content["model"].items():
             assert torch.equal(weights[key], content["ema"].get(key, value))
@@ -220,9 +220,9 @@ def test_evaluation_and_starting_weights_take_the_average(short, everything):
 def test_re_estimated_statistics_are_what_a_checkpoint_holds(short, float_run, settings):
     """The run's own network, measured anew on the first batches of epoch 0, has the checkpoint's statistics."""
     from nulsq.data import DataSet, Normalize, build_loaders
+    from nulsq.models.trained import trained_network
     from nulsq.quant.batch_norm import reestimate_batch_norm_
     from nulsq.quant.fold import fold_
-    from nulsq.training.state import trained_network
     from nulsq.training.validate import first_batches
     recipe = short(f"reestimated-{len(settings)}", model__init_from=str(float_run), optim__reestimate_bn=2, **settings)
     train(recipe, quiet=True)
@@ -243,8 +243,8 @@ def test_resume_equals_uninterrupted_with_every_option(short, float_run, everyth
     recipe = short("everything-stopped", model__init_from=str(float_run), distill__teacher=str(float_run), **ALL)
     for at in (3, 8, 9):
         state = train(recipe, stop=lambda at=at: steps_done[-1] >= at, quiet=True)
-        assert (state.outcome, state.step) == ("saved", at)
-    assert train(recipe, quiet=True).outcome == "finished"
+        assert (state.status, state.step) == ("saved", at)
+    assert train(recipe, quiet=True).status == "finished"
     assert numbers(path_of(recipe)) == numbers(everything)
     assert_same_state(last(path_of(recipe)), last(everything))
     records = [read_lines(path / "oscillations.jsonl") for path in (path_of(recipe), everything)]
@@ -270,7 +270,7 @@ def test_progressive_training_from_four_to_three_to_two_bits(short, float_run):
         settings = {key: value for key, value in ALL.items() if not key.startswith("distill")} | {"optim__epochs": 1}
         recipe = short(f"progressive-{bits}", model__init_from=str(start), quant__bits=bits,
                        quant__weight__quantizer=quantizer, **settings)
-        assert train(recipe, quiet=True).outcome == "finished"
+        assert train(recipe, quiet=True).status == "finished"
         start = path_of(recipe)
     assert len(last(start)["model"]["features.stage1.unit1.body.conv1.conv.activation_quantizer.steps"]) == 3
 
@@ -281,10 +281,10 @@ def test_two_ranks_with_every_option_equal_one_process(short, float_run, tmp_pat
                       "oscillation__dampening": 1.0, "optim__reestimate_bn": 0, "optim__freeze_bn": True,
                       "optim__epochs": 1}
     one, two = short("every-one", **settings), short("every-two", **settings)
-    assert train(one, quiet=True).outcome == "finished"
+    assert train(one, quiet=True).status == "finished"
     done = torchrun(two, tmp_path, 2)
     assert done.returncode == 0, done.stderr[-2000:]
-    start, *(a, b) = checkpoint.best_or_last(float_run)["model"], last(path_of(one)), last(path_of(two))
+    start, *(a, b) = checkpoint.load_chosen(float_run)["model"], last(path_of(one)), last(path_of(two))
     for which in ("model", "ema"):
         moved = sum((a[which][key] - start[key]).square().sum() for key in start if key.endswith("conv.weight")).sqrt()
         apart = sum((a[which][key] - b[which][key]).square().sum() for key in start if key.endswith("conv.weight"))

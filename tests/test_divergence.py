@@ -21,7 +21,7 @@ from nulsq.run import checkpoint
 from nulsq.run.directory import path_of, read_metrics
 from nulsq.run.status import read_outcome
 from nulsq.train import train
-from nulsq.training.divergence import TRUSTED, DivergenceGuard, first_bad
+from nulsq.training.divergence import WARM_UP, Diverged, DivergenceGuard, find_nonfinite
 from tests.runs import assert_same_state, last, numbers
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -29,17 +29,18 @@ NAN, INF = math.nan, math.inf
 
 
 def judge(losses, norms=None, **settings):
-    """The first bad step, and the mean that the guard is left with."""
-    guard, level = DivergenceGuard(Guard(**settings), 10, ALONE), [0.0, 0]
-    for step, loss in enumerate(losses):
-        norm = 1.0 if norms is None else norms[step]
-        bad = guard.look(step, torch.tensor(loss), torch.tensor(norm), level)
-        if bad is not None:
-            return bad, level
-    return guard.check(level), level
+    """The first bad step, or None, and the running mean of the guard after it."""
+    guard = DivergenceGuard(Guard(**settings), 10, ALONE)
+    try:
+        for step, loss in enumerate(losses):
+            guard.observe(step, torch.tensor(loss), torch.tensor(1.0 if norms is None else norms[step]))
+        guard.check()
+    except Diverged as divergence:
+        return divergence.step, guard.state_dict()
+    return None, guard.state_dict()
 
 
-GOOD = [1.0] * TRUSTED
+GOOD = [1.0] * WARM_UP
 
 
 @pytest.mark.parametrize("every", [1, 7, 50])
@@ -60,11 +61,11 @@ def test_a_gradient_that_is_no_number_counts_at_its_own_step():
 
 
 def test_looking_costs_no_synchronization():
-    guard, level = DivergenceGuard(Guard(every=20), 10, ALONE), [0.0, 0]
+    guard = DivergenceGuard(Guard(every=20), 10, ALONE)
     loss = torch.tensor(1.0)
     with Waits() as waits:
         for step in range(19):
-            guard.look(step, loss, loss, level)
+            guard.observe(step, loss, loss)
         assert waits.count == 0
 
 
@@ -72,8 +73,8 @@ def spoil(monkeypatch, steps_done, when, what):
     """From now on `what(model)` is done to the gradients of the steps that `when` says."""
     plain = nulsq.training.step.backward
 
-    def backward(model, *rest):
-        loss = plain(model, *rest)
+    def backward(model, *rest, **options):
+        loss = plain(model, *rest, **options)
         if when(steps_done[-1]):
             what(model)
         return loss
@@ -91,10 +92,10 @@ def test_a_run_goes_back_and_leaves_the_batch_out(short, float_run, straight, st
     train(wanted, stop=lambda: True, quiet=True)  # saves after its first step
     content = last(path_of(wanted))
     checkpoint.save(path_of(wanted), content | {"skipped": [5]})
-    assert train(wanted, quiet=True).outcome == "finished"
+    assert train(wanted, quiet=True).status == "finished"
     spoil(monkeypatch, steps_done, lambda step: step == 5, bad_gradient)
     state = train(recipe)
-    assert (state.outcome, state.skipped) == ("finished", [5])
+    assert (state.status, state.skipped) == ("finished", [5])
     said = "step 5 went wrong; going back to step 4 and leaving its batch out (1 of at most 3)"
     assert said in capsys.readouterr().out
     assert numbers(path_of(recipe)) == numbers(path_of(wanted))
@@ -115,7 +116,7 @@ def test_a_run_that_keeps_going_wrong_ends_and_names_the_quantizer(short, float_
 
     spoil(monkeypatch, steps_done, lambda step: step >= 5, bad_step_size)
     state = train(recipe, report=lambda metrics, _: reported.append(metrics), quiet=True)
-    assert (state.outcome, state.skipped) == ("diverged", [5, 6])
+    assert (state.status, state.skipped) == ("diverged", [5, 6])
     outcome = read_outcome(path_of(recipe))
     assert (outcome["outcome"], outcome["step"], outcome["requeue"]) == ("diverged", 7, False)
     assert f"quantizer {bad_step_size.name}: the gradient of its" in outcome["error"]
@@ -128,27 +129,32 @@ def test_the_culprit_is_the_first_in_the_order_of_the_network(digits):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3))
     images = torch.randn(2, 3, 8, 8)
     nulsq.calibrate_(nulsq.quantize_(model, nulsq.Policy(bits=2, rules={})), [images])
-    assert first_bad(model, images).startswith("no layer: parameters, outputs and gradients are finite")
+    assert find_nonfinite(model, images).startswith("no layer: parameters, outputs and gradients are finite")
     model[2].weight.grad = torch.full_like(model[2].weight, NAN)
-    assert first_bad(model, images) == "layer 2: the gradient of its weight has 144 of 144 values NaN"
-    assert first_bad(model, images * NAN) == "quantizer 0.activation_quantizer: its output has 384 of 384 values NaN"
+    assert find_nonfinite(model, images) == "layer 2: the gradient of its weight has 144 of 144 values NaN"
+    assert find_nonfinite(model, images * NAN) == (
+        "quantizer 0.activation_quantizer: its output has 384 of 384 values NaN")
     model[2].activation_quantizer.steps.data[1] = INF
-    assert first_bad(model, images) == "quantizer 2.activation_quantizer: its steps has 1 of 3 values infinite"
+    assert find_nonfinite(model, images) == "quantizer 2.activation_quantizer: its steps has 1 of 3 values infinite"
     model[0].weight.data[0, 0, 0, 0] = NAN
-    assert first_bad(model, images) == "layer 0: its weight has 1 of 108 values NaN"
+    assert find_nonfinite(model, images) == "layer 0: its weight has 1 of 108 values NaN"
     assert model.training
 
 
 TWO = """
 import json, sys, torch
-from nulsq.training.divergence import DivergenceGuard
+from nulsq.training.divergence import Diverged, DivergenceGuard
 from nulsq.config.recipe import Guard
 from nulsq.distributed import join_ranks
-with join_ranks("cpu") as here:
-    guard, level = DivergenceGuard(Guard(every=4), 10, here), [0.0, 0]
-    found = [guard.look(step, torch.tensor(float("nan") if (here.rank, step) == (1, 5) else 1.0 + here.rank),
-                        torch.tensor(1.0), level) for step in range(8)]
-    open(sys.argv[1] + str(here.rank), "w").write(json.dumps([found, level]))
+with join_ranks("cpu") as ranks:
+    guard, bad = DivergenceGuard(Guard(every=4), 10, ranks), []
+    for step in range(8):
+        loss = float("nan") if (ranks.rank, step) == (1, 5) else 1.0 + ranks.rank
+        try:
+            guard.observe(step, torch.tensor(loss), torch.tensor(1.0))
+        except Diverged as divergence:
+            bad.append((step, divergence.step))
+    open(sys.argv[1] + str(ranks.rank), "w").write(json.dumps([bad, guard.state_dict()]))
 """
 
 
@@ -159,4 +165,4 @@ def test_all_ranks_agree_on_what_one_of_them_sees(tmp_path):
                               env=environment | {"RANK": str(rank)}) for rank in range(2)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     answers = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)]
-    assert answers[0] == answers[1] == [[None] * 7 + [5], [1.5, 5]]
+    assert answers[0] == answers[1] == [[[7, 5]], [1.5, 5]]

@@ -343,7 +343,7 @@ def test_a_run_as_table_json_and_pictures(run, tmp_path, capsys):
             assert min(side["steps"]) == side["smallest_step"] <= side["largest_step"] == max(side["steps"])
     first = found["layers"][0]
     assert first["roles"] == ["first"] and first["weight"]["values"] == 432
-    average = checkpoint.best_or_last(run)["ema"]["features.init_block.weight"]  # what evaluation sees
+    average = checkpoint.load_chosen(run)["ema"]["features.init_block.weight"]  # what evaluation sees
     assert first["weight"]["signal"] == pytest.approx(float(average.double().square().sum()), rel=1e-9)
     # preresnet20: 40.8 million multiply-accumulates and 0.27 million parameters, as published
     assert found["totals"]["macs"] == 40_813_184 and found["totals"]["float_bytes"] == 4 * 272_282
@@ -384,7 +384,7 @@ def test_a_recipe_is_shown_as_it_would_start(short, float_run, tmp_path, capsys)
     first = found["layers"][0]
     assert first["weight"]["channels"] == 16 and torch.tensor(first["weight"]["levels"]).shape == (16, 8)
     assert found["totals"]["average_weight_bits"] == 3 == found["totals"]["average_activation_bits"]
-    weight = checkpoint.best_or_last(float_run)["model"]["features.init_block.weight"]
+    weight = checkpoint.load_chosen(float_run)["model"]["features.init_block.weight"]
     assert first["weight"]["signal"] == pytest.approx(float(weight.double().square().sum()), rel=1e-9)
     assert not path_of(recipe).exists()
 

@@ -170,10 +170,10 @@ def test_a_stopped_trial_of_two_workers_makes_room_for_the_next(tune_trials, sho
     settings = {"model__init_from": str(float_run), "optim__freeze_bn": True, "optim__lr": 0.01, "optim__epochs": 2}
     first, second = (tmp_path / "trials/s" / name for name in ("000", "001"))
     begun = short("begun", **settings | {"optim__epochs": 40, "run__dir": str(first)})
-    assert train(begun, quiet=True, stop=lambda: steps_done[-1] >= 5).outcome == "saved"  # in the second epoch
+    assert train(begun, quiet=True, stop=lambda: steps_done[-1] >= 5).status == "saved"  # in the second epoch
     before = read_metrics(first)
     one, recipe = short("one-process", **settings), short("two-workers", **settings)
-    assert train(one, quiet=True).outcome == "finished"
+    assert train(one, quiet=True).status == "finished"
 
     grid, told = tune_trials(workers.run, workers.DRIVER, recipe, [{"optim.epochs": 40}, {}], scheduler=StopTheFirst(),
                              workers=2)

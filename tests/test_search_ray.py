@@ -142,7 +142,7 @@ def test_best_yaml_retrains_the_winner_to_the_same_numbers(done, tmp_path):
                if row["study"] == "nulsq_2" and row["repeat"] == "0"),
               key=lambda row: (int(row["epochs"]), float(row["val_top1"])))
     recipe = load_recipe(out / "studies" / "nulsq_2" / "best.yaml", {"run.root": str(tmp_path)})
-    assert train(recipe, quiet=True).outcome == "finished"
+    assert train(recipe, quiet=True).status == "finished"
     before, after = ([{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(path)]
                      for path in (Path(row["run"]), path_of(recipe)))
     assert before == after

@@ -37,7 +37,7 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path):
     names = [path.name for path in checkpoint.files(tmp_path)]
     assert names == [checkpoint.file_name(10 * epoch, epoch) for epoch in (5, 4, 2)]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted([*names, "manifest.json"])
-    assert checkpoint.chosen(tmp_path).name == names[2] and checkpoint.chosen(tmp_path, "last").name == names[0]
+    assert checkpoint.choose(tmp_path).name == names[2] and checkpoint.choose(tmp_path, "last").name == names[0]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty", "replaced", "missing"])
@@ -130,7 +130,7 @@ def test_a_disk_without_room_ends_the_run_with_its_last_checkpoint_intact(short,
     assert read_outcome(path_of(recipe))["outcome"] == "failed"
     assert checkpoint.newest(path_of(recipe)) == before  # verified
     assert not list((path_of(recipe) / "checkpoints").glob("*.unfinished"))
-    assert train(recipe, quiet=True).outcome == "finished"
+    assert train(recipe, quiet=True).status == "finished"
     assert_same_state(last(path_of(recipe)), last(straight))
 
 
@@ -160,10 +160,10 @@ def test_a_stop_in_evaluation_saves_what_was_before_it(short, float_run, straigh
         return len(polls) == 2  # the first poll is that after the step
 
     state = train(recipe, stop=stop, quiet=True)
-    assert (state.outcome, state.step, state.epoch) == ("saved", 8, 1)
+    assert (state.status, state.step, state.epoch) == ("saved", 8, 1)
     assert checkpoint.newest(path_of(recipe)).name == checkpoint.file_name(8, 1)
     assert len(read_metrics(path_of(recipe))) == 1
-    assert train(recipe, quiet=True).outcome == "finished"
+    assert train(recipe, quiet=True).status == "finished"
     assert numbers(path_of(recipe)) == numbers(straight)
     assert_same_state(last(path_of(recipe)), last(straight))
 
@@ -197,7 +197,7 @@ def test_saves_within_an_epoch_and_on_demand_change_nothing(short, float_run, st
             wish.touch()
         return False
 
-    assert train(recipe, stop=look).outcome == "finished"
+    assert train(recipe, stop=look).status == "finished"
     assert {checkpoint.file_name(3, 0), checkpoint.file_name(6, 1), checkpoint.file_name(8, 1)} <= seen
     assert "saved at step 8, as save asked for" in capsys.readouterr().out and not wish.exists()
     assert numbers(path_of(recipe)) == numbers(straight)
@@ -223,7 +223,7 @@ def test_two_ranks_stop_and_go_on_exactly_and_one_goes_on_from_two(short, float_
     assert done.returncode == 0 and "continuing at step 6 of 8" in done.stdout, done.stderr[-2000:]
     assert numbers(path_of(killed)) == numbers(path_of(straight))
     assert_same_state(last(path_of(killed)), last(path_of(straight)))
-    assert train(alone).outcome == "finished"
+    assert train(alone).status == "finished"
     assert "saved by 2 ranks, continued by 1" in capsys.readouterr().out
     one, two = numbers(path_of(alone))[-1], numbers(path_of(straight))[-1]
     assert (one["train_images"], one["step"]) == (two["train_images"], two["step"])

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import FLOAT
 
+import nulsq
 from nulsq.config import to_yaml
 from nulsq.distributed import Ranks
 from nulsq.errors import InputError
 from nulsq.evaluate import evaluate_run, read_evaluation
-from nulsq.run import checkpoint
-from nulsq.run import directory as run_directory
+from nulsq.run import checkpoint, provenance
 from nulsq.run.directory import LAUNCH, path_of, read_metrics
 from nulsq.run.provenance import SNAPSHOT
 from nulsq.run.status import read_outcome
@@ -30,10 +30,10 @@ def test_resume_equals_uninterrupted(short, float_run, straight, steps_done, sto
     recipe = short(f"stopped-{'-'.join(map(str, stops))}", model__init_from=str(float_run), optim__epochs=3)
     for at in stops:
         state = train(recipe, stop=lambda at=at: steps_done[-1] >= at, quiet=True)
-        assert (state.outcome, state.step) == ("saved", at)
+        assert (state.status, state.step) == ("saved", at)
         assert read_outcome(path_of(recipe)) | {"time": ""} == {
             "outcome": "saved", "requeue": True, "time": "", "epoch": at // 4 - (at % 4 == 0 and at > 0), "step": at}
-    assert train(recipe, quiet=True).outcome == "finished"
+    assert train(recipe, quiet=True).status == "finished"
     assert numbers(path_of(recipe)) == numbers(straight)
     assert_same_state(last(path_of(recipe)), last(straight))
 
@@ -44,7 +44,7 @@ def test_quantized_training_learns_and_reports_every_epoch(short, float_run, str
     assert {"train_loss", "train_top1", "train_top5", "val_top1", "val_top5", "val_loss"} | TIMES <= set(lines[0])
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     assert read_outcome(straight)["outcome"] == "finished"
-    content = checkpoint.best_or_last(straight)
+    content = checkpoint.load_chosen(straight)
     assert content["best"]["val_top1"] == max(line["val_top1"] for line in lines)
     steps = [value for key, value in content["model"].items() if key.endswith((".steps", ".step"))]
     assert steps and all((value > 0).all() for value in steps)
@@ -53,7 +53,7 @@ def test_quantized_training_learns_and_reports_every_epoch(short, float_run, str
 def test_a_finished_run_is_not_trained_again(short, float_run, straight):
     before = checkpoint.newest(straight).stat().st_mtime_ns
     recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
-    assert train(recipe, quiet=True).outcome == "finished"
+    assert train(recipe, quiet=True).status == "finished"
     assert checkpoint.newest(straight).stat().st_mtime_ns == before
 
 
@@ -64,8 +64,8 @@ def test_another_recipe_in_the_same_directory_is_an_error(short, float_run, stra
 
 
 def test_a_copy_of_the_code_says_what_it_was_taken_from(tmp_path):
-    (tmp_path / "nulsq").mkdir()
-    copy = shutil.copy(run_directory.__file__, tmp_path / "nulsq")
+    (tmp_path / "nulsq/run").mkdir(parents=True)
+    copy = shutil.copy(provenance.__file__, tmp_path / "nulsq/run")
     (tmp_path / SNAPSHOT).write_text("snapshot of commit 1234 with local changes, taken yesterday\nand more\n")
     spec = importlib.util.spec_from_file_location("copied", copy)
     copied = importlib.util.module_from_spec(spec)
@@ -83,18 +83,47 @@ def test_a_directory_in_use_is_an_error(short, float_run, straight):
             train(recipe, quiet=True)
 
 
-def test_training_never_opens_the_test_images(short, float_run, digits, tmp_path):
+def test_training_never_opens_the_test_images(short, float_run, digits, tmp_path, capsys):
     blind = tmp_path / "digits"
     shutil.copytree(digits, blind)
     for file in blind.glob("test*"):
         file.write_bytes(b"\0" * file.stat().st_size)  # the size is what opening checks
     recipe = short("blind", model__init_from=str(float_run), data__path=str(blind))
     (path_of(recipe) / LAUNCH).mkdir(parents=True)  # a launcher's folder may be there before the run
-    assert train(recipe, quiet=True).outcome == "finished"
+    assert train(recipe, quiet=True).status == "finished"
     with pytest.raises(ValueError):
         evaluate_run(path_of(recipe), ranks=ALONE)
     (tmp_path / "blind.yaml").write_text(to_yaml(recipe))
-    assert main([str(tmp_path / "blind.yaml"), "--no-test"]) == 0
+    assert main([str(tmp_path / "blind.yaml")]) == 0
+    best = checkpoint.load_chosen(path_of(recipe))["best"]
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"holdout top-1 {best['val_top1']:.2f} at epoch {best['epoch']}; on the test images: "
+        f"python -m nulsq.evaluate {path_of(recipe)}")
+    assert not (path_of(recipe) / "test.json").exists()
+
+
+def test_a_run_without_a_holdout_ends_with_its_training_loss(short, float_run, tmp_path, capsys):
+    recipe = short("no-holdout", model__init_from=str(float_run), data__holdout="none", optim__epochs=1)
+    (tmp_path / "all.yaml").write_text(to_yaml(recipe))
+    assert main([str(tmp_path / "all.yaml")]) == 0
+    loss = read_metrics(path_of(recipe))[-1]["train_loss"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"training loss {loss:.4f}, nothing was held out; ")
+
+
+def test_a_run_is_loaded_as_evaluation_sees_it(straight, digits):
+    """`nulsq.load_run` gives the accuracy that the run's evaluation records, and needs the data set for one number."""
+    from nulsq.data import DataSet, Normalize, build_loader
+    from nulsq.evaluate import evaluate
+    from nulsq.run.directory import read_recipe
+    model, recipe, data = nulsq.load_run(straight), read_recipe(straight), DataSet(digits)
+    assert not model.training and all(quantizer.calibrated for quantizer in nulsq.quantizers_of(model))
+    loader = build_loader(recipe.data, data, "val")
+    metrics = evaluate(model, loader, Normalize(data, ALONE.device), ALONE)
+    assert metrics["val_top1"] == checkpoint.load_chosen(straight)["best"]["val_top1"]
+    assert_same_state(nulsq.load_run(straight, classes=10).state_dict(), model.state_dict())
+    assert nulsq.load_run(straight, checkpoint_name="last").state_dict().keys() == model.state_dict().keys()
+    with pytest.raises(InputError, match="not a run directory"):
+        nulsq.load_run(digits)
 
 
 def test_evaluation_counts_every_test_image_once(straight, digits):
@@ -102,7 +131,7 @@ def test_evaluation_counts_every_test_image_once(straight, digits):
     assert found["test_images"] == json.loads((digits / "manifest.json").read_text())["counts"]["test"]
     assert found == read_evaluation(straight)
     again = evaluate_run(straight, split="val", ranks=ALONE)
-    assert again["val_top1"] == checkpoint.best_or_last(straight)["best"]["val_top1"]
+    assert again["val_top1"] == checkpoint.load_chosen(straight)["best"]["val_top1"]
 
 
 def test_report_gets_each_epoch_and_may_end_the_run(short, float_run):
@@ -123,7 +152,7 @@ def test_report_gets_each_epoch_and_may_end_the_run(short, float_run):
 def test_divergence_ends_the_run_with_its_last_good_checkpoint(short):
     recipe = short("diverging", **FLOAT, optim__lr=1e30)
     state = train(recipe, quiet=True)
-    assert state.outcome == "diverged" == read_outcome(path_of(recipe))["outcome"]
+    assert state.status == "diverged" == read_outcome(path_of(recipe))["outcome"]
     assert last(path_of(recipe))["step"] == 0  # what it began with
 
 
@@ -146,7 +175,7 @@ def test_settings_train(short, float_run, settings):
     name = "setting-" + "-".join(str(value) for value in settings.values()).replace(":", "_")
     recipe = short(name, **{"model__init_from": str(float_run), "optim__epochs": 1} | settings)
     state = train(recipe, quiet=True)
-    assert state.outcome == "finished" and read_metrics(path_of(recipe))[0]["train_loss"] < 10
+    assert state.status == "finished" and read_metrics(path_of(recipe))[0]["train_loss"] < 10
 
 
 def test_accumulation_changes_nothing_but_the_order_of_sums(short, float_run):
@@ -192,7 +221,7 @@ def test_weights_load_from_every_form(short, float_run, tmp_path):
     from safetensors.torch import save_file
 
     from nulsq.models.weights import read_weights
-    plain = checkpoint.best_or_last(float_run)["model"]
+    plain = checkpoint.load_chosen(float_run)["model"]
     torch.save(plain, tmp_path / "plain.pth")
     torch.save({"state_dict": {f"module.{key}": value for key, value in plain.items()}}, tmp_path / "wrapped.pth")
     save_file({key: value.contiguous() for key, value in plain.items()}, tmp_path / "plain.safetensors")
@@ -201,7 +230,7 @@ def test_weights_load_from_every_form(short, float_run, tmp_path):
 
 
 def test_weights_of_another_architecture_are_listed(short, float_run, tmp_path):
-    weights = checkpoint.best_or_last(float_run)["model"]
+    weights = checkpoint.load_chosen(float_run)["model"]
     del weights["output.bias"]
     weights["extra"] = torch.zeros(1)
     weights["output.weight"] = torch.zeros(3, 3)
@@ -220,7 +249,7 @@ def test_a_damaged_or_executable_file_is_refused(short, tmp_path):
 
 def test_a_quantized_run_starts_one_of_other_bits(short, straight):
     recipe = short("three-bits", model__init_from=str(straight), quant__bits=3, optim__epochs=1)
-    assert train(recipe, quiet=True).outcome == "finished"
+    assert train(recipe, quiet=True).status == "finished"
 
 
 # ---- ranks
@@ -230,7 +259,7 @@ def test_two_ranks_equal_one_process(short, float_run, tmp_path):
     """With batch norm frozen: same validation counts, same losses up to the order of float summation."""
     settings = {"model__init_from": str(float_run), "optim__freeze_bn": True, "optim__epochs": 2, "optim__lr": 0.01}
     one, two = short("one-rank", **settings), short("two-ranks", **settings)
-    assert train(one, quiet=True).outcome == "finished"
+    assert train(one, quiet=True).status == "finished"
     done = torchrun(two, tmp_path, 2)
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = read_metrics(path_of(one)), read_metrics(path_of(two))
@@ -240,7 +269,7 @@ def test_two_ranks_equal_one_process(short, float_run, tmp_path):
         assert x["train_loss"] == pytest.approx(y["train_loss"], rel=2e-3)
     before, after = last(path_of(one))["model"], last(path_of(two))["model"]
     assert before.keys() == after.keys()
-    assert read_evaluation(path_of(two))["test_images"] == evaluate_run(path_of(one), ranks=ALONE)["test_images"]
+    assert "on the test images: python -m nulsq.evaluate" in done.stdout and not (path_of(two) / "test.json").exists()
     assert "batch norm is per rank on the CPU" in done.stdout
 
 
@@ -270,7 +299,7 @@ def test_compiled_training_equals_eager(short, float_run):
     losses = []
     for compiled in (False, True):
         recipe = short(f"compiled-{compiled}", model__init_from=str(float_run), optim__epochs=1, run__compile=compiled)
-        assert train(recipe, quiet=True).outcome == "finished"
+        assert train(recipe, quiet=True).status == "finished"
         losses.append(read_metrics(path_of(recipe))[0]["train_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
@@ -281,4 +310,4 @@ def test_a_process_compiles_every_run_that_it_makes(short, float_run):
         for seed in range(2):
             recipe = short(f"compiled-again-{seed}", model__init_from=str(float_run), optim__epochs=1,
                            run__compile=True, run__seed=seed)
-            assert train(recipe, quiet=True).outcome == "finished"
+            assert train(recipe, quiet=True).status == "finished"

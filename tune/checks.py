@@ -8,7 +8,6 @@ import os
 import torch
 
 from nulsq.distributed import Ranks
-from nulsq.models.teacher import build_teacher
 from nulsq.training.prepare import prepare
 from tune.cost import KNOWN, network_cost
 from tune.ray_backend.cluster import fits
@@ -37,5 +36,4 @@ def check_recipes(search: Search) -> None:
     ranks = Ranks(0, search.workers, torch.device("cpu"))
     for study in studies(search):
         recipe = base_recipe(search, study.overrides)
-        data, _, _ = prepare(recipe, ranks)
-        build_teacher(recipe, len(data.classes), ranks)
+        prepare(recipe, ranks)

@@ -31,19 +31,19 @@ from nulsq.files import write_atomically
 from nulsq.inspect.measure import report
 from nulsq.inspect.pictures import plot
 from nulsq.inspect.table import content, text
+from nulsq.models.trained import trained_network
 from nulsq.quant.calibration.calibrate import calibrate_
 from nulsq.quant.projection import quantizers_of
 from nulsq.run import checkpoint
 from nulsq.run.directory import read_recipe
 from nulsq.training.prepare import prepare
-from nulsq.training.state import trained_network
 from nulsq.training.validate import first_batches
 
 
 def of_run(run: Path, which: str, ranks: Ranks) -> tuple[Recipe, DataSet, nn.Module, str]:
     """A run's recipe, data set and trained network, and what it is in words. `which`: auto, best or last."""
     recipe = read_recipe(run)
-    content = checkpoint.best_or_last(run, which)
+    content = checkpoint.load_chosen(run, which)
     data = DataSet(recipe.data.path)
     model = trained_network(recipe, content, len(data.classes)).to(ranks.device)
     return recipe, data, model, f"{run}, after epoch {content['epoch']}"
@@ -52,7 +52,8 @@ def of_run(run: Path, which: str, ranks: Ranks) -> tuple[Recipe, DataSet, nn.Mod
 def of_recipe(path: Path, overrides: list[str], ranks: Ranks) -> tuple[Recipe, DataSet, nn.Module, str]:
     """A recipe's data set and its network at the start of training, calibrated, and what it is in words."""
     recipe = load_recipe(path, overrides)
-    data, model, _ = prepare(recipe, ranks)
+    prepared = prepare(recipe, ranks)
+    data, model = prepared.data, prepared.model
     model.to(ranks.device)
     if quantizers_of(model):
         train = build_loaders(recipe.data, data, recipe.run.seed, device=ranks.device).train

@@ -1,8 +1,9 @@
-"""build_model("pytorchcv:preresnet20_cifar10"): float networks from the three model libraries, by prefix."""
+"""build_model("pytorchcv:preresnet20_cifar10"): float networks from three model libraries, by prefix."""
 
 import socket
 import urllib.request
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,24 +13,25 @@ from torch import nn
 from nulsq.errors import InputError, did_you_mean, require
 
 LIBRARIES = ("pytorchcv", "timm", "torchvision")
-PATIENCE = 5.0  # seconds for a server of published weights to answer
+TIMEOUT = 5.0  # seconds for a server of published weights to answer
+Build = Callable[[str, int, bool], nn.Module]  # name, classes, pretrained
 
 
 def build_model(name: str, classes: int, pretrained: bool = False) -> nn.Module:
     """A float network with `classes` outputs. `name` is LIBRARY:NAME.
 
-    `pretrained` takes the library's published weights from the library's own cache or server. Where they have another
-    number of classes, timm starts the last layer from random numbers, and a warning says so; the others refuse.
+    `pretrained` takes the library's published weights from its cache or server. Where these have another number of
+    classes, timm starts the last layer from random numbers, with a warning; the other libraries refuse.
 
-    Raises InputError for an unknown library or network (with the near miss), for a class count that the network
+    Raises InputError for an unknown library or network (with the near miss), for a number of classes that the network
     does not offer, and for pretrained weights that are neither cached nor reachable.
     """
     library, _, network = name.partition(":")
     if library not in LIBRARIES or not network:
-        raise InputError(f"model.name = {name!r}, allowed: {', '.join(f'{each}:NAME' for each in LIBRARIES)}")
-    build, known = {"pytorchcv": _pytorchcv, "timm": _timm, "torchvision": _torchvision}[library]()
-    if network not in known:
-        hint = did_you_mean(network, known, count=3, cutoff=0.6)
+        raise InputError(f"model.name = {name!r}, allowed: {', '.join(f'{prefix}:NAME' for prefix in LIBRARIES)}")
+    build, names = {"pytorchcv": _pytorchcv, "timm": _timm, "torchvision": _torchvision}[library]()
+    if network not in names:
+        hint = did_you_mean(network, names, count=3, cutoff=0.6)
         raise InputError(f"model.name = {name!r}: {library} has no such network.{hint}")
     try:
         return build(network, classes, pretrained)
@@ -44,26 +46,28 @@ def build_model(name: str, classes: int, pretrained: bool = False) -> nn.Module:
                          f"reachable ({text}); give a file with model.init_from") from None
 
 
-# ---- the libraries: how each builds a network, and the names that it knows
+# ---- the libraries: how each builds a network, and the names of its networks
 
 
-def _pytorchcv():
+def _pytorchcv() -> tuple[Build, list[str]]:
     provider = require("pytorchcv.model_provider", "train")
 
-    def build(name, classes, pretrained):
+    def build(name: str, classes: int, pretrained: bool) -> nn.Module:
         if pretrained and not any(Path("~/.torch/models").expanduser().glob(f"{name}-*.pth")):
             _require_answer("https://github.com")
         return provider.get_model(name, num_classes=classes, pretrained=pretrained)
+    # pytorchcv has no public list of its networks; `get_model` alone would raise ValueError without near misses.
     return build, list(provider._models)
 
 
-def _timm():
+def _timm() -> tuple[Build, list[str]]:
     timm = require("timm", "train")
 
-    def build(name, classes, pretrained):
+    def build(name: str, classes: int, pretrained: bool) -> nn.Module:
         if not pretrained:
             return timm.create_model(name, num_classes=classes)
-        # Where the hub does not answer it is told so: it then looks in its cache, and does not try again for minutes.
+        # Where the hub does not answer, the offline flag makes it look in its cache at once instead of retrying for
+        # minutes. The hub reads it from the environment at import only, hence the module's attribute.
         hub = require("huggingface_hub.constants", "train")
         offline, answers = hub.HF_HUB_OFFLINE, _answers(hub.ENDPOINT)
         hub.HF_HUB_OFFLINE = offline or not answers
@@ -80,13 +84,13 @@ def _timm():
             warnings.warn(f"the published weights of timm:{name} have {published} classes, this network has {classes}: "
                           "its last layer starts from random numbers, the others from the weights", stacklevel=3)
         return model
-    return build, [*timm.list_models(), *timm.list_pretrained()]  # published weights are named after a dot
+    return build, [*timm.list_models(), *timm.list_pretrained()]  # names of published weights follow a dot
 
 
-def _torchvision():
+def _torchvision() -> tuple[Build, list[str]]:
     models = require("torchvision.models", "train")
 
-    def build(name, classes, pretrained):
+    def build(name: str, classes: int, pretrained: bool) -> nn.Module:
         if not pretrained:
             return models.get_model(name, num_classes=classes)
         if classes != 1000:
@@ -99,11 +103,11 @@ def _torchvision():
 
 
 def _answers(url: str) -> bool:
-    """Whether a server answers within `PATIENCE`. Behind a proxy nobody knows: then the library has to try."""
+    """Whether a server answers within TIMEOUT. Behind a proxy this cannot be known, and the library has to try."""
     if {"https", "all"} & urllib.request.getproxies().keys():
         return True
     try:
-        socket.create_connection((urlsplit(url).hostname, 443), PATIENCE).close()
+        socket.create_connection((urlsplit(url).hostname, 443), TIMEOUT).close()
     except OSError:
         return False
     return True

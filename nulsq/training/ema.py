@@ -2,12 +2,12 @@
 
     a_t = d a_{t-1} + (1 - d) w_t,   d = min(decay, (1 + t) / (10 + t)) after step t
 
-The average starts at the network's starting point; the warm-up of d lets it forget that within few steps. Averaged
-is every float of the state dict: weights, quantizer parameters (of positive ones the average is positive), ranges and
-batch-norm statistics. Whole numbers and flags, and what an oscillation tracker counts, are the network's own.
+The average starts at the network's starting point; the warm-up of d lets it forget that within a few steps. It covers
+every floating-point tensor of the state dict: weights, quantizer parameters (positive ones have a positive average),
+ranges and batch-norm statistics. Integers, flags and the counts of oscillation trackers are not averaged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,7 @@ from nulsq.quant.oscillation import OscillationTracker
 class WeightAverage:
     """The average of a model's weights, on its device. `values` by state dict key, for a checkpoint.
 
-    Make it when the model's tensors are final: it keeps hold of them, since training changes them in place.
+    Create it when the model's tensors are final: it refers to them, and training changes them in place.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -38,12 +38,12 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model holds the averages, and what is done to it is done to them. Bit for bit undone."""
+        """Inside, the model holds the averages, and changes of it change them. Undone bit for bit at the end."""
         self._exchange(list(self.values))
         try:
             yield
         finally:
-            self._exchange(reversed(self.values))  # a tensor that two layers share is there twice
+            self._exchange(reversed(self.values))  # reversed: a tensor that two layers share is listed twice
 
     def load_(self, values: dict[str, Tensor]) -> None:
         """Continue from a checkpoint's averages. Raises KeyError where one is missing."""
@@ -51,7 +51,7 @@ class WeightAverage:
             value.copy_(values[key])
 
     @torch.no_grad()
-    def _exchange(self, keys):
+    def _exchange(self, keys: Iterable[str]) -> None:
         for key in keys:
             source, value = self.sources[key], self.values[key]
             before = source.clone()

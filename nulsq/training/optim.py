@@ -1,7 +1,7 @@
 """Two optimizers, weights and quantizer parameters, and the learning rate as a pure function of the step.
 
-Quantizer parameters are found by owner (`isinstance(module, Quantizer)`), never by name. Their learning rate is
-`coeff_qparm_lr` times that of the weights, at every step; their weight decay is `qparm_wd`.
+Quantizer parameters are recognized by their owner (`isinstance(module, Quantizer)`), not by name. Their learning rate
+is `coeff_qparm_lr` times that of the weights at every step; their weight decay is `qparm_wd`.
 """
 
 import math
@@ -50,17 +50,17 @@ class Optimizers:
         decay = recipe.weight_decay
         split = [{"params": groups.weights, "weight_decay": decay},
                  {"params": groups.norms_and_biases, "weight_decay": decay if recipe.decay_norm_bias else 0.0}]
-        self.weights = _build(recipe.optimizer, [group for group in split if group["params"]], recipe)
-        self.quantizers = None
+        self.weights = _build_optimizer(recipe.optimizer, [group for group in split if group["params"]], recipe)
+        self.quantizers: Optimizer | None = None
         if groups.quantizers:
             own = [{"params": groups.quantizers, "weight_decay": recipe.qparm_wd}]
-            self.quantizers = _build(recipe.qparm_optimizer, own, recipe)
+            self.quantizers = _build_optimizer(recipe.qparm_optimizer, own, recipe)
         if quantizers_of(model):
             follow_step_(self.quantizers or self.weights, model)
 
     def step(self, lr: float | Tensor) -> None:
-        """Clip, set both learning rates, step both (weights first). As a tensor [] the rate can be another one each
-        time that a CUDA graph of this is replayed."""
+        """Clip, set both learning rates, step both (weights first). A CUDA graph takes `lr` as a tensor [], so that
+        each replay can have another one."""
         if self.recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.clipped, self.recipe.clip_norm)
         in_graph = isinstance(lr, Tensor) and lr.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -69,7 +69,7 @@ class Optimizers:
                 continue
             for group in optimizer.param_groups:
                 group["lr"] = rate
-                if "capturable" in group:  # being fused it always is; outside of a recording torch warns of the word
+                if "capturable" in group:  # fused optimizers always are; outside of a recording torch warns about it
                     group["capturable"] = in_graph
             optimizer.step()
 
@@ -78,8 +78,8 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
-        return {"weights": _of_any_run(self.weights.state_dict()),
-                "quantizers": _of_any_run(self.quantizers.state_dict()) if self.quantizers else None}
+        return {"weights": _without_graph_state(self.weights.state_dict()),
+                "quantizers": _without_graph_state(self.quantizers.state_dict()) if self.quantizers else None}
 
     def load_state_dict(self, state: dict) -> None:
         self.weights.load_state_dict(state["weights"])
@@ -87,8 +87,8 @@ class Optimizers:
             self.quantizers.load_state_dict(state["quantizers"])
 
 
-def _of_any_run(state: dict) -> dict:
-    """An optimizer's state without the traces of a CUDA graph."""
+def _without_graph_state(state: dict) -> dict:
+    """An optimizer's state as a run without CUDA graphs has it: the learning rate a number, not capturable."""
     for group in state["param_groups"]:  # a copy
         group["lr"] = float(group["lr"])
         if "capturable" in group:
@@ -96,7 +96,7 @@ def _of_any_run(state: dict) -> dict:
     return state
 
 
-def _build(name: str, groups: list[dict], recipe: Optim) -> Optimizer:
+def _build_optimizer(name: str, groups: list[dict], recipe: Optim) -> Optimizer:
     # fused: one call for all parameters; a network has dozens of quantizers with a handful of steps each
     if name == "adamw":
         return AdamW(groups, lr=recipe.lr, fused=True)

@@ -1,8 +1,9 @@
-"""What a person sees of a run: a bar on a terminal, plain lines otherwise. Rank 0 only."""
+"""What a run prints: a bar on a terminal, plain lines otherwise. Rank 0 only."""
 
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from nulsq.config import Recipe
 from nulsq.distributed import Ranks
@@ -15,22 +16,23 @@ INTERVAL = 30.0  # seconds between two plain lines within an epoch
 
 
 class Progress:
-    """Progress of one epoch's steps, and the line that sums it up."""
+    """The steps of one epoch, and the line that sums the epoch up."""
 
     def __init__(self, epochs: int, ranks: Ranks, quiet: bool = False):
         self.epochs, self.ranks, self.quiet = epochs, ranks, quiet
         self.show = ranks.is_first and not quiet
-        self.bar = None
+        self.bar: Any = None
 
     def announce(self, recipe: Recipe, state: TrainState, data: str, loader: str, steps: int, run: Path) -> None:
-        """What is about to be trained, on what, and from where."""
+        """Print what will be trained, on which data, and from which step."""
         ranks = self.ranks
         if quantizers_of(state.model):
             self.say(summary(state.model))
-        held = "nothing held out" if recipe.data.holdout == "none" else f"holdout {recipe.data.holdout}"
-        saw = ", which the starting weights have seen" if recipe.model.init_saw_holdout else ""
+        holdout = "nothing held out" if recipe.data.holdout == "none" else f"holdout {recipe.data.holdout}"
+        seen = ", which the starting weights have seen" if recipe.model.init_saw_holdout else ""
         self.say(f"{run}: {recipe.model.name} on {data} ({loader} loader, {steps} steps of {recipe.data.batch} per "
-                 f"epoch, {held}{saw}), {ranks.size} {'rank' if ranks.size == 1 else 'ranks'} on {ranks.device.type}")
+                 f"epoch, {holdout}{seen}), {ranks.size} {'rank' if ranks.size == 1 else 'ranks'} on "
+                 f"{ranks.device.type}")
         if recipe.distill.teacher:
             self.say(f"taught by {recipe.distill.teacher}, weight {recipe.distill.weight:g} of the loss")
         if ranks.size > 1 and ranks.device.type == "cpu":
@@ -64,7 +66,8 @@ class Progress:
             self.last = time.monotonic()
             print(f"epoch {self.epoch + 1}/{self.epochs}  step {self.done}/{self.steps}", flush=True)
 
-    def finish(self, metrics: dict, epochs_left: int, seconds: float) -> None:
+    def finish(self, metrics: dict[str, Any], epochs_left: int) -> None:
+        """Print the line of a finished epoch."""
         if not self.show:
             return
         self.close()
@@ -76,7 +79,7 @@ class Progress:
                     f"frozen {100 * metrics['frozen_share']:.2f}%")
         print(f"epoch {metrics['epoch']}/{self.epochs}  loss {metrics['train_loss']:.4f}  "
               f"top-1 {metrics['train_top1']:.2f}{val}  {metrics['images_per_second']:.0f} img/s  "
-              f"waiting for data {100 * metrics['wait_share']:.1f}%  left {duration(epochs_left * seconds)}",
+              f"waiting for data {100 * metrics['wait_share']:.1f}%  left {duration(epochs_left * metrics['seconds'])}",
               flush=True)
 
     def say(self, text: str) -> None:

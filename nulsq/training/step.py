@@ -1,14 +1,16 @@
 """One step of a run, in two halves:
 
-    loss, norm = step.gradients(images, labels, done)    forward, loss, backward
-    step.update(rate, done)                              both optimizers, quantizers' projection, oscillating weights
+    loss, norm = step.gradients(images, labels, progress)    forward, loss, backward
+    step.update(lr, progress)                                both optimizers, projection, oscillating weights
 
-The divergence guard looks between them. `done` is the share of training done. What changes with the step (learning
-rate, factor of the dampening, threshold of the freezing) reaches a half as an argument, all else stays in its place in
-memory: so with `run.cuda_graph` each half is recorded and replayed.
+The divergence guard looks at loss and norm between them. `progress` is the share of the training done, 0 to 1. Values
+that change from step to step (learning rate, factor of the dampening, threshold of the freezing) are passed as
+arguments and everything else keeps its place in memory, so that each half can be captured as a CUDA graph.
 """
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,86 +19,91 @@ from nulsq.distributed import Ranks
 from nulsq.quant.oscillation import Oscillations
 from nulsq.training.cuda_graph import RECORDERS, Recording, kind, warmed_up
 from nulsq.training.divergence import gradient_norm
-from nulsq.training.loss import backward
+from nulsq.training.loss import TaskLoss, backward
 from nulsq.training.state import TrainState
 
 WARM_UP = 3  # plain steps before a recording
 
 
-def training_step(recipe: Recipe, ranks: Ranks, state: TrainState, network: nn.Module, teacher: nn.Module | None = None,
-                  oscillations: Oscillations | None = None) -> "TrainingStep":
-    """The step that the recipe asks for; the plain one, with a warning, where there can be no graphs."""
+def training_step(recipe: Recipe, ranks: Ranks, state: TrainState, network: nn.Module,
+                  teacher: nn.Module | None = None, oscillations: Oscillations | None = None) -> "TrainingStep":
+    """The step of the recipe. Where CUDA graphs are wanted and impossible: the plain step, with a warning."""
     graphed = recipe.run.cuda_graph
     if graphed and (ranks.device.type not in RECORDERS or ranks.size > 1):
-        warnings.warn("run.cuda_graph: only one rank on a GPU records its steps; the run goes on without (same recipe, "
-                      f"here with {ranks.size} on {ranks.device.type})", stacklevel=2)
+        warnings.warn("run.cuda_graph: steps are recorded with one rank on a GPU only; this run continues without "
+                      f"graphs ({ranks.size} on {ranks.device.type})", stacklevel=2)
         graphed = False
-    return (GraphedStep if graphed else TrainingStep)(recipe, state, network, teacher, oscillations)
+    return (GraphedStep if graphed else TrainingStep)(
+        state, network, TaskLoss.of(recipe, teacher), oscillations, accumulate=recipe.optim.accumulate,
+        precision=recipe.run.precision)
 
 
 class TrainingStep:
-    """Steps of `state`, whose network is called through `network`: itself, compiled, or as one of several ranks."""
+    """Steps of `state`, whose model is called through `network`: itself, compiled, or data parallel."""
 
-    def __init__(self, recipe: Recipe, state: TrainState, network: nn.Module, teacher: nn.Module | None = None,
-                 oscillations: Oscillations | None = None):
-        self.recipe, self.state, self.network = recipe, state, network
-        self.teacher, self.oscillations = teacher, oscillations
+    def __init__(self, state: TrainState, network: nn.Module, loss: TaskLoss,
+                 oscillations: Oscillations | None = None, *, accumulate: int = 1, precision: str = "fp32"):
+        self.state, self.network, self.loss, self.oscillations = state, network, loss, oscillations
+        self.accumulate, self.precision = accumulate, precision
 
-    def gradients(self, images: Tensor, labels: Tensor, done: float) -> tuple[Tensor, Tensor]:
+    def gradients(self, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         """Loss [] of a normalized batch and norm [] of its gradients, which are left in the parameters."""
-        factor = self.oscillations.dampening_factor(done) if self.oscillations else None
+        factor = self.oscillations.dampening_factor(progress) if self.oscillations else None
         return self._run(self._gradients, images, labels, factor)
 
-    def update(self, rate: float, done: float) -> None:
-        """Change parameters by their gradients; `rate` is the learning rate of the weights."""
-        self._run(self._update, rate, self.oscillations.threshold(done) if self.oscillations else None)
+    def update(self, lr: float, progress: float) -> None:
+        """Change the parameters by their gradients; `lr` is the learning rate of the weights."""
+        self._run(self._update, lr, self.oscillations.threshold(progress) if self.oscillations else None)
 
-    def replaced(self) -> None:
-        """To be called when tensors of the state have been replaced by others, as loading a checkpoint does."""
+    def state_was_loaded(self) -> None:
+        """Call this after tensors of the state were replaced, as loading a checkpoint does."""
 
-    def _run(self, half, *values):
+    def _run(self, half: Callable[..., Any], *values: Any) -> Any:
         return half(*values)
 
-    def _gradients(self, images, labels, factor):
+    def _gradients(self, images: Tensor, labels: Tensor, factor: Any) -> tuple[Tensor, Tensor]:
         self.state.optimizers.zero_grad()
-        dampening = None if factor is None else self.oscillations.dampening_by(factor)
-        loss = backward(self.network, images, labels, self.recipe, self.state.counters, self.teacher, dampening)
+        dampening = None if factor is None or self.oscillations is None else self.oscillations.dampening_by(factor)
+        loss = backward(self.network, images, labels, self.loss, self.state.counters, accumulate=self.accumulate,
+                        precision=self.precision, dampening=dampening)
         return loss, gradient_norm(self.state.model)
 
-    def _update(self, rate, threshold):
-        self.state.optimizers.step(rate)
+    def _update(self, lr: float, threshold: Any) -> None:
+        self.state.optimizers.step(lr)
         if self.oscillations:
             self.oscillations.update_(threshold)
 
 
 class GraphedStep(TrainingStep):
-    """The same with both halves as CUDA graphs, after some plain steps; learning rates are rounded to float32.
+    """The same, with both halves replayed as CUDA graphs after a few plain steps. Learning rates become float32.
 
-    The second one reads gradients where the first one leaves them. So both are recorded in one step, and both again
-    when either would have to be: when images grow, dampening or freezing begins.
+    The second half reads gradients where the first one leaves them. So both are recorded in the same step, and both
+    again when one has to be: when images grow, or dampening or freezing begins.
     """
 
-    def __init__(self, *parts):
-        super().__init__(*parts)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
         self.device = self.state.counters.values.device
-        self.replaced()
+        self.state_was_loaded()
 
-    def replaced(self) -> None:
-        self.plain, self.kinds, self.recordings = 0, {}, {}
+    def state_was_loaded(self) -> None:
+        self.plain_steps = 0
+        self.argument_kinds: dict[str, Any] = {}
+        self.recordings: dict[str, Recording] = {}
 
-    def _run(self, half, *values):
-        name, found = half.__name__, kind(values)
-        if self.kinds.setdefault(name, found) != found:
-            self.replaced()
-            self.kinds[name] = found
+    def _run(self, half: Callable[..., Any], *values: Any) -> Any:
+        name, own_kind = half.__name__, kind(values)
+        if self.argument_kinds.setdefault(name, own_kind) != own_kind:
+            self.state_was_loaded()
+            self.argument_kinds[name] = own_kind
         if name not in self.recordings:
-            if not self._to_be_recorded(name):
+            if not self._is_to_be_recorded(name):
                 return warmed_up(half, values, self.device)
             self.recordings[name] = Recording(half, values, self.device)
         return self.recordings[name](*values)
 
-    def _to_be_recorded(self, name):
+    def _is_to_be_recorded(self, name: str) -> bool:
         if name == "_update":
             return "_gradients" in self.recordings
-        self.plain += 1
-        return self.plain > WARM_UP
+        self.plain_steps += 1
+        return self.plain_steps > WARM_UP
