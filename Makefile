@@ -4,18 +4,18 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Two tests at a time: most of them use one core. Of the proofs, one on Slurm and one other: two Slurms on a machine
-# would have the same nodes and numbers of jobs.
+# Two tests at a time: most of them use one core. Of the proofs, one on Slurm and one other: two Slurms on one machine
+# would share node names and job numbers.
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install search test check proofs proofs-slurm proofs-others long clean
+.PHONY: help install search test check proofs proofs-slurm proofs-others proofs-torch long clean
 
 help:
 	@echo "make search    install, prepare the digits, train a float network, search quantized ones from it"
 	@echo "make test      install, then 'make check'"
-	@echo "make check     ruff and the tests (without the long proofs)"
-	@echo "make proofs    the long proofs"
+	@echo "make check     ruff, mypy and the tests (without the long proofs)"
+	@echo "make proofs    the long proofs, and the tests of quantization with the oldest supported torch"
 	@echo "make long      more of the same, for a quiet hour"
 	@echo "make install   .venv with the project and its pinned versions; ffcv where it can be built"
 	@echo "make clean     remove .venv and what 'make search' made"
@@ -40,10 +40,12 @@ test: .venv/installed check
 
 check: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 20 -m "not slow and not slurm and not long"
 
 proofs: .venv/installed
 	$(MAKE) --no-print-directory -j2 --output-sync=line proofs-slurm proofs-others
+	$(MAKE) --no-print-directory proofs-torch
 
 proofs-slurm:
 	$(BIN)/python -m pytest --durations 20 -m "slurm and not long" || [ $$? -eq 5 ]
@@ -51,8 +53,22 @@ proofs-slurm:
 proofs-others:
 	$(BIN)/python -m pytest --durations 20 -m "slow and not slurm and not long" || [ $$? -eq 5 ]
 
+# The oldest torch that setup.cfg allows, with the libraries that belong to it.
+OLD := .venv-torch2.11
+OLD_PACKAGES := torch==2.11.0 torchvision==0.26.0 timm pytorchcv omegaconf numpy pyyaml pillow safetensors \
+	scikit-learn tqdm hypothesis pytest pytest-timeout
+
+$(OLD)/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(OLD)
+	grep -vE '^torch(vision)?==' constraints.txt > $(OLD)/constraints.txt
+	$(OLD)/bin/pip install --quiet --disable-pip-version-check --constraint $(OLD)/constraints.txt $(OLD_PACKAGES)
+	@touch $@
+
+proofs-torch: $(OLD)/installed
+	$(OLD)/bin/python -m pytest --durations 5 -m "quant and not slow and not long"
+
 long: .venv/installed
 	$(BIN)/python -m pytest --timeout 3600 -m long
 
 clean:
-	rm -rf .venv data/digits runs/digits-float-0 runs/search-demo
+	rm -rf .venv $(OLD) data/digits runs/digits-float-0 runs/search-demo
