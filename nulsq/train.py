@@ -106,7 +106,7 @@ def _run(recipe, ranks, prepared, run, progress, resumed, report, stop, cleanup)
 
     # ---- network, in the order that matters: device, calibration, then the wrappers
     model.to(device, memory_format=torch.channels_last if recipe.run.channels_last else torch.contiguous_format)
-    loaders = build_loaders(recipe.data, data, recipe.run.seed, ranks.rank, ranks.size, device)
+    loaders = build_loaders(recipe.data, data, recipe.run.seed, ranks.rank, ranks.size, device, recipe.optim.epochs)
     normalize = Normalize(data, device, recipe.run.channels_last)
     asked = Asked(stop, ranks, run.path)
     if resumed is None and quantizers_of(model):
