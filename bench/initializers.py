@@ -64,7 +64,7 @@ def tensors(arguments) -> tuple[list[Tensor], list[Tensor]]:
     names, inputs = quantizable(model)[1:-1], []
     handles = [model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
                for name in names]
-    loader = build_loaders(recipe.data, data, recipe.run.seed).train
+    loader = build_loaders(recipe.data, data, recipe.run.seed, epochs=recipe.optim.epochs).train
     with torch.no_grad():
         for x in first_batches(loader, Normalize(data, torch.device("cpu")), 1):
             model.eval()(x)

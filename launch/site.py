@@ -9,7 +9,8 @@
     sbatch: {qos: high}                    # further flags of sbatch
 
 `launch slurm|ray ... --site FILE --at nodes=4 --at hours=2 --sbatch qos=low` reads it, with the same settings winning
-over the file. What goes into a script as a value is checked here and quoted there: only `setup` is shell.
+over the file. A site file may build on another: the line `base: OTHER.yaml` takes its settings. What goes into a
+script as a value is checked here and quoted there: only `setup` is shell.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ from nulsq.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SITES = ROOT / "configs/cluster"
-RECIPE, SEARCH = "configs/recipes/imagenet/rn18_88_w2a2.yaml", "configs/search/imagenet_rn18.yaml"
+RECIPE, SEARCH = "configs/recipes/imagenet/rn18_w2a2.yaml", "configs/search/imagenet_rn18.yaml"
 PLAN = {"name": "imagenet_rn18", "recipe": RECIPE, "studies": ["a", "b"], "trials": 24}
 CASES = {
     "train": (Work("train", RECIPE, ["optim.lr=0.1", "--num_bits", "3"], Path("/runs/rn18-0"), Path("data/imagenet"),

@@ -10,6 +10,7 @@
     trials: 8                                       # per study
 
 Axes, samplers and points have names, so that a command line can say `space.lr.high=0.2` (recipe keys have dots).
+A search file may build on another: the line `base: OTHER.yaml` takes its settings, `name` excepted.
 """
 
 import dataclasses

@@ -77,7 +77,7 @@ def reading(recipe: Recipe, rank: int, size: int, device: torch.device, seconds:
     The first batch starts workers and compiles: it does not count where there are more.
     """
     data = DataSet(recipe.data.path)
-    loaders = build_loaders(recipe.data, data, recipe.run.seed, rank, size, device)
+    loaders = build_loaders(recipe.data, data, recipe.run.seed, rank, size, device, recipe.optim.epochs)
     images, took = 0, 0.0
     began = time.perf_counter()
     batches = loaders.train.epoch(0)

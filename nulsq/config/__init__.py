@@ -2,8 +2,8 @@
 
 from nulsq.config.checks import check_recipe
 from nulsq.config.flat import differences, flatten
-from nulsq.config.load import describe, load, load_recipe, to_yaml
+from nulsq.config.load import describe, load, load_recipe, resolved, to_yaml
 from nulsq.config.recipe import Data, Distill, Guard, Model, Optim, Quant, Recipe, Run, setting
 
 __all__ = ["Data", "Distill", "Guard", "Model", "Optim", "Quant", "Recipe", "Run", "check_recipe", "describe",
-           "differences", "flatten", "load", "load_recipe", "setting", "to_yaml"]
+           "differences", "flatten", "load", "load_recipe", "resolved", "setting", "to_yaml"]

@@ -29,6 +29,9 @@ def check_recipe(recipe: Recipe) -> None:
         elif name in allowed and value not in allowed[name]:
             hint = did_you_mean(value, allowed[name])
             raise InputError(f"{key} = {value!r}.{hint} Allowed: {', '.join(allowed[name])}")
+    if recipe.data.ramp_start > recipe.data.ramp_end:
+        raise InputError(f"data.ramp_start = {recipe.data.ramp_start}, allowed: at most data.ramp_end = "
+                         f"{recipe.data.ramp_end}")
     optim = recipe.optim
     if optim.nesterov and optim.optimizer == "sgd" and not optim.momentum > 0:
         raise InputError("optim.nesterov = true needs optim.momentum above 0")

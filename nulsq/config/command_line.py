@@ -32,6 +32,7 @@ INITIALIZERS = {"NMSE_initializer": "nmse", "LSQ_initializer": "lsq", "Const_ini
 def parser(prog: str, what: str) -> Parser:
     """An argument parser whose --help lists every setting of a recipe."""
     epilog = "\n".join([
+        "a recipe file may build on another: the line `base: OTHER.yaml` takes its settings, `name` excepted", "",
         "settings (key=default):", *describe(Recipe),
         "  quant.weight.quantizer=lsq                   then .bits, .init, .per_channel, .normalization, .grad_scale, "
         ".ste, .learn_scale, .options.KEY",

@@ -53,8 +53,9 @@ class Data:
     size: int = setting(224, "pixels of photographs in training, in the end", low=8)
     start_size: int | None = setting(None, "pixels in the beginning: grows to `size` in steps of 32 (progressive "
                                      "resizing)", low=8)
-    ramp_start: int = setting(0, "epoch until which photographs have start_size", low=0)
-    ramp_end: int = setting(0, "epoch from which on they have size", low=0)
+    ramp_start: float = setting(0.0, "share of the training (0 to 1, counted at the end of each epoch) up to which "
+                                "images have start_size", low=0, high=1)
+    ramp_end: float = setting(0.0, "share of the training from which images have `size`", low=0, high=1)
     eval_size: int | None = setting(None, "pixels in evaluation; default: size", low=8)
     eval_flip: bool = setting(False, "evaluate an image and its mirror image together (test-time augmentation)")
     order: Literal["random", "quasi"] = setting("random", "quasi: shuffled within windows of neighbours, for data "

@@ -55,8 +55,6 @@ def check_data(recipe: Data, data: DataSet, size: int = 1, device: torch.device 
         raise InputError("data.crop = pad is for small equal images (arrays); photographs take resized")
     if recipe.crop == "resized" and data.kind != "files":
         raise InputError("data.crop = resized is for photographs; small equal images take pad")
-    if recipe.start_size is not None and not recipe.ramp_start <= recipe.ramp_end:
-        raise InputError(f"data.ramp_start = {recipe.ramp_start}, allowed: at most ramp_end = {recipe.ramp_end}")
     train, val = split(data.labels("train"), recipe.holdout, recipe.holdout_seed)
     shuffled(subset(train, recipe.subset, recipe.holdout_seed), recipe.batch, 0, 0, size)
     has_ffcv = importlib.util.find_spec("ffcv") is not None
@@ -90,14 +88,19 @@ def _room(device):
 
 
 def build_loaders(recipe: Data, data: DataSet, seed: int, rank: int = 0, size: int = 1,
-                  device: torch.device = CPU) -> Loaders:
-    """Training and holdout loaders of this rank. Never opens the test images."""
+                  device: torch.device = CPU, epochs: int | None = None) -> Loaders:
+    """Training and holdout loaders of this rank. Never opens the test images.
+
+    `epochs`: of the whole training. Images that grow (data.start_size) need it; ValueError where it is missing then.
+    """
+    if recipe.start_size is not None and epochs is None:
+        raise ValueError("data.start_size grows over the training: build_loaders needs its number of epochs")
     kind = check_data(recipe, data, size, device)
     labels = data.labels("train")
     train, val = split(labels, recipe.holdout, recipe.holdout_seed)
     train = subset(train, recipe.subset, recipe.holdout_seed)
     view = View(seed, recipe.crop, recipe.padding, recipe.flip, recipe.size, recipe.eval_ratio, recipe.start_size,
-                (recipe.ramp_start, recipe.ramp_end))
+                (recipe.ramp_start, recipe.ramp_end), epochs or 1)
     order = shuffled(train, recipe.batch, seed, rank, size, recipe.window if recipe.order == "quasi" else None)
     return Loaders(
         train=_loader(kind, data, "train", order, view, recipe, device, train),

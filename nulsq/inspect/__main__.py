@@ -56,7 +56,7 @@ def of_recipe(path: Path, overrides: list[str], ranks: Ranks) -> tuple[Recipe, D
     data, model = prepared.data, prepared.model
     model.to(ranks.device)
     if quantizers_of(model):
-        train = build_loaders(recipe.data, data, recipe.run.seed, device=ranks.device).train
+        train = build_loaders(recipe.data, data, recipe.run.seed, device=ranks.device, epochs=recipe.optim.epochs).train
         batches = first_batches(train, Normalize(data, ranks.device), recipe.quant.calibration_batches)
         try:
             calibrate_(model, batches, recipe.quant.calibration)
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
         else:
             recipe, data, model, title = of_recipe(arguments.what, arguments.overrides, ranks)
             out = arguments.out or Path(recipe.run.root) / f"{recipe.name}-inspect"
-        loaders = build_loaders(recipe.data, data, recipe.run.seed, device=ranks.device)
+        loaders = build_loaders(recipe.data, data, recipe.run.seed, device=ranks.device, epochs=recipe.optim.epochs)
         batches = first_batches(loaders.val or loaders.train, Normalize(data, ranks.device), arguments.batches)
         found = report(model, batches, oscillating_above=recipe.oscillation.oscillating_above)
     title += f" ({recipe.model.name} on {data.name}, inputs of {found.images} images of " \

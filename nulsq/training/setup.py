@@ -96,7 +96,8 @@ def set_up(recipe: Recipe, prepared: Prepared, resumed: dict[str, Any] | None, *
 
     # ---- network: the order matters. Device, calibration, folding, trackers, then the wrappers
     model = place(model, device, recipe.run.channels_last)
-    loaders = build_loaders(recipe.data, prepared.data, recipe.run.seed, ranks.rank, ranks.size, device)
+    loaders = build_loaders(recipe.data, prepared.data, recipe.run.seed, ranks.rank, ranks.size, device,
+                            recipe.optim.epochs)
     normalize = Normalize(prepared.data, device, recipe.run.channels_last)
     stop_request = StopRequest(stop, ranks, run.path)
     if resumed is None and quantizers_of(model):

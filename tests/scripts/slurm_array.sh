@@ -27,7 +27,7 @@ warn=300
 preflight=1
 preflight_only=0
 list=/runs/search-rn18/array
-look=(/runs/search-rn18/launch/code-0123456789ab/configs/recipes/imagenet/rn18_88_w2a2.yaml 'data.path="data/imagenet"' --devices=0 --disk=2 'run.dir="/runs/search-rn18"')
+look=(/runs/search-rn18/launch/code-0123456789ab/configs/recipes/imagenet/rn18_w2a2.yaml 'data.path="data/imagenet"' --devices=0 --disk=2 'run.dir="/runs/search-rn18"')
 arguments=()
 
 # ---- the same in every job: launch/scripts/signals.sh

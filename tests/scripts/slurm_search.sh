@@ -28,8 +28,8 @@ restarts=20
 warn=600
 preflight=1
 preflight_only=0
-look=(/runs/search-rn18/launch/code-0123456789ab/configs/recipes/imagenet/rn18_88_w2a2.yaml 'data.path="data/imagenet"' --devices=8 --disk=2 --bandwidth=5 'run.dir="/runs/search-rn18"' --independent)
-arguments=(/runs/search-rn18/launch/code-0123456789ab/configs/search/imagenet_rn18.yaml trials=24 'recipe="/runs/search-rn18/launch/code-0123456789ab/configs/recipes/imagenet/rn18_88_w2a2.yaml"' 'name="imagenet_rn18"')
+look=(/runs/search-rn18/launch/code-0123456789ab/configs/recipes/imagenet/rn18_w2a2.yaml 'data.path="data/imagenet"' --devices=8 --disk=2 --bandwidth=5 'run.dir="/runs/search-rn18"' --independent)
+arguments=(/runs/search-rn18/launch/code-0123456789ab/configs/search/imagenet_rn18.yaml trials=24 'recipe="/runs/search-rn18/launch/code-0123456789ab/configs/recipes/imagenet/rn18_w2a2.yaml"' 'name="imagenet_rn18"')
 export NCCL_DEBUG=WARN
 
 # ---- the same in every job: launch/scripts/signals.sh

@@ -28,8 +28,8 @@ restarts=20
 warn=600
 preflight=1
 preflight_only=0
-look=(/runs/rn18-0/launch/code-0123456789ab/configs/recipes/imagenet/rn18_88_w2a2.yaml optim.lr=0.1 --num_bits 3 --devices=8 --disk=2 --bandwidth=5)
-arguments=(/runs/rn18-0/launch/code-0123456789ab/configs/recipes/imagenet/rn18_88_w2a2.yaml optim.lr=0.1 --num_bits 3)
+look=(/runs/rn18-0/launch/code-0123456789ab/configs/recipes/imagenet/rn18_w2a2.yaml optim.lr=0.1 --num_bits 3 --devices=8 --disk=2 --bandwidth=5)
+arguments=(/runs/rn18-0/launch/code-0123456789ab/configs/recipes/imagenet/rn18_w2a2.yaml optim.lr=0.1 --num_bits 3)
 export NCCL_DEBUG=WARN
 
 # ---- the same in every job: launch/scripts/signals.sh
