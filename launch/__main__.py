@@ -134,7 +134,7 @@ def _ray(arguments, rest, site, command) -> int:
         return 0
     job = ray_jobs.submit(work, site, command)
     print(jobs.how(job), flush=True)
-    return ray_jobs.follow(job, going_on=True) if arguments.follow else 0
+    return status.logs(work.directory, going_on=True) if arguments.follow else 0
 
 
 if __name__ == "__main__":

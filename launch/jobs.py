@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nulsq.run.directory import LAUNCH, lock_folder
 
 STOP = "stop"
 ENDED = "ended"  # the state of a job that neither waits nor runs
+UNKNOWN = "unknown"  # starts the state of a job whose cluster does not answer
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,16 @@ def ask_to_stop(job: Job) -> None:
     (Path(job.directory) / LAUNCH / STOP).touch()
 
 
-def check_free(directory: Path, state) -> None:
+def check_free(directory: Path, place: str, state: Callable[[Job], str]) -> None:
     """Raises InputError where a process works in the directory, or a job of it waits or runs.
 
-    `state(job)` says how a job is; of another place than that one, only the lock is known.
+    `state(job)` returns the state of a job of this place. For jobs of another place, and those whose state is unknown
+    because their cluster does not answer, only the directory's lock shows whether they run.
     """
     for job in submitted(directory):
-        found = state(job)
-        if found != ENDED:
-            raise InputError(f"job {job.id} ({found}) holds {directory}; python -m launch stop {directory} ends it")
+        current = state(job) if job.place == place else ENDED
+        if current != ENDED and not current.startswith(UNKNOWN):
+            raise InputError(f"job {job.id} ({current}) holds {directory}; python -m launch stop {directory} ends it")
     if (directory / "lock").is_file():
         lock_folder(directory, "working").close()
 

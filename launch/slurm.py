@@ -100,7 +100,7 @@ def check(work: Work, site: Site, trials: int = 0) -> None:
     """Raises InputError where the cluster cannot take the job, or something holds the folder of the run or search."""
     check_cluster(site)
     check_array(trials)
-    jobs.check_free(work.directory, lambda job: state(job) if job.place == "slurm" else ENDED)
+    jobs.check_free(work.directory, "slurm", state)
 
 
 def check_array(trials: int) -> None:

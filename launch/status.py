@@ -41,10 +41,14 @@ def status(directory: Path) -> int:
 
 
 def logs(directory: Path, *, going_on: bool) -> int:
-    """Print what the last submission's processes printed."""
+    """Print what the last submission's processes printed. Ctrl-C ends the following, not the job."""
     check(directory)
     job = jobs.latest(directory)
-    return place_of(job).follow(job, going_on)
+    try:
+        return place_of(job).follow(job, going_on)
+    except KeyboardInterrupt:
+        print(f"\nno longer followed; job {job.id} continues")
+        return 130
 
 
 def stop(directory: Path) -> int:

@@ -171,11 +171,11 @@ def test_jobs_of_a_run_are_noted_in_its_folder(tmp_path):
     jobs.ask_to_stop(jobs.latest(run))
     assert (run / "launch" / jobs.STOP).is_file()
     with pytest.raises(InputError, match=r"job 0 \(RUNNING\) holds"):
-        jobs.check_free(run, lambda job: "RUNNING")
-    jobs.check_free(run, lambda job: jobs.ENDED)
+        jobs.check_free(run, "slurm", lambda job: "RUNNING")
+    jobs.check_free(run, "slurm", lambda job: jobs.ENDED)
     from nulsq.run.directory import lock_folder
     with lock_folder(run, "training"), pytest.raises(InputError, match="another process"):
-        jobs.check_free(run, lambda job: jobs.ENDED)
+        jobs.check_free(run, "slurm", lambda job: jobs.ENDED)
     jobs.open_folder(run)
     assert not (run / "launch" / jobs.STOP).exists()  # a new submission is not asked to stop
 
