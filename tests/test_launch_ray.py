@@ -24,8 +24,8 @@ import pytest
 
 from launch import jobs, ray_client, ray_jobs
 from launch.__main__ import main as launch
+from launch.job_spec import JobSpec, setting
 from launch.site import Site
-from launch.work import Work, setting
 from nulsq.config import to_yaml
 from nulsq.errors import InputError
 from nulsq.run.directory import read_metrics
@@ -45,12 +45,12 @@ def no_token(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def run_of(folder: Path, name: str = "run", **more) -> Work:
+def run_of(folder: Path, name: str = "run", **more) -> JobSpec:
     """A run, as `look` finds it, without looking."""
     (folder / "recipes").mkdir(exist_ok=True)
     file = folder / "recipes" / "recipe.yaml"
     file.write_text("name: x\n")
-    return Work(**{"verb": "train", "file": str(file), "rest": ["optim.lr=0.1"], "directory": folder / name,
+    return JobSpec(**{"verb": "train", "file": str(file), "rest": ["optim.lr=0.1"], "directory": folder / name,
                    "data": folder / "data", "name": "run"} | more)
 
 
@@ -58,9 +58,9 @@ def run_of(folder: Path, name: str = "run", **more) -> Work:
 
 
 def test_the_submission_is_shown_and_nothing_is_written(tmp_path):
-    work = run_of(tmp_path)
+    spec = run_of(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    shown = ray_jobs.shown(work, Site(kind="ray", cpus=4, gpus=2, warn=60)).splitlines()
+    shown = ray_jobs.shown(spec, Site(kind="ray", cpus=4, gpus=2, warn=60)).splitlines()
     job = shlex.split(shown[0])
     assert job[:3] == ["exec", "env", f"--chdir={ROOT}"] and "OMP_NUM_THREADS=2" in job
     assert job[job.index("--nproc-per-node") + 1] == "2" and job[job.index("--shutdown-timeout") + 1] == "60"
@@ -82,26 +82,26 @@ def test_no_word_of_a_job_is_executed_by_the_shell_that_ray_gives_it_to(tmp_path
     python.write_text('#!/bin/sh\npwd; env | grep PYTHONPATH\nfor each in "$@"; do echo "<$each>"; done\n'
                       "kill -TERM $$\n")
     python.chmod(0o755)
-    work = run_of(here, HOSTILE, rest=["name=`touch x`", "model.name=$HOME;touch x", setting("run.dir", here)])
+    spec = run_of(here, HOSTILE, rest=["name=`touch x`", "model.name=$HOME;touch x", setting("run.dir", here)])
     site = Site(kind="ray", python=str(python), setup={"one": "export SET=up", "two": "echo $SET"})
-    words = ray_jobs.entrypoint(work, site, here / "code", {})
+    words = ray_jobs.entrypoint(spec, site, here / "code", {})
     process = subprocess.Popen(shlex.join(words), shell=True, stdout=subprocess.PIPE, text=True, cwd="/")
     lines = process.communicate()[0].splitlines()
     assert process.returncode == -signal.SIGTERM  # one process, from the shell to the run: signals reach it
     assert lines[:3] == ["up", str(here), f"PYTHONPATH={here / 'code'}:{here}"]
-    assert lines[-3:] == [f"<{each}>" for each in work.rest]
+    assert lines[-3:] == [f"<{each}>" for each in spec.rest]
     assert not list(tmp_path.rglob("x"))
 
 
 def test_a_search_is_told_cluster_nodes_recipe_and_name(tmp_path):
-    work = run_of(tmp_path, verb="search", plan={"name": "tiny", "recipe": "configs/recipes/digits/w2a2.yaml"})
-    submission = ray_jobs.submission(work, Site(kind="ray", nodes=3), "id", tmp_path / "code")
+    spec = run_of(tmp_path, verb="search", plan={"name": "tiny", "recipe": "configs/recipes/digits/w2a2.yaml"})
+    submission = ray_jobs.submission(spec, Site(kind="ray", nodes=3), "id", tmp_path / "code")
     words = shlex.split(submission["entrypoint"])
     assert words[-4:] == [setting("recipe", tmp_path / "code/configs/recipes/digits/w2a2.yaml"), 'name="tiny"',
                           "address=auto", "nodes=3"]
     assert "RAY_OVERRIDE_JOB_RUNTIME_ENV=1" in words and not any("entrypoint_num" in key for key in submission)
     assert "working_dir" not in submission["runtime_env"]
-    submission = ray_jobs.submission(work, Site(kind="ray", code="ship"), "id", tmp_path / "code")
+    submission = ray_jobs.submission(spec, Site(kind="ray", code="ship"), "id", tmp_path / "code")
     words = shlex.split(submission["entrypoint"])
     assert submission["runtime_env"]["working_dir"] == f"{tmp_path}/code"
     assert not any(word.startswith("--chdir") for word in words)
@@ -112,7 +112,7 @@ def test_a_search_is_told_cluster_nodes_recipe_and_name(tmp_path):
 # ---- what is refused
 
 
-@pytest.mark.parametrize(("site", "work", "message"), [
+@pytest.mark.parametrize(("site", "spec", "message"), [
     ({"code": "ship"}, {"directory": Path("runs/x")}, "run.dir = runs/x: with code = ship"),
     ({"code": "ship"}, {"data": Path("data/x")}, "data.path = data/x: with code = ship"),
     ({"code": "ship"}, {"directory": Path("runs/x"), "verb": "search"}, "dir = runs/x: with code = ship"),
@@ -123,10 +123,10 @@ def test_a_search_is_told_cluster_nodes_recipe_and_name(tmp_path):
     ({"token": "/dev/null"}, {}, "token = /dev/null: holds no token"),
     ({"address": "http://127.0.0.1:9"}, {}, "address = http://127.0.0.1:9: no jobs API answers there"),
 ])
-def test_what_cannot_be_submitted_is_refused_and_nothing_is_written(tmp_path, site, work, message):
-    work = run_of(tmp_path, **work)
+def test_what_cannot_be_submitted_is_refused_and_nothing_is_written(tmp_path, site, spec, message):
+    spec = run_of(tmp_path, **spec)
     with pytest.raises(InputError) as raised:
-        ray_jobs.submit(work, Site(kind="ray", **site), [])
+        ray_jobs.submit(spec, Site(kind="ray", **site), [])
     assert message in str(raised.value)
     assert not (tmp_path / "run").exists()
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_submitted_is_refused_and_nothing_is_written(tmp_path, si
 def test_a_site_of_another_kind_names_the_place_that_takes_it(tmp_path, capsys):
     (tmp_path / "site.yaml").write_text("kind: slurm\n")
     assert launch(["ray", "train", "x.yaml", "--site", str(tmp_path / "site.yaml")]) == 2
-    assert "of kind slurm: python -m launch slurm train" in capsys.readouterr().err
+    assert "of kind slurm: use it with python -m launch slurm train" in capsys.readouterr().err
 
 
 def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
@@ -202,18 +202,18 @@ def test_an_error_names_the_address_and_what_answers_there(tmp_path, answering, 
 def test_a_directory_that_a_job_holds_is_refused(tmp_path, answering):
     address = answering({"/api/version": (200, '{"ray_version": "2.60.0"}'),
                          "/api/jobs/one": (200, '{"type": "SUBMISSION", "status": "RUNNING", "entrypoint": "x"}')})
-    work, site = run_of(tmp_path), Site(kind="ray", address=address)
-    folder = jobs.open_folder(work.directory)
-    one = jobs.Job("ray", "one", str(work.directory), str(folder), site=vars(site))
+    spec, site = run_of(tmp_path), Site(kind="ray", address=address)
+    folder = jobs.open_folder(spec.directory)
+    one = jobs.Job("ray", "one", str(spec.directory), str(folder), site=vars(site))
     jobs.write(one)
     with pytest.raises(InputError, match=r"job one \(RUNNING\) holds .*/run; python -m launch stop"):
-        ray_jobs.submit(work, site, [])
+        ray_jobs.submit(spec, site, [])
     # A cluster that was restarted, or is gone, does not block the directory for ever.
-    two = jobs.Job("ray", "two", str(work.directory), str(folder), site=vars(site))
+    two = jobs.Job("ray", "two", str(spec.directory), str(folder), site=vars(site))
     assert ray_jobs.state(two) == jobs.ENDED
-    gone = jobs.Job("ray", "one", str(work.directory), str(folder), site=vars(site) | {"address": "http://127.0.0.1:9"})
+    gone = jobs.Job("ray", "one", str(spec.directory), str(folder), site=vars(site) | {"address": "http://127.0.0.1:9"})
     assert ray_jobs.state(gone).startswith("unknown (address = http://127.0.0.1:9: no jobs API")
-    jobs.check_free(work.directory, "ray", lambda _: ray_jobs.state(gone))
+    jobs.check_free(spec.directory, "ray", lambda _: ray_jobs.state(gone))
 
 
 # ---- a real cluster
@@ -332,7 +332,7 @@ repeats: 0
         jobs.check_free(out, "ray", ray_jobs.state)
 
     assert launch(["stop", str(out)]) == 0
-    assert "told to save and stop" in capsys.readouterr().out
+    assert "it saves and stops within 60 seconds" in capsys.readouterr().out
     until(lambda: ended(out), lambda: log_of(out))
     assert launch(["logs", str(out)]) == 0
     assert "interrupted; the same command continues the search" in capsys.readouterr().out
