@@ -92,9 +92,7 @@ def prepare(verb: str, file: str, rest: list[str], ranks: int, *, check_files: b
 
 def recipe_of(words: list[str]) -> Recipe:
     """The recipe that `python -m nulsq.train` makes of its arguments. Raises InputError for arguments it rejects."""
-    parser = command_line.parser("python -m nulsq.train", "")
-    parser.add_argument("--no-test", action="store_true")
-    return command_line.parse(parser, words)[1]
+    return command_line.parse(command_line.parser("python -m nulsq.train", ""), words)[1]
 
 
 def check_fits(plan: dict[str, Any], site: Site) -> None:

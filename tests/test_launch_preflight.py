@@ -39,7 +39,7 @@ def report_of(path: Path) -> tuple[dict, dict[str, dict]]:
 def test_two_ranks_that_are_well(recipe_file, tmp_path):
     done = in_ranks(2, "launch.preflight", str(recipe_file), "optim.lr=0.1", "--num_bits", "3", "--devices", "0",
                     "--disk", "0.001", "--bandwidth", "1e-6", "--images-per-second", "1", "--report",
-                    str(tmp_path / "report.json"), "--no-test", *QUICK)
+                    str(tmp_path / "report.json"), *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert "2 ranks on" in lines[0] and lines[-1] == "all 5 checks ok" and len(lines) == 7

@@ -90,7 +90,6 @@ def test_two_nodes_train_what_two_local_ranks_train(queue, recipe_of, local_run,
     assert f"job {job.id} (" in (error := capsys.readouterr().err) and f"holds {run}" in error
     assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
     equals(run, local_run)
-    assert json.loads((run / "test.json").read_text())["test_images"] > 300
     # What ran, where and with which code is in the run's folder.
     folder = job.path
     assert (folder / "job.sh").is_file() and f"SLURM_JOB_ID={job.id}" in (

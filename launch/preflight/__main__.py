@@ -166,7 +166,6 @@ def parser() -> Parser:
     own.add_argument("--independent", action="store_true", help="the ranks are separate runs, as in a search: each "
                      "reads whole batches")
     own.add_argument("--report", type=Path, metavar="FILE", help="every check and the overall result, as JSON")
-    own.add_argument("--no-test", action="store_true", help="as nulsq.train takes it; nothing is evaluated here")
     return command
 
 
