@@ -14,8 +14,9 @@ import subprocess
 import time
 from pathlib import Path
 
+from nulsq.config import resolved
 from nulsq.errors import InputError
-from nulsq.files import temporary_path
+from nulsq.files import temporary_path, write_atomically
 from nulsq.run.provenance import SNAPSHOT, code_version
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,16 +60,18 @@ def place(snapshot: Path, file: str | Path) -> Path:
     file = Path(file).resolve()
     if file.is_relative_to(ROOT) and str(file.relative_to(ROOT)) in _listed():
         return snapshot / file.relative_to(ROOT)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    digest = hashlib.sha256(resolved(file).encode()).hexdigest()[:12]
     return snapshot.parent / f"files-{digest}" / file.parent.name / file.name
 
 
 def keep(snapshot: Path, file: str | Path) -> Path:
-    """Copy a recipe or search file to its `place`, unless it is there. Returns that place."""
-    copy = place(snapshot, file)
-    if not copy.is_file():
+    """Write a recipe or search file to its `place`, with its base files merged in, because a base from elsewhere would
+    be missing there. Returns that place.
+    """
+    copy, text = place(snapshot, file), resolved(file)
+    if not copy.is_file() or copy.read_text() != text:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, copy)
+        write_atomically(copy, text)
     return copy
 
 

@@ -18,6 +18,7 @@ from launch import batch, jobs, slurm, snapshot
 from launch.__main__ import main as launch
 from launch.job_spec import JobSpec, job_name
 from launch.site import Site, load_site
+from nulsq.config import load_recipe
 from nulsq.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,6 +160,37 @@ def test_a_snapshot_is_the_code_as_it_is_and_is_taken_once(tmp_path):
     assert snapshot.place(first, ROOT / RECIPE) == first / RECIPE
     kept = snapshot.keep(first, own)
     assert kept.read_text() == "name: x\n" and kept.parts[-2:] == ("mine", "my.yaml") and kept != own
+
+
+def test_a_copied_recipe_needs_no_base_file_and_keeps_its_name(tmp_path):
+    """Overrides are applied later, by the job; a change in the base file alone is another copy."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "base.yaml").write_text("optim: {lr: 0.5, epochs: 7}\nquant: {bits: 3}\n")
+    own = tmp_path / "mine" / "my.yaml"
+    own.write_text("base: ../base.yaml\nquant: {bits: 2}\n")
+    before = load_recipe(own, ["optim.epochs=9"])
+    copy = snapshot.keep(tmp_path / "run" / "code-0", own)
+    (tmp_path / "base.yaml").write_text("optim: {lr: 0.25}\n")
+    assert snapshot.place(tmp_path / "run" / "code-0", own) != copy
+    (tmp_path / "base.yaml").unlink()
+    assert load_recipe(copy, ["optim.epochs=9"]) == before and before.name == "mine-my"
+
+
+def test_a_recipe_of_the_checkout_is_resolved_in_the_snapshot(tmp_path, monkeypatch):
+    """Its base may be a file that the snapshot does not have, here one that git ignores."""
+    checkout = tmp_path / "checkout"
+    (checkout / "configs").mkdir(parents=True)
+    (tmp_path / "base.yaml").write_text("quant: {bits: 3}\n")
+    (checkout / "configs" / "my.yaml").write_text("base: ../../base.yaml\n")
+    monkeypatch.setattr(snapshot, "ROOT", checkout)
+    snapshot._listed.cache_clear()
+    try:
+        code = snapshot.take(tmp_path / "run")
+        copy = snapshot.keep(code, checkout / "configs" / "my.yaml")
+    finally:
+        snapshot._listed.cache_clear()
+    assert copy == code / "configs" / "my.yaml" and "base" not in copy.read_text()
+    assert load_recipe(copy).quant.bits == 3
 
 
 def test_jobs_of_a_run_are_noted_in_its_folder(tmp_path):
