@@ -1,7 +1,7 @@
-"""What a job's script asks Python; needs nothing but Python.
+"""Answers questions of a job's script with Python's standard library alone.
 
-    python -m launch.batch address HOST     the host's address, as text of numbers
-    python -m launch.batch port JOB         the first of four free ports in a row, looked for from a place of the job's
+    python -m launch.batch address HOST     the host's address in numbers
+    python -m launch.batch port JOB         the first of four consecutive free ports; the job decides where to start
     python -m launch.batch outcome RUN      how a run ended: finished, saved, diverged, failed or running
 """
 
@@ -12,33 +12,33 @@ import sys
 import zlib
 from pathlib import Path
 
-LOWEST, RANGE, STEP = 20000, 10000, 4  # below the ports that systems give to outgoing connections
-STRIDE = 617  # places further on: two jobs that look at the same time do not look at the same places one after another
+LOWEST, RANGE, STEP = 20000, 10000, 4  # below the ports that systems use for outgoing connections
+STRIDE = 617  # groups of ports between attempts: two jobs that search at once do not try the same groups in turn
 
 
 def address(host: str) -> str:
-    """An IPv4 address where there is one. Raises OSError where nobody knows the host.
+    """The host's IPv4 address, or another one if it has none. Raises OSError for an unknown host.
 
-    Asked for on the host itself: some systems know their own name as their loopback, which others cannot reach. Then it
-    is the address that packets to others leave from.
+    Called on the host itself. Some systems resolve their own name to loopback, which other hosts cannot reach; the
+    answer is then the address that packets to other hosts leave from.
     """
-    found = socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)
-    known = min(found, key=lambda each: each[0] != socket.AF_INET)[4][0]
-    if known.startswith("127.") and not host.startswith("127."):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as tried:
-            tried.connect(("192.0.2.1", 9))  # sends nothing
-            return tried.getsockname()[0]
-    return known
+    candidates = socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)
+    resolved = str(min(candidates, key=lambda candidate: candidate[0] != socket.AF_INET)[4][0])
+    if resolved.startswith("127.") and not host.startswith("127."):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # chooses a route, sends nothing
+            return probe.getsockname()[0]
+    return resolved
 
 
 def port(job: str, count: int = STEP) -> int:
-    """The first of `count` ports in a row that are free on this machine. Jobs begin to look at places of their own."""
-    places, first = RANGE // STEP, zlib.crc32(job.encode())
-    for attempt in range(places):
-        start = LOWEST + (first + attempt * STRIDE) % places * STEP
-        if all(map(_free, range(start, start + count))):
+    """The first of `count` consecutive ports that are free on this machine. Each job starts at a group of its own."""
+    groups, first = RANGE // STEP, zlib.crc32(job.encode())
+    for attempt in range(groups):
+        start = LOWEST + (first + attempt * STRIDE) % groups * STEP
+        if all(map(_is_free, range(start, start + count))):
             return start
-    raise OSError(f"no {count} free ports in a row from {LOWEST} to {LOWEST + RANGE}")
+    raise OSError(f"no {count} consecutive free ports from {LOWEST} to {LOWEST + RANGE}")
 
 
 def outcome(run: str) -> str:
@@ -46,23 +46,23 @@ def outcome(run: str) -> str:
     return json.loads((Path(run) / "outcome.json").read_text())["outcome"]
 
 
-def _free(number):
-    with socket.socket() as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _is_free(number: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            tried.bind(("", number))
+            probe.bind(("", number))
         except OSError:
             return False
         return True
 
 
 def main(argv: list[str]) -> int:
-    answer = {"address": address, "port": port, "outcome": outcome}
-    if len(argv) != 2 or argv[0] not in answer:
+    answers = {"address": address, "port": port, "outcome": outcome}
+    if len(argv) != 2 or argv[0] not in answers:
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        print(answer[argv[0]](argv[1]))
+        print(answers[argv[0]](argv[1]))  # type: ignore[operator]
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {' '.join(argv)}: {error}", file=sys.stderr)
         return 1

@@ -1,9 +1,9 @@
-"""What was submitted, in the run's or search's own folder: DIR/launch/TIME/, one folder a submission.
+"""Records of what was submitted, in the run's or search's own folder: DIR/launch/TIME/, one folder per submission.
 
-    job.json     place, id, command and site      job.sh       the script that Slurm runs
+    job.json     place, id, command and site      job.sh       what Slurm or Ray runs
     *.log        what its processes printed       environment-*.txt   of the job's first node
-    ../code-*/   the code as it was (snapshot)    ../stop      asks the running job to save and not to come back
-    preflight-*.json   what was looked at before training
+    ../code-*/   snapshot of the code             ../stop      tells the running job to save and not to come back
+    preflight-*.json   what preflight measured before training
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from nulsq.files import write_atomically
 from nulsq.run.directory import LAUNCH, lock_folder
 
 STOP = "stop"
-ENDED = "ended"  # the state of a job that neither waits nor runs
+ENDED = "ended"  # the state of a job that is neither waiting nor running
+UNKNOWN = "unknown"  # starts the state of a job whose cluster does not answer
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Job:
     id: str
     directory: str  # of the run or search
     folder: str  # of this submission
-    command: list[str] = field(default_factory=list)  # submits it again, from the same folder
+    command: list[str] = field(default_factory=list)  # submits it again, from the same working directory
     site: dict[str, Any] = field(default_factory=dict)
     code: str = ""
     started_in: str = ""
@@ -44,7 +46,10 @@ class Job:
 
 
 def open_folder(directory: Path) -> Path:
-    """A folder for a new submission, rid of what `launch stop` left. Raises InputError where it cannot be written."""
+    """Make the folder of a new submission, and remove what `launch stop` left.
+
+    Raises InputError where it cannot be written.
+    """
     try:
         top = directory / LAUNCH
         top.mkdir(parents=True, exist_ok=True)
@@ -61,8 +66,8 @@ def open_folder(directory: Path) -> Path:
     raise InputError(f"{top} has a thousand submissions of this second")
 
 
-def note(place: str, id: str, directory: Path, folder: Path, command: list[str], site: Site, code: Path) -> Job:
-    """The job of a submission from this folder, now, written down in its folder."""
+def record(place: str, id: str, directory: Path, folder: Path, command: list[str], site: Site, code: Path) -> Job:
+    """Write the job of a submission from this working directory, now, into its folder."""
     job = Job(place, id, str(directory), str(folder), command, dataclasses.asdict(site), str(code), os.getcwd(),
               time.strftime("%Y-%m-%dT%H:%M:%S"))
     write(job)
@@ -74,9 +79,9 @@ def write(job: Job) -> None:
 
 
 def submitted(directory: Path) -> list[Job]:
-    """The submissions of a run or search, the first one first."""
-    found = [Job(**json.loads(file.read_text())) for file in directory.glob(f"{LAUNCH}/*/job.json")]
-    return sorted(found, key=lambda job: (job.submitted, job.folder))
+    """The submissions of a run or search, oldest first."""
+    jobs = [Job(**json.loads(file.read_text())) for file in directory.glob(f"{LAUNCH}/*/job.json")]
+    return sorted(jobs, key=lambda job: (job.submitted, job.folder))
 
 
 def latest(directory: Path) -> Job:
@@ -89,28 +94,29 @@ def latest(directory: Path) -> Job:
     return jobs[-1]
 
 
-def ask_to_stop(job: Job) -> None:
-    """Leave word for the job's script: what has saved itself now is not to be started again."""
+def request_stop(job: Job) -> None:
+    """Leave a file for the job's script: once the run has saved, it must not be started again."""
     (Path(job.directory) / LAUNCH / STOP).touch()
 
 
-def check_free(directory: Path, state) -> None:
+def check_free(directory: Path, place: str, state: Callable[[Job], str]) -> None:
     """Raises InputError where a process works in the directory, or a job of it waits or runs.
 
-    `state(job)` says how a job is; of another place than that one, only the lock is known.
+    `state(job)` returns the state of a job of this place. For jobs of another place, and those whose state is unknown
+    because their cluster does not answer, only the directory's lock shows whether they run.
     """
     for job in submitted(directory):
-        found = state(job)
-        if found != ENDED:
-            raise InputError(f"job {job.id} ({found}) holds {directory}; python -m launch stop {directory} ends it")
+        current = state(job) if job.place == place else ENDED
+        if current != ENDED and not current.startswith(UNKNOWN):
+            raise InputError(f"job {job.id} ({current}) holds {directory}; python -m launch stop {directory} ends it")
     if (directory / "lock").is_file():
         lock_folder(directory, "working").close()
 
 
-def how(job: Job) -> str:
-    """What a person wants to know after submitting."""
+def next_steps(job: Job) -> str:
+    """The job's id and the commands that follow, inspect, stop and resume it."""
     directory = shlex.quote(job.directory)
     return (f"job {job.id}\n  follow   python -m launch logs {directory} --follow\n"
-            f"  look     python -m launch status {directory}\n"
+            f"  status   python -m launch status {directory}\n"
             f"  stop     python -m launch stop {directory}\n"
-            "  resume   the same command; it goes on from the newest checkpoint")
+            "  resume   the same command; it continues from the newest checkpoint")

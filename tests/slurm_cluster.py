@@ -2,7 +2,7 @@
 
     with cluster() as slurm:                  # skips the test, with the reason, where Slurm is not installed
         slurm.run("sbatch", ...)              # any Slurm command, on this cluster
-        slurm.wait(lambda: ..., "what")       # until it holds
+        slurm.wait(lambda: ..., "what")       # until the condition is true
 """
 
 import contextlib
@@ -13,9 +13,15 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+
+from launch.jobs import Job
+
+T = TypeVar("T")
 
 CONFIG = """
 ClusterName=loop{port}
@@ -62,7 +68,7 @@ PartitionName=high Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF State=UP
 
 
 class Slurm:
-    """The cluster, as long as it is up."""
+    """A running cluster. `run("COMMAND", ...)` runs any Slurm command on it."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -73,63 +79,63 @@ class Slurm:
         return done.stdout + done.stderr
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says, by name."""
+        """The fields of `scontrol show job`."""
         words = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, holds, what: str, seconds: float = 240.0):
-        """What `holds()` returns, as soon as it is true."""
+    def wait(self, condition: Callable[[], T], what: str, seconds: float = 240.0) -> T:
+        """Wait until `condition()` is true, and return its result."""
         deadline = time.monotonic() + seconds
-        while not (found := holds()):
-            assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s\n{self.told()}"
+        while not (result := condition()):
+            assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s\n{self.describe()}"
             time.sleep(0.25)
-        return found
+        return result
 
     def ended(self, job: str, seconds: float = 300.0) -> dict[str, str]:
-        """The job, once it is neither waiting nor running."""
-        def look():
-            found = self.job(job)
-            return found if found["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") else None
-        return self.wait(look, f"the end of job {job}", seconds)
+        """Wait until a job has ended, and return its fields."""
+        def ended_job() -> dict[str, str]:
+            fields = self.job(job)
+            return fields if fields["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") else {}
+        return self.wait(ended_job, f"the end of job {job}", seconds)
 
     def left(self, job: str) -> list[str]:
-        """Processes of a job that are there, whoever their parents are by now: their commands."""
-        found = []
+        """Commands of the processes of a job that still run, whatever their parents are by now."""
+        commands = []
         for process in self.processes(f"SLURM_JOB_ID={job}"):
             with contextlib.suppress(OSError):
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
-        return found
+                commands.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
+        return commands
 
     def processes(self, variable: str) -> list[Path]:
         """Folders in /proc of this cluster's processes that inherited a variable, "NAME=VALUE"."""
-        found, wanted = [], {variable.encode(), f"SLURM_CONF={self.root}/slurm.conf".encode()}
+        processes, inherited = [], {variable.encode(), f"SLURM_CONF={self.root}/slurm.conf".encode()}
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if wanted <= set((process / "environ").read_bytes().split(b"\0")):
-                    found.append(process)
-        return found
+                if inherited <= set((process / "environ").read_bytes().split(b"\0")):
+                    processes.append(process)
+        return processes
 
     def crash(self, node: str) -> None:
-        """The node's daemons and all that runs there are gone at once; Slurm does not know yet. `run("slurmd", "-N",
-        node)` brings it back."""
-        there = [int((self.root / f"slurmd-{node}.pid").read_text())]
+        """Kill the node's daemons and all that runs on it at once; Slurm does not know yet. `run("slurmd", "-N", node)`
+        brings the node back."""
+        victims = [int((self.root / f"slurmd-{node}.pid").read_text())]
         for process in self.processes(f"SLURMD_NODENAME={node}"):
-            there.append(int(process.name))
+            victims.append(int(process.name))
             with contextlib.suppress(OSError):
                 parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
                 if Path("/proc", parent, "comm").read_text().startswith("slurmstepd"):
-                    there.append(int(parent))
-        for each in dict.fromkeys(there):
+                    victims.append(int(parent))
+        for victim in dict.fromkeys(victims):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(each, signal.SIGKILL)
+                os.kill(victim, signal.SIGKILL)
 
-    def told(self) -> str:
-        """What somebody wants to read who was not there: the queue, the nodes, the ends of the daemons' logs."""
+    def describe(self) -> str:
+        """The queue, the nodes and the ends of the daemons' logs, for the message of a failed test."""
         logs = [f"==> {path.name}\n{path.read_text()[-3000:]}" for path in sorted((self.root / "log").glob("*.log"))]
         return "\n".join([self.run("squeue", "--all", check=False), self.run("sinfo", check=False), *logs])
 
     def empty(self) -> None:
-        """End whatever is left in the queue, and have both nodes in use again."""
+        """Cancel all jobs, and bring both nodes back into use."""
         self.run("scancel", "--user=root", check=False)
         for node in ("n1", "n2"):
             if "DOWN" in self.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T").upper():
@@ -138,20 +144,20 @@ class Slurm:
         self.wait(lambda: set(self.run("sinfo", "--noheader", "--format=%T").split()) == {"idle"}, "idle nodes", 60)
 
 
-def text_of(job) -> str:
-    """All that a job of `launch` has printed."""
+def text_of(job: Job) -> str:
+    """The logs of a job of `launch`."""
     return "".join(f"==> {path.name}\n{path.read_text()}" for path in sorted(job.path.glob("*.log")))
 
 
 @contextlib.contextmanager
-def cluster():
-    """Start it and stop it. Skips where it cannot be had."""
+def cluster() -> Iterator[Slurm]:
+    """A cluster, stopped at the end. Skips the test where Slurm is not installed or cannot be started."""
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if shutil.which(name) is None]
     if missing:
         pytest.skip(f"{missing[0]} is not installed: apt-get install munge slurmctld slurmd slurm-client")
     if os.geteuid():
         pytest.skip("a Slurm of its own needs root")
-    # Every folder above munge's socket has to let it pass, which pytest's own do not.
+    # munge must be able to enter every folder above its socket; pytest's own temporary folders are private.
     root = Path(tempfile.mkdtemp(prefix="nulsq-slurm-"))
     root.chmod(0o711)
     with pytest.MonkeyPatch.context() as patch:
@@ -163,20 +169,20 @@ def cluster():
         ports = dict(zip(("port", "port1", "port2", "port3"), _free_ports(4), strict=True))
         (root / "slurm.conf").write_text(CONFIG.format(root=root, host=socket.gethostname().partition(".")[0], **ports))
         subprocess.run(["install", "-d", "-o", "munge", "-g", "munge", "-m", "711", root / "m"], check=True)
-        made = Slurm(root)
+        slurm = Slurm(root)
         try:
-            made.run("runuser", "-u", "munge", "--", "munged", "--force", "--key-file=/etc/munge/munge.key",
+            slurm.run("runuser", "-u", "munge", "--", "munged", "--force", "--key-file=/etc/munge/munge.key",
                      f"--socket={root}/m/munge.sock", f"--pid-file={root}/m/munged.pid",
                      f"--log-file={root}/m/munged.log", f"--seed-file={root}/m/seed")
-            made.run("slurmctld", "-c")
-            made.run("slurmd", "-N", "n1")
-            made.run("slurmd", "-N", "n2")
-            made.wait(lambda: made.run("sinfo", "--noheader", "--format=%T", check=False).split()[:1] == ["idle"],
+            slurm.run("slurmctld", "-c")
+            slurm.run("slurmd", "-N", "n1")
+            slurm.run("slurmd", "-N", "n2")
+            slurm.wait(lambda: slurm.run("sinfo", "--noheader", "--format=%T", check=False).split()[:1] == ["idle"],
                       "idle nodes", 60)
-            yield made
+            yield slurm
         finally:
             if (root / "slurmctld.pid").is_file():
-                made.run("scancel", "--user=root", check=False)
+                slurm.run("scancel", "--user=root", check=False)
                 time.sleep(1)
             for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "m/munged"):
                 with contextlib.suppress(OSError, ValueError):
@@ -185,18 +191,19 @@ def cluster():
             shutil.rmtree(root, ignore_errors=True)
 
 
-def _free_ports(count):
-    """So many in a row: slurm.conf wants the nodes' as a range. Workers of pytest look in places of their own."""
+def _free_ports(count: int) -> list[int]:
+    """Consecutive free ports, because slurm.conf takes those of the nodes as a range. Each worker of pytest starts
+    elsewhere."""
     first = 26817 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     for start in range(first, first + 500, count):
-        tried = []
+        servers = []
         try:
             for number in range(start, start + count):
-                tried.append(socket.create_server(("127.0.0.1", number)))
+                servers.append(socket.create_server(("127.0.0.1", number)))
             return list(range(start, start + count))
         except OSError:
             continue
         finally:
-            for each in tried:
-                each.close()
+            for server in servers:
+                server.close()
     raise OSError("no free ports for Slurm")

@@ -1,6 +1,5 @@
 """Starting runs on this machine, and misuse: one line, exit code 2, nothing written, from every command alike."""
 
-import json
 import os
 import signal
 import subprocess
@@ -82,14 +81,14 @@ def test_print_shows_the_command_and_runs_nothing(recipe_file, capsys):
 
 
 @pytest.mark.parametrize("nproc", [pytest.param("1", marks=pytest.mark.long), "2"])
-def test_a_launched_run_trains_and_is_evaluated(recipe_file, capfd, monkeypatch, nproc):
+def test_a_launched_run_trains(recipe_file, capfd, monkeypatch, nproc):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("NULSQ_TOKEN", "hush")
     code = launch(["local", "train", str(recipe_file), "--nproc", nproc, "run.train_id=" + nproc])
     assert code == 0, capfd.readouterr().err[-2000:]
     run = recipe_file.parent / "runs" / f"launched-{nproc}"
     assert read_outcome(run)["outcome"] == "finished" and len(read_metrics(run)) == 1
-    assert json.loads((run / "test.json").read_text())["test_images"] > 300
+    assert "val_top1" in read_metrics(run)[0]
     recipe, code = (run / "recipe.yaml").read_text(), (run / "code.txt").read_text()
     assert "SLURM_JOB_ID='17'" in code and "hush" not in code  # what a job is known by, and no secret
     assert "lr: 0.05" in recipe and f"torch {torch.__version__.split('+')[0]}" in code and "nulsq" in code

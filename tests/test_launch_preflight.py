@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.preflight.__main__ import EXIT_PREFLIGHT, main
-from launch.preflight.rank_store import Meeting, Silent, hangs, within
+from launch.preflight.__main__ import main
+from launch.preflight.rank_store import RankStore, RankTimeout, is_hanging, run_with_timeout
 from nulsq.config import to_yaml
+from nulsq.errors import ExitCode
 from tests.runs import in_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def report_of(path: Path) -> tuple[dict, dict[str, dict]]:
 def test_two_ranks_that_are_well(recipe_file, tmp_path):
     done = in_ranks(2, "launch.preflight", str(recipe_file), "optim.lr=0.1", "--num_bits", "3", "--devices", "0",
                     "--disk", "0.001", "--bandwidth", "1e-6", "--images-per-second", "1", "--report",
-                    str(tmp_path / "report.json"), "--no-test", *QUICK)
+                    str(tmp_path / "report.json"), *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert "2 ranks on" in lines[0] and lines[-1] == "all 5 checks ok" and len(lines) == 7
@@ -59,12 +60,12 @@ def test_two_ranks_where_several_things_are_wrong(recipe_file, tmp_path):
     script.write_text("""
 import os, sys
 os.environ["SLURMD_NODENAME"] = f"node{os.environ['RANK']}"
-from launch.preflight.rank_store import leave
+from launch.preflight.rank_store import exit_process
 from launch.preflight.__main__ import main
 import nulsq, launch.preflight.probe
 if os.environ["RANK"] == "1":
     nulsq.__version__ = "0.0.9"
-leave(main(sys.argv[1:]))
+exit_process(main(sys.argv[1:]))
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
                "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", str(script), str(recipe_file),
@@ -90,21 +91,21 @@ leave(main(sys.argv[1:]))
 def test_one_plain_process(recipe_file, tmp_path, capsys):
     """Exit code 4 and the file that is damaged; the folder of the run is not made; nothing of torch is left behind."""
     assert main([str(recipe_file), *QUICK]) == 0
-    assert "nobody to talk to" in capsys.readouterr().out
+    assert "a single rank" in capsys.readouterr().out
     code = main([str(recipe_file), f"data.path={tmp_path}", "--report", str(tmp_path / "report.json"), *QUICK])
-    assert code == EXIT_PREFLIGHT
+    assert code == ExitCode.PREFLIGHT_FAILED
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in printed if line.startswith("FAILED  ")] == ["data"]
     assert "is not a prepared data set" in printed[-3] and printed[-1] == "FAILED: data"
     assert not report_of(tmp_path / "report.json")[0]["ok"]
-    assert not (tmp_path / "runs").exists() and not dist.is_initialized() and not hangs()
+    assert not (tmp_path / "runs").exists() and not dist.is_initialized() and not is_hanging()
 
 
 def test_a_folder_that_cannot_be_written(recipe_file, tmp_path, capsys):
     (tmp_path / "closed").mkdir(mode=0o500)
     # root may write everywhere but in /proc
     closed = Path("/proc") if os.access(tmp_path / "closed", os.W_OK) else tmp_path / "closed"
-    assert main([str(recipe_file), f"run.root={closed}/runs", *QUICK]) == EXIT_PREFLIGHT
+    assert main([str(recipe_file), f"run.root={closed}/runs", *QUICK]) == ExitCode.PREFLIGHT_FAILED
     printed = capsys.readouterr().out
     assert "FAILED: disk" in printed and f"{closed}/.preflight" in printed
 
@@ -131,35 +132,35 @@ def test_misuse(recipe_file, capsys, arguments, message):
 
 def test_what_hangs_is_an_answer():
     until = threading.Event()
-    assert within(0.1, until.wait) == {"error": "no answer within 0.1 s"} and hangs()
+    assert run_with_timeout(0.1, until.wait) == {"error": "no answer within 0.1 s"} and is_hanging()
     until.set()
     deadline = time.monotonic() + 10
-    while hangs() and time.monotonic() < deadline:
+    while is_hanging() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not hangs() and within(10, lambda: {"found": 1}) == {"found": 1}
-    assert within(10, lambda: {}["x"]) == {"error": "KeyError: 'x'"}
+    assert not is_hanging() and run_with_timeout(10, lambda: {"found": 1}) == {"found": 1}
+    assert run_with_timeout(10, lambda: {}["x"]) == {"error": "KeyError: 'x'"}
 
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch):
-    """Two ranks are two threads at one real store; the second one does not answer the second question."""
+    """Two ranks are two threads with one real store; the second one does not answer the second time."""
     monkeypatch.setattr("launch.preflight.rank_store.SLACK", 0.5)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    said = {}
+    errors = {}
 
-    def rank(number):
-        meeting = Meeting()
-        meeting.rank, meeting.size = number, 2
-        meeting.store = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
-        meeting.nodes = meeting.gather("node", f"node{number}", 20)
-        if number == 0:
+    def run(rank):
+        ranks = RankStore()
+        ranks.rank, ranks.size = rank, 2
+        ranks.store = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+        ranks.nodes = ranks.all_gather("node", f"node{rank}", 20)
+        if rank == 0:
             try:
-                meeting.gather("more", {}, 0.5)
-            except Silent as silent:
-                said[number] = str(silent)
+                ranks.all_gather("more", {}, 0.5)
+            except RankTimeout as timeout:
+                errors[rank] = str(timeout)
 
-    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert said == {0: "nothing from rank 1 (node1) within 1 s (more)"}
+    assert errors == {0: "no answer from rank 1 (node1) within 1 s (more)"}

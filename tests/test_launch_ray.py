@@ -22,10 +22,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import jobs, ray_api, ray_jobs
+from launch import jobs, ray_client, ray_jobs
 from launch.__main__ import main as launch
+from launch.job_spec import JobSpec, setting
 from launch.site import Site
-from launch.work import Work, setting
 from nulsq.config import to_yaml
 from nulsq.errors import InputError
 from nulsq.run.directory import read_metrics
@@ -45,31 +45,30 @@ def no_token(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def run_of(folder: Path, name: str = "run", **more) -> Work:
+def run_of(folder: Path, name: str = "run", **more) -> JobSpec:
     """A run, as `look` finds it, without looking."""
     (folder / "recipes").mkdir(exist_ok=True)
     file = folder / "recipes" / "recipe.yaml"
     file.write_text("name: x\n")
-    return Work(**{"verb": "train", "file": str(file), "rest": ["optim.lr=0.1"], "directory": folder / name,
+    return JobSpec(**{"verb": "train", "file": str(file), "rest": ["optim.lr=0.1"], "directory": folder / name,
                    "data": folder / "data", "name": "run"} | more)
 
 
 # ---- what is submitted
 
 
-def test_the_command_is_shown_and_nothing_is_written(tmp_path):
-    work = run_of(tmp_path)
+def test_the_submission_is_shown_and_nothing_is_written(tmp_path):
+    spec = run_of(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    shown = ray_jobs.shown(work, Site(kind="ray", cpus=4, gpus=2, warn=60)).splitlines()
-    words = shlex.split(shown[0])
-    own, job = words[:words.index("--")], words[words.index("--") + 1:]
-    assert own[1:5] == ["job", "submit", "--address", "http://127.0.0.1:8265"] and "--no-wait" in own
-    assert {"--entrypoint-num-cpus=4", "--entrypoint-num-gpus=2"} <= set(own)
-    assert json.loads(own[-3].partition("=")[2]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
+    shown = ray_jobs.shown(spec, Site(kind="ray", cpus=4, gpus=2, warn=60)).splitlines()
+    job = shlex.split(shown[0])
     assert job[:3] == ["exec", "env", f"--chdir={ROOT}"] and "OMP_NUM_THREADS=2" in job
     assert job[job.index("--nproc-per-node") + 1] == "2" and job[job.index("--shutdown-timeout") + 1] == "60"
     assert job[-3] == "nulsq.train" and job[-1] == "optim.lr=0.1"
-    assert "without a token" in shown[1] and "4 CPU and 2 GPU" in shown[1]
+    assert json.loads(shown[1].removeprefix("# submitted with ")) == {
+        "submission_id": "run-TIME", "runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}},
+        "entrypoint_num_cpus": 4, "entrypoint_num_gpus": 2}
+    assert "http://127.0.0.1:8265, without a token" in shown[2] and "4 CPU and 2 GPU" in shown[2]
     assert before == sorted(tmp_path.rglob("*"))
 
 
@@ -78,29 +77,34 @@ def test_no_word_of_a_job_is_executed_by_the_shell_that_ray_gives_it_to(tmp_path
     here = tmp_path / HOSTILE
     here.mkdir()
     monkeypatch.chdir(here)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\npwd; env | grep PYTHONPATH\nfor each in "$@"; do echo "<$each>"; done\n'
                       "kill -TERM $$\n")
     python.chmod(0o755)
-    work = run_of(here, HOSTILE, rest=["name=`touch x`", "model.name=$HOME;touch x", setting("run.dir", here)])
+    spec = run_of(here, HOSTILE, rest=["name=`touch x`", "model.name=$HOME;touch x", setting("run.dir", here)])
     site = Site(kind="ray", python=str(python), setup={"one": "export SET=up", "two": "echo $SET"})
-    words = ray_jobs.entrypoint(work, site, here / "code", {})
+    words = ray_jobs.entrypoint(spec, site, here / "code", {})
     process = subprocess.Popen(shlex.join(words), shell=True, stdout=subprocess.PIPE, text=True, cwd="/")
     lines = process.communicate()[0].splitlines()
     assert process.returncode == -signal.SIGTERM  # one process, from the shell to the run: signals reach it
     assert lines[:3] == ["up", str(here), f"PYTHONPATH={here / 'code'}:{here}"]
-    assert lines[-3:] == [f"<{each}>" for each in work.rest]
+    assert lines[-3:] == [f"<{each}>" for each in spec.rest]
     assert not list(tmp_path.rglob("x"))
 
 
 def test_a_search_is_told_cluster_nodes_recipe_and_name(tmp_path):
-    work = run_of(tmp_path, verb="search", plan={"name": "tiny", "recipe": "configs/recipes/digits/w2a2.yaml"})
-    words = ray_jobs.command(work, Site(kind="ray", nodes=3), "id", tmp_path / "code")
+    spec = run_of(tmp_path, verb="search", plan={"name": "tiny", "recipe": "configs/recipes/digits/w2a2.yaml"})
+    submission = ray_jobs.submission(spec, Site(kind="ray", nodes=3), "id", tmp_path / "code")
+    words = shlex.split(submission["entrypoint"])
     assert words[-4:] == [setting("recipe", tmp_path / "code/configs/recipes/digits/w2a2.yaml"), 'name="tiny"',
                           "address=auto", "nodes=3"]
-    assert "RAY_OVERRIDE_JOB_RUNTIME_ENV=1" in words and not any("entrypoint-num" in word for word in words)
-    words = ray_jobs.command(work, Site(kind="ray", code="ship"), "id", tmp_path / "code")
-    assert f"--working-dir={tmp_path}/code" in words and not any(word.startswith("--chdir") for word in words)
+    assert "RAY_OVERRIDE_JOB_RUNTIME_ENV=1" in words and not any("entrypoint_num" in key for key in submission)
+    assert "working_dir" not in submission["runtime_env"]
+    submission = ray_jobs.submission(spec, Site(kind="ray", code="ship"), "id", tmp_path / "code")
+    words = shlex.split(submission["entrypoint"])
+    assert submission["runtime_env"]["working_dir"] == f"{tmp_path}/code"
+    assert not any(word.startswith("--chdir") for word in words)
     assert re.fullmatch(r"files-\w{12}/recipes/recipe.yaml", words[words.index("tune.search") + 1])
     assert setting("recipe", "configs/recipes/digits/w2a2.yaml") in words
 
@@ -108,21 +112,21 @@ def test_a_search_is_told_cluster_nodes_recipe_and_name(tmp_path):
 # ---- what is refused
 
 
-@pytest.mark.parametrize(("site", "work", "message"), [
+@pytest.mark.parametrize(("site", "spec", "message"), [
     ({"code": "ship"}, {"directory": Path("runs/x")}, "run.dir = runs/x: with code = ship"),
     ({"code": "ship"}, {"data": Path("data/x")}, "data.path = data/x: with code = ship"),
     ({"code": "ship"}, {"directory": Path("runs/x"), "verb": "search"}, "dir = runs/x: with code = ship"),
     ({"nodes": 2}, {}, "nodes = 2: a run is on one node"),
-    ({"partition": "gpu"}, {}, "partition: Slurm has that"),
-    ({"scratch": "/tmp"}, {}, "scratch: Slurm has that"),
+    ({"partition": "gpu"}, {}, "partition: a setting of Slurm jobs"),
+    ({"scratch": "/tmp"}, {}, "scratch: a setting of Slurm jobs"),
     ({"token": "/no/such"}, {}, "token = /no/such: cannot be read (No such file or directory)"),
     ({"token": "/dev/null"}, {}, "token = /dev/null: holds no token"),
     ({"address": "http://127.0.0.1:9"}, {}, "address = http://127.0.0.1:9: no jobs API answers there"),
 ])
-def test_what_cannot_be_submitted_is_refused_and_nothing_is_written(tmp_path, site, work, message):
-    work = run_of(tmp_path, **work)
+def test_what_cannot_be_submitted_is_refused_and_nothing_is_written(tmp_path, site, spec, message):
+    spec = run_of(tmp_path, **spec)
     with pytest.raises(InputError) as raised:
-        ray_jobs.submit(work, Site(kind="ray", **site), [])
+        ray_jobs.submit(spec, Site(kind="ray", **site), [])
     assert message in str(raised.value)
     assert not (tmp_path / "run").exists()
 
@@ -130,26 +134,36 @@ def test_what_cannot_be_submitted_is_refused_and_nothing_is_written(tmp_path, si
 def test_a_site_of_another_kind_names_the_place_that_takes_it(tmp_path, capsys):
     (tmp_path / "site.yaml").write_text("kind: slurm\n")
     assert launch(["ray", "train", "x.yaml", "--site", str(tmp_path / "site.yaml")]) == 2
-    assert "of kind slurm: python -m launch slurm train" in capsys.readouterr().err
+    assert "of kind slurm: use it with python -m launch slurm train" in capsys.readouterr().err
 
 
 def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    class Hide:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "ray":
+                raise ModuleNotFoundError(name=name)
+
+    for name in ("ray", "ray.job_submission"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Hide(), *sys.meta_path])
     with pytest.raises(InputError, match=r"pip install 'nulsq\[search\]'"):
-        ray_jobs.shown(run_of(tmp_path), Site(kind="ray"))
+        ray_jobs.submit(run_of(tmp_path), Site(kind="ray"), [])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
 def answering():
-    """answering({path: (code, text)}): the address of something that answers so, on loopback."""
+    """answering({path: (status, text)}): the address of a server with these answers, on loopback."""
     servers = []
 
     def start(answers):
         class Answer(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                code, text = answers.get(self.path, (404, ""))
-                self.send_response(code)
+                status, text = answers.get(self.path, (404, ""))
+                if status is None:  # never answers
+                    time.sleep(2)
+                    return
+                self.send_response(status)
                 self.end_headers()
                 self.wfile.write(text.encode())
 
@@ -169,10 +183,16 @@ def answering():
     ((200, "<html>"), "something answers there, but not the jobs API"),
     ((200, "[]"), "something answers there, but not the jobs API"),
     ((404, ""), "something answers there, but not the jobs API"),
-    ((500, ""), "its jobs API fails (HTTP Error 500"),
-    ((401, ""), "it demands a token (401); asked without a token (none in the site's `token`, RAY_AUTH_TOKEN, "),
+    ((200, "{}"), "something answers there, but not the jobs API"),
+    ((200, '{"ray_version": "1.8.0"}'), "Ray version 1.8.0 is running on the cluster"),
+    ((500, "Traceback\nValueError: no\n"), "its jobs API fails (500: ValueError: no)"),
+    ((401, ""), "it demands a token, looked for in the site's `token`, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/"),
+    ((None, ""), "no jobs API answers there (HTTPConnectionPool(host='127.0.0.1', "),
 ])
-def test_what_answers_but_does_not_serve_us_is_told(tmp_path, answering, answer, message):
+def test_an_error_names_the_address_and_what_answers_there(tmp_path, answering, monkeypatch, answer, message):
+    monkeypatch.setattr(ray_client, "SECONDS", 0.5)
+    # The site's address counts, whatever variables of Ray's are set.
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(InputError) as raised:
         ray_jobs.submit(run_of(tmp_path), Site(kind="ray", address=answering({"/api/version": answer})), [])
     assert message in str(raised.value)
@@ -181,19 +201,19 @@ def test_what_answers_but_does_not_serve_us_is_told(tmp_path, answering, answer,
 
 def test_a_directory_that_a_job_holds_is_refused(tmp_path, answering):
     address = answering({"/api/version": (200, '{"ray_version": "2.60.0"}'),
-                         "/api/jobs/one": (200, '{"status": "RUNNING"}')})
-    work, site = run_of(tmp_path), Site(kind="ray", address=address)
-    folder = jobs.open_folder(work.directory)
-    one = jobs.Job("ray", "one", str(work.directory), str(folder), site=vars(site))
+                         "/api/jobs/one": (200, '{"type": "SUBMISSION", "status": "RUNNING", "entrypoint": "x"}')})
+    spec, site = run_of(tmp_path), Site(kind="ray", address=address)
+    folder = jobs.open_folder(spec.directory)
+    one = jobs.Job("ray", "one", str(spec.directory), str(folder), site=vars(site))
     jobs.write(one)
     with pytest.raises(InputError, match=r"job one \(RUNNING\) holds .*/run; python -m launch stop"):
-        ray_jobs.submit(work, site, [])
-    # Where the cluster was started anew, or is gone, nobody waits for ever.
-    two = jobs.Job("ray", "two", str(work.directory), str(folder), site=vars(site))
+        ray_jobs.submit(spec, site, [])
+    # A cluster that was restarted, or is gone, does not block the directory for ever.
+    two = jobs.Job("ray", "two", str(spec.directory), str(folder), site=vars(site))
     assert ray_jobs.state(two) == jobs.ENDED
-    gone = jobs.Job("ray", "one", str(work.directory), str(folder), site=vars(site) | {"address": "http://127.0.0.1:9"})
+    gone = jobs.Job("ray", "one", str(spec.directory), str(folder), site=vars(site) | {"address": "http://127.0.0.1:9"})
     assert ray_jobs.state(gone).startswith("unknown (address = http://127.0.0.1:9: no jobs API")
-    jobs.check_free(work.directory, lambda _: ray_jobs._held(gone))
+    jobs.check_free(spec.directory, "ray", lambda _: ray_jobs.state(gone))
 
 
 # ---- a real cluster
@@ -273,17 +293,12 @@ def test_a_client_without_the_token_is_refused(cluster, tmp_path, monkeypatch):
     assert raised.value.code == 401
     (tmp_path / "wrong").write_text("0" * 64)
     site = Site(kind="ray", address=address)
-    for token, message in ((None, "it demands a token"), (str(tmp_path / "wrong"), "the wrong token (403)")):
-        other = Site(kind="ray", address=address, token=token)
+    for token, message in ((None, "it demands a token"), (str(tmp_path / "wrong"), "it refuses the token")):
         with pytest.raises(InputError) as raised:
-            ray_api.check(other)
+            ray_client.connect(Site(kind="ray", address=address, token=token))
         assert message in str(raised.value) and "name the file in the site's `token`" in str(raised.value)
-    listed = [ray_api.ray(), "job", "list", *ray_api.common(site)]
-    with pytest.raises(InputError, match="Missing authentication token"):
-        ray_api.tell(listed, site)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
-    ray_api.check(site)
-    ray_api.tell(listed, site)
+    assert isinstance(ray_client.connect(site).list_jobs(), list)
 
 
 @pytest.mark.ray
@@ -314,10 +329,10 @@ repeats: 0
     assert "2 trials fit at once" in line
     until(lambda: list(out.glob("trials/*/*/metrics.jsonl")), lambda: log_of(out))
     with pytest.raises(InputError, match=r"\(RUNNING\) holds"):
-        jobs.check_free(out, ray_jobs.state)
+        jobs.check_free(out, "ray", ray_jobs.state)
 
     assert launch(["stop", str(out)]) == 0
-    assert "told to save and stop" in capsys.readouterr().out
+    assert "it saves and stops within 60 seconds" in capsys.readouterr().out
     until(lambda: ended(out), lambda: log_of(out))
     assert launch(["logs", str(out)]) == 0
     assert "interrupted; the same command continues the search" in capsys.readouterr().out
@@ -361,10 +376,10 @@ def test_a_run_of_two_ranks_saves_itself_when_stopped_and_goes_on_with_code_that
     slow.unlink()
     assert launch([*command, "--follow", "--at", "code=ship", "--at", f"python={sys.executable}"]) == 0, \
         capsys.readouterr()
-    assert "test top-1" in capsys.readouterr().out
+    assert "epoch 3/3" in capsys.readouterr().out
     assert read_outcome(run)["outcome"] == "finished" and read_metrics(run)[:len(before)] == before
     job = jobs.latest(run)
-    shipped = ray_api.ask(Site(**job.site), f"/api/jobs/{job.id}")
-    assert shipped["runtime_env"]["working_dir"].startswith("gcs://") and "files-" in shipped["entrypoint"]
+    shipped = ray_client.connect(Site(**job.site)).get_job_info(job.id)
+    assert shipped.runtime_env["working_dir"].startswith("gcs://") and "files-" in shipped.entrypoint
     assert (run / "code.txt").read_text().count("snapshot of") == 2
     assert not (ROOT / "x").exists() and not list(tmp_path.rglob("x"))

@@ -16,8 +16,9 @@ import pytest
 
 from launch import batch, jobs, slurm, snapshot
 from launch.__main__ import main as launch
+from launch.job_spec import JobSpec, job_name
 from launch.site import Site, load_site
-from launch.work import Work, job_name
+from nulsq.config import load_recipe
 from nulsq.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,21 +26,21 @@ SITES = ROOT / "configs/cluster"
 RECIPE, SEARCH = "configs/recipes/imagenet/rn18_w2a2.yaml", "configs/search/imagenet_rn18.yaml"
 PLAN = {"name": "imagenet_rn18", "recipe": RECIPE, "studies": ["a", "b"], "trials": 24}
 CASES = {
-    "train": (Work("train", RECIPE, ["optim.lr=0.1", "--num_bits", "3"], Path("/runs/rn18-0"), Path("data/imagenet"),
+    "train": (JobSpec("train", RECIPE, ["optim.lr=0.1", "--num_bits", "3"], Path("/runs/rn18-0"), Path("data/imagenet"),
                    "rn18-0"), "slurm_8gpu.yaml", {}),
-    "search": (Work("search", SEARCH, ["trials=24"], Path("/runs/search-rn18"), Path("data/imagenet"), "search-rn18",
+    "search": (JobSpec("search", SEARCH, ["trials=24"], Path("/runs/search-rn18"), Path("data/imagenet"), "search-rn18",
                     PLAN), "slurm_8gpu.yaml", {}),
-    "array": (Work("array", SEARCH, ["trials=24"], Path("/runs/search-rn18"), Path("data/imagenet"), "search-rn18",
+    "array": (JobSpec("array", SEARCH, ["trials=24"], Path("/runs/search-rn18"), Path("data/imagenet"), "search-rn18",
                    PLAN), "slurm_cpu.yaml", {"trials": 48, "at_once": 8}),
 }
 needs_shellcheck = pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 
 
 def rendered(case: str, **changes) -> str:
-    work, site, more = CASES[case]
+    spec, site, more = CASES[case]
     site = dataclasses.replace(load_site(SITES / site, ["python=/venv/bin/python"]), **changes)
-    folder = work.directory / "launch/20260101-000000"
-    return slurm.script(work, site, folder, folder.parent / "code-0123456789ab", **more)
+    folder = spec.directory / "launch/20260101-000000"
+    return slurm.script(spec, site, folder, folder.parent / "code-0123456789ab", **more)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,14 +73,14 @@ def test_a_hostile_word_reaches_the_run_as_it_is(word, tmp_path, monkeypatch):
     file, directory = tmp_path / "recipes" / f"{word}.yaml", tmp_path / "runs" / word
     file.parent.mkdir()
     file.write_text("name: x\n")
-    work = Work("train", str(file), [f"name={word}"], directory, Path(word), job_name(word))
+    spec = JobSpec("train", str(file), [f"name={word}"], directory, Path(word), job_name(word))
     site = Site(environment={"WORD": word.replace("\n", "")}, scratch=None)
     if "\n" in word:
         with pytest.raises(InputError, match="no line breaks"):
-            slurm.script(work, site, directory / "launch/now", directory / "launch/code-0")
+            slurm.script(spec, site, directory / "launch/now", directory / "launch/code-0")
         return
-    text = slurm.script(work, site, directory / "launch/now", directory / "launch/code-0")
-    head = text.partition("# ---- the same")[0]
+    text = slurm.script(spec, site, directory / "launch/now", directory / "launch/code-0")
+    head = text.partition("# ---- in every job")[0]
     shown = subprocess.run(["bash", "-c", head + 'printf "%s\\0" "$run" "$data" "${arguments[@]}" "$WORD"'],
                            capture_output=True, text=True, cwd=tmp_path).stdout.split("\0")
     assert shown[:2] == [str(directory), word] and shown[3:5] == [f"name={word}", word]
@@ -94,17 +95,17 @@ def test_a_hostile_word_reaches_the_run_as_it_is(word, tmp_path, monkeypatch):
     ("kind: slurm\nparttion: gpu", [], [], "Did you mean: 'partition'"),
     ("kind: slrum", [], [], "slrum"),
     ("nodes: 0", [], [], "nodes = 0, allowed: at least 1"),
-    ("partition: 'gpu; touch x'", [], [], "partition = 'gpu; touch x' is refused"),
+    ("partition: 'gpu; touch x'", [], [], "partition = 'gpu; touch x' cannot be used"),
     ("account: 'a\nb'", [], [], "account = "),
     ("{}", [], ["qoss=high"], "Did you mean 'qos'"),
     ("{}", [], ["qos=$(x)"], "no spaces, quotes, $ and the like"),
-    ("{}", [], ["time=10"], "say hours=... instead"),
-    ("{}", [], ["qos"], "of the form NAME=VALUE"),
+    ("{}", [], ["time=10"], "set hours=... instead"),
+    ("{}", [], ["qos"], "allowed: NAME=VALUE"),
     ("environment: {'A B': c}", [], [], "not the name of a variable"),
-    ("scratch: tmp", [], [], "with its whole path"),
+    ("scratch: tmp", [], [], "the absolute path of a folder"),
     ("hours: 0.01", [], [], "warn = 300 seconds before a limit"),
-    ("gpus: 2\nprocesses: 4", [], [], "a rank drives one GPU"),
-    ("kind: ray\naddress: head", [], [], "as http://head:8265"),
+    ("gpus: 2\nprocesses: 4", [], [], "each rank needs a GPU of its own"),
+    ("kind: ray\naddress: head", [], [], "for example http://head:8265"),
     ("{}", ["node=2"], [], "Did you mean one of: 'nodes'"),
 ])
 def test_a_site_that_cannot_be_is_an_error(tmp_path, text, settings, flags, message):
@@ -161,6 +162,37 @@ def test_a_snapshot_is_the_code_as_it_is_and_is_taken_once(tmp_path):
     assert kept.read_text() == "name: x\n" and kept.parts[-2:] == ("mine", "my.yaml") and kept != own
 
 
+def test_a_copied_recipe_needs_no_base_file_and_keeps_its_name(tmp_path):
+    """Overrides are applied later, by the job; a change in the base file alone is another copy."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "base.yaml").write_text("optim: {lr: 0.5, epochs: 7}\nquant: {bits: 3}\n")
+    own = tmp_path / "mine" / "my.yaml"
+    own.write_text("base: ../base.yaml\nquant: {bits: 2}\n")
+    before = load_recipe(own, ["optim.epochs=9"])
+    copy = snapshot.keep(tmp_path / "run" / "code-0", own)
+    (tmp_path / "base.yaml").write_text("optim: {lr: 0.25}\n")
+    assert snapshot.place(tmp_path / "run" / "code-0", own) != copy
+    (tmp_path / "base.yaml").unlink()
+    assert load_recipe(copy, ["optim.epochs=9"]) == before and before.name == "mine-my"
+
+
+def test_a_recipe_of_the_checkout_is_resolved_in_the_snapshot(tmp_path, monkeypatch):
+    """Its base may be a file that the snapshot does not have, here one that git ignores."""
+    checkout = tmp_path / "checkout"
+    (checkout / "configs").mkdir(parents=True)
+    (tmp_path / "base.yaml").write_text("quant: {bits: 3}\n")
+    (checkout / "configs" / "my.yaml").write_text("base: ../../base.yaml\n")
+    monkeypatch.setattr(snapshot, "ROOT", checkout)
+    snapshot._listed.cache_clear()
+    try:
+        code = snapshot.take(tmp_path / "run")
+        copy = snapshot.keep(code, checkout / "configs" / "my.yaml")
+    finally:
+        snapshot._listed.cache_clear()
+    assert copy == code / "configs" / "my.yaml" and "base" not in copy.read_text()
+    assert load_recipe(copy).quant.bits == 3
+
+
 def test_jobs_of_a_run_are_noted_in_its_folder(tmp_path):
     run = tmp_path / "run"
     folders = [jobs.open_folder(run) for _ in range(2)]
@@ -168,14 +200,14 @@ def test_jobs_of_a_run_are_noted_in_its_folder(tmp_path):
     for number, folder in enumerate(folders):
         jobs.write(jobs.Job("slurm", str(number), str(run), str(folder), submitted=f"2026-01-0{number + 1}"))
     assert jobs.latest(run).id == "1"
-    jobs.ask_to_stop(jobs.latest(run))
+    jobs.request_stop(jobs.latest(run))
     assert (run / "launch" / jobs.STOP).is_file()
     with pytest.raises(InputError, match=r"job 0 \(RUNNING\) holds"):
-        jobs.check_free(run, lambda job: "RUNNING")
-    jobs.check_free(run, lambda job: jobs.ENDED)
+        jobs.check_free(run, "slurm", lambda job: "RUNNING")
+    jobs.check_free(run, "slurm", lambda job: jobs.ENDED)
     from nulsq.run.directory import lock_folder
     with lock_folder(run, "training"), pytest.raises(InputError, match="another process"):
-        jobs.check_free(run, lambda job: jobs.ENDED)
+        jobs.check_free(run, "slurm", lambda job: jobs.ENDED)
     jobs.open_folder(run)
     assert not (run / "launch" / jobs.STOP).exists()  # a new submission is not asked to stop
 

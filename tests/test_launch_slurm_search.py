@@ -14,8 +14,8 @@ import pytest
 
 from launch import jobs, slurm
 from launch.__main__ import main as launch
+from launch.job_spec import JobSpec
 from launch.site import Site
-from launch.work import Work
 from nulsq.config import to_yaml
 from nulsq.run.directory import read_metrics
 from nulsq.run.status import read_outcome
@@ -56,7 +56,7 @@ def site_file(tmp_path) -> Path:
 def submit(file: Path, directory: Path, site: Site, verb: str = "search", **more) -> jobs.Job:
     """As `launch slurm search --submit`, without the check in a process of its own."""
     plan = {"name": file.stem, "recipe": str(file.with_name(f"{file.stem}-recipe.yaml")), "studies": ["2"], "trials": 2}
-    return slurm.submit(Work(verb, str(file), [], directory, Path("unused"), directory.name, plan), site, ["python"],
+    return slurm.submit(JobSpec(verb, str(file), [], directory, Path("unused"), directory.name, plan), site, ["python"],
                         **more)
 
 
@@ -83,7 +83,7 @@ def test_two_searches_at_once_each_on_a_ray_of_its_own_and_one_is_interrupted(tw
     before = read_metrics(run)
     slow.unlink()
     for job in (two, one):
-        assert two_nodes.ended(job.id)["JobState"] == "COMPLETED", text_of(job) + two_nodes.told()
+        assert two_nodes.ended(job.id)["JobState"] == "COMPLETED", text_of(job) + two_nodes.describe()
     for folder in (first, second):
         assert (folder / "finished").is_file() and (folder / "report/index.html").is_file()
         assert {read_outcome(path.parent)["outcome"] for path in folder.glob("trials/*/*/recipe.yaml")} == {"finished"}

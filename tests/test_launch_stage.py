@@ -119,7 +119,7 @@ def test_a_killed_copy_is_no_copy(source, scratch):
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda file: os.truncate(file, 1000), "test_images.npy has 1000 bytes, it was written with"),
     (lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
-     "test_images.npy: the checksum is not the one that it was written with"),
+     "test_images.npy: its checksum differs from the one in the manifest"),
     (lambda file: file.unlink(), "test_images.npy is missing"),
 ], ids=["truncated", "changed", "missing"])
 def test_a_damaged_source_is_named_and_leaves_nothing(source, scratch, capsys, damage, message):
@@ -156,7 +156,7 @@ def test_without_room_it_says_how_much_is_missing(source, scratch, monkeypatch):
     assert left(scratch) == []
 
 
-@pytest.mark.parametrize(("name", "message"), [("../../outside", "not one of its own folder"), (None, "no manifest")])
+@pytest.mark.parametrize(("name", "message"), [("../../outside", "not in its own folder"), (None, "no manifest")])
 def test_what_is_no_data_set_of_its_own_folder(source, scratch, tmp_path, capsys, name, message):
     if name is None:
         (source / "manifest.json").unlink()

@@ -1,1 +1,1 @@
-"""Checks of the nodes before hours are spent: python -m launch.preflight."""
+"""Checks of a job's nodes before it trains for hours: python -m launch.preflight."""

@@ -1,7 +1,7 @@
-"""The ranks of a job, and what each has to say: for checks that have to end, whatever hangs.
+"""Exchanges results between the ranks of a job, for checks that have to end even if something hangs.
 
-They talk through torchrun's key-value store: it needs no process group, so an answer arrives without the network that
-is under test. What a rank does, it does `within` a time, in a thread; who does not answer in time is named.
+The ranks use torchrun's key-value store. It needs no process group, so results arrive without the network that is under
+test. Each rank runs its checks in a thread with a time limit; ranks that do not answer in time are named.
 """
 
 import contextlib
@@ -19,132 +19,147 @@ import torch.distributed as dist
 
 from nulsq.errors import InputError
 
-GATHERING = 300.0  # seconds for all ranks to come: the first import on a cold network file system is slow
+START_SECONDS = 300.0  # until all ranks have started: the first import from a cold network file system is slow
 SLACK = 15.0  # seconds that ranks may lag behind each other
-WATCHED = "within"
+THREAD = "preflight-check"  # name of the threads that run checks
 
 
-class Silent(Exception):
-    """Ranks that did not answer."""
+class RankTimeout(Exception):
+    """Ranks that did not answer in time. The message names them."""
 
 
-class Meeting:
-    """The ranks of a job and what each has to say, through a key-value store that needs no process group."""
+class RankStore:
+    """The ranks of a job and their shared key-value store.
 
-    def __init__(self):
-        self.rank, self.size, self.store = 0, 1, None
+    Attributes:
+        rank, size: this process's rank, and the number of ranks.
+        node: name of this process's node.
+        nodes: the node of each rank.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+        self.store: Any = None  # a torch.distributed.Store, for more than one rank
         self.node = os.environ.get("SLURMD_NODENAME") or platform.node()
         self.nodes: list[str] = []
 
-    def begin(self) -> None:
-        """Wait for all ranks. Raises Silent where some do not come."""
+    def connect(self) -> None:
+        """Wait for all ranks. Raises RankTimeout where some do not start."""
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
             try:
                 self.store, self.rank, self.size = next(dist.rendezvous(
-                    "env://", timeout=timedelta(seconds=GATHERING)))
+                    "env://", timeout=timedelta(seconds=START_SECONDS)))
             except (RuntimeError, ValueError) as error:
-                raise Silent(f"no store to meet at: {line_of(error)}") from None
-        self.nodes = self.gather("node", self.node, GATHERING)
+                raise RankTimeout(f"the ranks' store cannot be reached: {one_line(error)}") from None
+        self.nodes = self.all_gather("node", self.node, START_SECONDS)
 
     @property
     def first_of_node(self) -> bool:
         return self.nodes.index(self.node) == self.rank
 
-    def gather(self, what: str, value: Any, seconds: float) -> list[Any]:
-        """Every rank's value, plain data, in their order, on every rank. Raises Silent where some give none in time."""
+    def gather(self, key: str, function: Callable[..., dict[str, Any]], *arguments: Any, seconds: float) -> list[Any]:
+        """Call the function on every rank with `run_with_timeout`; all results on every rank, in the order of ranks.
+
+        Raises RankTimeout like `all_gather`.
+        """
+        return self.all_gather(key, run_with_timeout(seconds, function, *arguments), seconds)
+
+    def all_gather(self, key: str, value: Any, seconds: float) -> list[Any]:
+        """The values of all ranks, in the order of ranks, on every rank. A value is JSON data.
+
+        Raises RankTimeout where some ranks give none in time.
+        """
         if self.size == 1:
             return [value]
         try:
-            self.store.set(f"{what}/{self.rank}", json.dumps(value))
+            self.store.set(f"{key}/{self.rank}", json.dumps(value))
             if self.rank == 0:
-                self.store.set(f"{what}/all", json.dumps(self._collect(what, time.monotonic() + seconds + SLACK)))
-            self.store.wait([f"{what}/all"], timedelta(seconds=seconds + 2 * SLACK))
-            found = json.loads(self.store.get(f"{what}/all"))
+                self.store.set(f"{key}/all", json.dumps(self._collect(key, time.monotonic() + seconds + SLACK)))
+            self.store.wait([f"{key}/all"], timedelta(seconds=seconds + 2 * SLACK))
+            values = json.loads(self.store.get(f"{key}/all"))
         except RuntimeError as error:
-            raise Silent(f"rank 0 or the store it answers in is gone ({what}): {line_of(error)}") from None
-        missing = [self.named(rank) for rank, answer in enumerate(found) if answer is None]
+            raise RankTimeout(f"rank 0 or the store in its process is gone ({key}): {one_line(error)}") from None
+        missing = [self.label(rank) for rank, value in enumerate(values) if value is None]
         if missing:
-            raise Silent(f"nothing from {', '.join(missing)} within {seconds + SLACK:g} s ({what})")
-        return found
+            raise RankTimeout(f"no answer from {', '.join(missing)} within {seconds + SLACK:g} s ({key})")
+        return values
 
-    def _collect(self, what, until):
-        found = []
+    def _collect(self, key: str, deadline: float) -> list[Any]:
+        """The values of all ranks that arrive in time; None for the others. Called on rank 0."""
+        values = []
         for rank in range(self.size):
             try:
-                self.store.wait([f"{what}/{rank}"], timedelta(seconds=max(1.0, until - time.monotonic())))
-                found.append(json.loads(self.store.get(f"{what}/{rank}")))
+                self.store.wait([f"{key}/{rank}"], timedelta(seconds=max(1.0, deadline - time.monotonic())))
+                values.append(json.loads(self.store.get(f"{key}/{rank}")))
             except RuntimeError:
-                found.append(None)
-        return found
+                values.append(None)
+        return values
 
-    def look(self, what: str, function: Callable[..., Any], *arguments: Any, seconds: float) -> list[Any]:
-        """What the function finds on every rank, as `within` has it there. Raises Silent like `gather`."""
-        return self.gather(what, within(seconds, function, *arguments), seconds)
-
-    def end(self) -> None:
-        """Rank 0 says that it has done; the others wait for it: torchrun ends all ranks as soon as one has failed."""
+    def disconnect(self) -> None:
+        """Wait until rank 0 is done: torchrun ends all ranks as soon as one has failed."""
         if self.size > 1:
-            with contextlib.suppress(RuntimeError):  # it is over for who asks in vain
+            with contextlib.suppress(RuntimeError):  # the store is gone: nothing left to wait for
                 if self.rank == 0:
                     self.store.set("end", "")
                 self.store.wait(["end"], timedelta(seconds=SLACK))
 
-    def where(self, found: list[Any], text: Callable[[Any], str | None]) -> str:
-        """Findings as text: each once, with its nodes. What has the text None is left out."""
-        return _grouped((node, text(each)) for node, each in zip(self.nodes, found, strict=True))
+    def by_node(self, results: list[Any], text: Callable[[Any], str | None]) -> str:
+        """The ranks' results as text: each text once, with its nodes. Results whose text is None are left out."""
+        return _grouped((node, text(result)) for node, result in zip(self.nodes, results, strict=True))
 
-    def errors(self, found: list[Any]) -> str:
-        """What went wrong, and on which ranks and nodes; empty where nothing did."""
-        return _grouped((self.named(rank), each.get("error")) for rank, each in enumerate(found))
+    def errors(self, results: list[Any]) -> str:
+        """The errors in the results, with their ranks and nodes; empty where there is none."""
+        return _grouped((self.label(rank), result.get("error")) for rank, result in enumerate(results))
 
-    def named(self, rank: int) -> str:
+    def label(self, rank: int) -> str:
         return f"rank {rank} ({self.nodes[rank]})" if self.nodes else f"rank {rank}"
 
 
-def within(seconds: float, function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What the function returns, or {"error": text} where it raises, or where it has not ended in so many seconds.
+def run_with_timeout(seconds: float, function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """The function's result, or {"error": text} where it raises, or has not returned within `seconds`.
 
-    It runs in a thread, which is left behind when its time is over: `hangs` tells, and `leave` ends the process then.
+    It runs in a thread, which cannot be ended: see `is_hanging` and `exit_process`.
     """
-    answer: dict[str, Any] = {"error": f"no answer within {seconds:g} s"}
+    result: dict[str, Any] = {"error": f"no answer within {seconds:g} s"}
 
-    def run():
-        nonlocal answer
+    def run() -> None:
+        nonlocal result
         try:
-            found = function(*arguments)
+            returned = function(*arguments)
         except Exception as error:
-            found = {"error": line_of(error)}
-        answer = found
+            returned = {"error": one_line(error)}
+        result = returned
 
-    thread = threading.Thread(target=run, daemon=True, name=WATCHED)
+    thread = threading.Thread(target=run, daemon=True, name=THREAD)
     thread.start()
     thread.join(seconds)
-    return answer
+    return result
 
 
-def hangs() -> bool:
-    """Whether something that was begun `within` a time still runs."""
-    return any(thread.name == WATCHED for thread in threading.enumerate())
+def is_hanging() -> bool:
+    """Whether a function that `run_with_timeout` called has not returned yet."""
+    return any(thread.name == THREAD for thread in threading.enumerate())
 
 
-def leave(code: int) -> NoReturn:
-    """End the process, also where a thread hangs in a library that a normal end would wait for."""
-    if hangs():
+def exit_process(code: int) -> NoReturn:
+    """End the process, also where a normal exit would wait for a thread that hangs in a library."""
+    if is_hanging():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
 
 
-def line_of(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error in one line of at most 400 characters."""
     text = " ".join(str(error).split())[:400]
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
-def _grouped(found: Iterable[tuple[str, str | None]]) -> str:
-    nodes: dict[str, list[str]] = {}
-    for node, text in found:
-        if text is not None and node not in nodes.setdefault(text, []):
-            nodes[text].append(node)
-    return "; ".join(f"{text} on {', '.join(each)}" for text, each in nodes.items())
+def _grouped(texts: Iterable[tuple[str, str | None]]) -> str:
+    """(place, text) pairs as "TEXT on PLACE, PLACE; TEXT on PLACE"."""
+    places: dict[str, list[str]] = {}
+    for place, text in texts:
+        if text is not None and place not in places.setdefault(text, []):
+            places[text].append(place)
+    return "; ".join(f"{text} on {', '.join(places[text])}" for text in places)

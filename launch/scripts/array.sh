@@ -1,5 +1,5 @@
 
-# ---- one trial of an array, each a run with a recipe of its own: launch/scripts/array.sh
+# ---- one trial of an array, which is a run with its own recipe: launch/scripts/array.sh
 
-run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$list/runs.txt")
-arguments=("$list/$(printf '%05d' "$SLURM_ARRAY_TASK_ID").yaml" --no-test)
+run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$trials/runs.txt")
+arguments=("$trials/$(printf '%05d' "$SLURM_ARRAY_TASK_ID").yaml")

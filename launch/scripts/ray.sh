@@ -1,21 +1,21 @@
 
 # ---- a search on a Ray of this job's own: launch/scripts/ray.sh
-# `ray symmetric-run` would do less: it hides its errors, passes no signal on and ends every Ray of this user's.
+# `ray symmetric-run` is no substitute: it hides errors, forwards no signals and ends every Ray of the same user.
 
 ray=("$python" -c 'import sys; from ray.scripts.scripts import main; sys.exit(main())')
 
-# Ray's servers listen on every interface whatever one sets: they demand a token, made for this job.
-RAY_TMPDIR=$(mktemp -d /tmp/nulsq-XXXXXX) || exit 1 # a short path: sockets lie below it
+# Ray's servers listen on every interface, which cannot be changed. They demand a token, which is made for this job.
+RAY_TMPDIR=$(mktemp -d /tmp/nulsq-XXXXXX) || exit 1 # a short path, because the paths of sockets are limited
 unset RAY_AUTH_TOKEN RAY_ADDRESS
 export RAY_TMPDIR RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token-$SLURM_JOB_ID"
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH") || exit 1
 common=(--block --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="$gpus" --object-store-memory=268435456 --disable-usage-stats)
 
 port=$(free_port) || exit 1
-parts=() # processes that have to live as long as the search
+parts=() # processes of Ray that must live as long as the search: the head, and srun with the other nodes
 finish() {
     local part step
-    # srun makes SIGKILL of a SIGTERM, and Ray's processes outlive that: they are told by scancel.
+    # scancel ends the other nodes' Ray: srun turns SIGTERM into SIGKILL, which Ray's own child processes outlive.
     step=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | sed -n 's/ *ray-nodes *$//p')
     if [[ -n $step ]]; then scancel --signal=TERM "$step"; fi
     if ((${#parts[@]})); then kill -TERM "${parts[0]}" 2>/dev/null; fi
@@ -29,13 +29,13 @@ finish() {
     rm -rf "$RAY_AUTH_TOKEN_PATH" "$RAY_TMPDIR"
 }
 trap finish EXIT
-gone='' # the exit code of the part that ended first
+part_exit_code='' # of the part that ended first
 all_live() {
     local part
     for part in "${parts[@]}"; do
         if ! kill -0 "$part" 2>/dev/null; then
             wait "$part"
-            gone=$?
+            part_exit_code=$?
             return 1
         fi
     done
@@ -54,18 +54,18 @@ until (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null; do
     sleep 0.5
 done
 if ((SLURM_NNODES > 1)); then
-    since_now
+    mark_step
     srun --nodes="$((SLURM_NNODES - 1))" --ntasks="$((SLURM_NNODES - 1))" --ntasks-per-node=1 --exclude="$first" \
         --kill-on-bad-exit=1 --open-mode=append --output="$logs/$SLURM_JOB_ID-ray-%n-%N.log" --job-name=ray-nodes \
         "${ray[@]}" start --address="$address:$port" "${common[@]}" &
     parts+=($!)
 fi
-if [[ -n $asked ]]; then
+if [[ -n $stopping ]]; then
     finish
-    put_back "not begun"
+    requeue "not started"
 fi
 
-# --extend is for a search that has finished: a job that comes back has said it already.
+# --extend needs a finished search. A job that comes back has extended it already, so the option is left out.
 if [[ ! -e $run/finished ]]; then
     kept=()
     for ((i = 0; i < ${#arguments[@]}; i++)); do
@@ -80,27 +80,27 @@ fi
 
 "$python" -m tune.search "${arguments[@]}" address="$address:$port" nodes="$SLURM_NNODES" &
 child=$!
-if [[ -n $asked ]]; then kill -USR1 "$child" 2>/dev/null; fi
-lost=''
+if [[ -n $stopping ]]; then kill -USR1 "$child" 2>/dev/null; fi
+part_lost=''
 while kill -0 "$child" 2>/dev/null; do
-    if [[ -z $lost ]] && ! all_live; then
-        lost=1
-        say "a part of Ray has ended: see $folder/$SLURM_JOB_ID-ray-*.log; the search is asked to stop"
+    if [[ -z $part_lost ]] && ! all_live; then
+        part_lost=1
+        say "a part of Ray has ended: see $folder/$SLURM_JOB_ID-ray-*.log; the search is stopped"
         kill -USR1 "$child" 2>/dev/null
     fi
     sleep 1 &
     wait $!
 done
 wait "$child"
-ended=$?
+exit_code=$?
 child=''
-finish # before the job may go back into the queue: Slurm gives it few seconds then
+finish # before the job may go back into the queue, because Slurm then leaves it only a few seconds
 trap - EXIT
-say "the search ended with exit code $ended"
-if [[ -n $lost ]]; then
-    put_back_unless_its_own "$gone"
+say "the search ended with exit code $exit_code"
+if [[ -n $part_lost ]]; then
+    requeue_after_cluster_failure "$part_exit_code"
     exit 1
 fi
-if ((ended == 99)); then put_back saved; fi
-if [[ -n $asked ]] && ((ended == 138)); then put_back "not begun"; fi # the signal came before Python could take it
-exit "$ended"
+if ((exit_code == 99)); then requeue saved; fi
+if [[ -n $stopping ]] && ((exit_code == 138)); then requeue "not started"; fi # the signal came before Python handled it
+exit "$exit_code"

@@ -1,15 +1,15 @@
-# ---- the same in every job: launch/scripts/signals.sh
+# ---- in every job: launch/scripts/signals.sh
 
 say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 
-# Slurm tells this script, ahead of the time limit (USR1) or when somebody takes its nodes away (USR1 or TERM). It passes
-# the first word on and waits: one that comes later would make a run end at once.
-asked='' child=''
-ask() {
-    say "asked to save and stop ($1)"
-    if [[ -z $asked && -n $child ]]; then kill -USR1 "$child" 2>/dev/null; fi
-    asked=1
+# Slurm signals this script before the time limit (USR1), or when a job of higher priority takes its nodes (USR1 or
+# TERM). The script forwards the first signal and waits: a second one would end the run at once.
+stopping='' child=''
+on_signal() {
+    say "signal $1: the job saves and stops"
+    if [[ -z $stopping && -n $child ]]; then kill -USR1 "$child" 2>/dev/null; fi
+    stopping=1
 }
-trap 'ask USR1' USR1
-trap 'ask TERM' TERM
+trap 'on_signal USR1' USR1
+trap 'on_signal TERM' TERM
 

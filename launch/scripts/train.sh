@@ -1,16 +1,16 @@
 
 # ---- a run: launch/scripts/train.sh
 
-stamp() { stat --format='%i %z' "$run/outcome.json" 2>/dev/null; }
-before=$(stamp)
+outcome_version() { stat --format='%i %z' "$run/outcome.json" 2>/dev/null; }
+before=$(outcome_version)
 in_ranks nulsq.train "${arguments[@]}"
-ended=$?
+exit_code=$?
 
-# torchrun makes 1 of every exit code of its ranks: what the run itself wrote decides, if it wrote anything this time.
+# torchrun turns every non-zero exit code of its ranks into 1. The run's outcome.json decides, if this attempt wrote it.
 outcome=''
-if [[ $(stamp) != "$before" ]]; then outcome=$("$python" -m launch.batch outcome "$run"); fi
-say "ended with exit code $ended, outcome ${outcome:-not written}"
-if [[ $outcome == saved ]]; then put_back saved; fi
-if [[ -n $asked && -z $outcome ]]; then put_back "not begun"; fi
-if ((ended)) && [[ $outcome != diverged ]]; then put_back_unless_its_own "$ended"; fi
-exit "$ended"
+if [[ $(outcome_version) != "$before" ]]; then outcome=$("$python" -m launch.batch outcome "$run"); fi
+say "ended with exit code $exit_code, outcome ${outcome:-not written}"
+if [[ $outcome == saved ]]; then requeue saved; fi
+if [[ -n $stopping && -z $outcome ]]; then requeue "not started"; fi
+if ((exit_code)) && [[ $outcome != diverged ]]; then requeue_after_cluster_failure "$exit_code"; fi
+exit "$exit_code"

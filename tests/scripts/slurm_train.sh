@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-what='train rn18-0'
+title='train rn18-0'
 run=/runs/rn18-0
 launch=/runs/rn18-0/launch
 folder=/runs/rn18-0/launch/20260101-000000
@@ -28,31 +28,31 @@ restarts=20
 warn=600
 preflight=1
 preflight_only=0
-look=(/runs/rn18-0/launch/code-0123456789ab/configs/recipes/imagenet/rn18_w2a2.yaml optim.lr=0.1 --num_bits 3 --devices=8 --disk=2 --bandwidth=5)
+preflight_arguments=(/runs/rn18-0/launch/code-0123456789ab/configs/recipes/imagenet/rn18_w2a2.yaml optim.lr=0.1 --num_bits 3 --devices=8 --disk=2 --bandwidth=5)
 arguments=(/runs/rn18-0/launch/code-0123456789ab/configs/recipes/imagenet/rn18_w2a2.yaml optim.lr=0.1 --num_bits 3)
 export NCCL_DEBUG=WARN
 
-# ---- the same in every job: launch/scripts/signals.sh
+# ---- in every job: launch/scripts/signals.sh
 
 say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 
-# Slurm tells this script, ahead of the time limit (USR1) or when somebody takes its nodes away (USR1 or TERM). It passes
-# the first word on and waits: one that comes later would make a run end at once.
-asked='' child=''
-ask() {
-    say "asked to save and stop ($1)"
-    if [[ -z $asked && -n $child ]]; then kill -USR1 "$child" 2>/dev/null; fi
-    asked=1
+# Slurm signals this script before the time limit (USR1), or when a job of higher priority takes its nodes (USR1 or
+# TERM). The script forwards the first signal and waits: a second one would end the run at once.
+stopping='' child=''
+on_signal() {
+    say "signal $1: the job saves and stops"
+    if [[ -z $stopping && -n $child ]]; then kill -USR1 "$child" 2>/dev/null; fi
+    stopping=1
 }
-trap 'ask USR1' USR1
-trap 'ask TERM' TERM
+trap 'on_signal USR1' USR1
+trap 'on_signal TERM' TERM
 
 
-# ---- the same in every job: launch/scripts/begin.sh
+# ---- in every job: launch/scripts/begin.sh
 
 set -uo pipefail
 
-# A controller that is busy says nothing: it is asked again.
+# COMMAND: a busy controller does not answer, so Slurm's commands are tried several times.
 slurm() {
     for _ in {1..6}; do
         "$@" && return
@@ -60,24 +60,24 @@ slurm() {
     done
     return 1
 }
-job=$SLURM_JOB_ID # of a task of an array, the last of which has the id of the whole array: with its number
+job=$SLURM_JOB_ID # of one task; the last task of an array has the id of the whole array, so tasks are named by number
 if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 
 restart=${SLURM_RESTART_COUNT:-0}
-say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restart of at most $restarts: $what"
+say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restart of at most $restarts: $title"
 if ((restart > restarts)); then
-    say "restarted $restart times, at most $restarts are allowed: giving up. Submitting it again goes on"
+    say "restarted $restart times, at most $restarts are allowed: giving up. Submit it again to continue"
     slurm scontrol update JobId="$job" Requeue=0
     exit 1
 fi
 if [[ -e $launch/stop ]]; then
-    say "told to stop before it began"
+    say "a stop was requested before the job started"
     exit 99
 fi
 
-# The snapshot before all else; the folder that the job was submitted from at the end, for a plug-in that lies there.
+# The snapshot comes first; the folder that the job was submitted from comes last, for a plug-in in it.
 export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}:$PWD" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun has not taken it from sbatch since Slurm 22.05
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it from sbatch since Slurm 22.05
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))}"
 if [[ -n $interface ]]; then export NCCL_SOCKET_IFNAME="$interface" GLOO_SOCKET_IFNAME="$interface"; fi
 
@@ -87,33 +87,34 @@ env | LC_ALL=C sort | grep -E '^(SLURM|CUDA|NCCL|GLOO|OMP|RAY|TORCH|NULSQ|PYTHON
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) # this script runs there
 address=$("$python" -m launch.batch address \
     "$(slurm scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)") || exit 1
-free_port() { "$python" -m launch.batch port "$SLURM_CLUSTER_NAME-$SLURM_JOB_ID-$restart"; } # right before its use
+free_port() { "$python" -m launch.batch port "$SLURM_CLUSTER_NAME-$SLURM_JOB_ID-$restart"; } # call it right before use
 
-# Wait for a process through all signals; its exit code.
+# PROCESS: wait until it ends, also if signals interrupt the waiting. Returns its exit code.
 await() {
     while kill -0 "$1" 2>/dev/null; do wait "$1"; done
     wait "$1"
 }
 
-# What srun says of tasks that end comes into this job's own log. `since_now`: from here on it is the next step's.
-log=$(readlink -f "/proc/$$/fd/2") since=0
-since_now() { since=$(stat --format=%s "$log" 2>/dev/null || echo 0); }
+# srun reports ended tasks into this job's own log. `mark_step` remembers where the next step's part starts.
+log=$(readlink -f "/proc/$$/fd/2") step_start=0
+mark_step() { step_start=$(stat --format=%s "$log" 2>/dev/null || echo 0); }
 
-on_each_node() { # COMMAND: once on every node, output appended to a log for each; not at all once asked to stop
-    if [[ -n $asked ]]; then return 143; fi
-    since_now
+# COMMAND: run it once on every node, with a log for each node. Does nothing after a signal.
+on_each_node() {
+    if [[ -n $stopping ]]; then return 143; fi
+    mark_step
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 \
         --open-mode=append --output="$logs/$SLURM_JOB_ID-%n-%N.log" "$@" &
     child=$!
-    if [[ -n $asked ]]; then kill -USR1 "$child" 2>/dev/null; fi
+    if [[ -n $stopping ]]; then kill -USR1 "$child" 2>/dev/null; fi
     await "$child"
     local exit_code=$?
     child=''
     return "$exit_code"
 }
 
-# MODULE ARGUMENT...: in all ranks. They meet on the first node, which knows that it is the one by its number: torch asks
-# for names, and a node may have several, or take its own for its loopback.
+# MODULE ARGUMENT...: run it in all ranks. Their rendezvous is on the first node, which is recognized by its number:
+# torch would compare host names, but a node may have several names, or resolve its own to loopback.
 in_ranks() {
     local port
     port=$(free_port) || return 1
@@ -124,60 +125,61 @@ in_ranks() {
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout="$warn" -m "$@"
 }
 
-# Put the job back into the queue, unless it was told to stop, is being cancelled, or has come back often enough.
-put_back() { # WHY
+# REASON: put the job back into the queue, unless a stop was requested, it is being cancelled, or no restart is left.
+requeue() {
     if [[ -e $launch/stop ]]; then
-        say "$1; told to stop, so it is not put back into the queue"
+        say "$1; a stop was requested: not put back into the queue"
     elif ! state=$(slurm squeue --noheader --jobs="$job" --format=%T); then
-        say "$1; Slurm does not answer: submitting it again goes on"
+        say "$1; Slurm does not answer: submit it again to continue"
     elif [[ $state != RUNNING ]]; then
-        say "$1; the job is being ended from outside, so it is not put back into the queue"
+        say "$1; the job is being cancelled: not put back into the queue"
     elif ((restart >= restarts)); then
-        say "$1; restarted $restart times, at most $restarts are allowed: submitting it again goes on"
+        say "$1; restarted $restart times, at most $restarts are allowed: submit it again to continue"
     else
         say "$1; back into the queue"
         slurm scontrol requeue "$job" && exit 0
-        say "scontrol requeue failed: submitting it again goes on"
+        say "scontrol requeue failed: submit it again to continue"
     fi
     exit 99
 }
 
-# After a failure: was it the cluster's? Slurm repeats what it could not tell a crashed node's step, by the step's number,
-# and the job's next attempt has the same. A task that was killed before any other had ended by itself was killed from
-# outside: once one has failed, srun ends the others. And does every node still run what it is given? Slurm notices a
-# crashed one only after minutes.
-put_back_unless_its_own() { # EXIT_CODE
+# EXIT_CODE: after a failure, put the job back into the queue if the cluster caused it. There are two such cases:
+# A task was killed before any other task had ended by itself. When a task fails, srun ends the others, but later. A
+# message that Slurm could not deliver to a crashed node is repeated when the node is back; it names the step by its
+# number, which the job's next attempt uses again.
+# A node does not answer. Slurm itself notices a crashed node only after minutes.
+requeue_after_cluster_failure() {
     if (($1 == 128 + 9 || $1 == 128 + 15)) && awk '/^srun: error: .*: tasks? [-0-9,]+: / {
-        found = /: (Killed|Terminated)$/; exit } END { exit !found }' <(tail -c "+$((since + 1))" "$log"); then
-        put_back "killed from outside"
+        killed = /: (Killed|Terminated)$/; exit } END { exit !killed }' <(tail -c "+$((step_start + 1))" "$log"); then
+        requeue "killed from outside"
     fi
-    if ((SLURM_NNODES == 1)); then return; fi # this script runs there
+    if ((SLURM_NNODES == 1)); then return; fi # this script runs on that node
     for _ in 1 2; do
         timeout -k 10 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true &&
             return
         sleep 5
     done
-    put_back "a node does not answer"
+    requeue "a node does not answer"
 }
 
 if [[ -n $scratch ]]; then
     export NULSQ_SCRATCH="$scratch"
     on_each_node "$python" -m launch.stage "$data" "$scratch"
-    ended=$?
-    if [[ -n $asked ]]; then put_back "not begun"; fi
-    if ((ended)); then
-        put_back_unless_its_own "$ended"
+    exit_code=$?
+    if [[ -n $stopping ]]; then requeue "not started"; fi
+    if ((exit_code)); then
+        requeue_after_cluster_failure "$exit_code"
         say "the data could not be copied to $scratch: see $folder/$SLURM_JOB_ID-*.log"
         exit 1
     fi
 fi
 
 if ((preflight)); then
-    in_ranks launch.preflight "${look[@]}" --report "$folder/preflight-$SLURM_JOB_ID-$restart.json"
-    ended=$?
-    if [[ -n $asked ]]; then put_back "not begun"; fi
-    if ((ended)); then
-        put_back_unless_its_own "$ended"
+    in_ranks launch.preflight "${preflight_arguments[@]}" --report "$folder/preflight-$SLURM_JOB_ID-$restart.json"
+    exit_code=$?
+    if [[ -n $stopping ]]; then requeue "not started"; fi
+    if ((exit_code)); then
+        requeue_after_cluster_failure "$exit_code"
         say "preflight failed: see $folder/$SLURM_JOB_ID-*.log"
         exit 4
     fi
@@ -187,16 +189,16 @@ if ((preflight_only)); then exit 0; fi
 
 # ---- a run: launch/scripts/train.sh
 
-stamp() { stat --format='%i %z' "$run/outcome.json" 2>/dev/null; }
-before=$(stamp)
+outcome_version() { stat --format='%i %z' "$run/outcome.json" 2>/dev/null; }
+before=$(outcome_version)
 in_ranks nulsq.train "${arguments[@]}"
-ended=$?
+exit_code=$?
 
-# torchrun makes 1 of every exit code of its ranks: what the run itself wrote decides, if it wrote anything this time.
+# torchrun turns every non-zero exit code of its ranks into 1. The run's outcome.json decides, if this attempt wrote it.
 outcome=''
-if [[ $(stamp) != "$before" ]]; then outcome=$("$python" -m launch.batch outcome "$run"); fi
-say "ended with exit code $ended, outcome ${outcome:-not written}"
-if [[ $outcome == saved ]]; then put_back saved; fi
-if [[ -n $asked && -z $outcome ]]; then put_back "not begun"; fi
-if ((ended)) && [[ $outcome != diverged ]]; then put_back_unless_its_own "$ended"; fi
-exit "$ended"
+if [[ $(outcome_version) != "$before" ]]; then outcome=$("$python" -m launch.batch outcome "$run"); fi
+say "ended with exit code $exit_code, outcome ${outcome:-not written}"
+if [[ $outcome == saved ]]; then requeue saved; fi
+if [[ -n $stopping && -z $outcome ]]; then requeue "not started"; fi
+if ((exit_code)) && [[ $outcome != diverged ]]; then requeue_after_cluster_failure "$exit_code"; fi
+exit "$exit_code"
