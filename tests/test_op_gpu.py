@@ -164,9 +164,6 @@ def assert_behind_equal_to_oracle(quantizer, x, dy, affine, other, tolerance):
             assert mine is None
         else:
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
-    over = gpu.gradients(x, given := dy.clone(), table, rule, affine, True, other)
-    assert over[0] is given or over[0].data_ptr() == given.data_ptr()
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(over, found, strict=True))
 
 
 def affine_of(x, own):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from nulsq.quant.op import reference as oracle
-from nulsq.quant.op import sole
 from nulsq.quant.op.cpu import kernel as cpu
 from nulsq.quant.op.gpu import kernel as gpu
 from nulsq.quant.op.layout import dense, gradient_buffers
@@ -102,10 +101,7 @@ class Fused(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         rule = sums_asked_for(ctx.rule, ctx.needs_input_grad[:_FIELDS + 1])
         table, rule, affine = _table_and_affine(tensors, rule)
-        # over dy, where autograd keeps it for nobody else: on a CPU new memory is dear
-        over = (x.device.type == "cpu" and not torch.is_grad_enabled()
-                and sole.references(dy) == sole.references_alone())
-        dx, *rest = _in_order(KERNELS[x.device.type].gradients(x, dy, table, rule, affine, over), affine)
+        dx, *rest = _in_order(KERNELS[x.device.type].gradients(x, dy, table, rule, affine), affine)
         return dx, *rest[:_FIELDS], None, *rest[_FIELDS:]
 
 
@@ -180,9 +176,8 @@ def _as_tensors(found, x):
 
 
 def _gradients_over(x, dy, other, *rest):
-    dx, *sums = KERNELS[x.device.type].gradients(x, dy, *_read(rest), over=True, other=other)
-    if dx is not dy:  # another order of memory, or another type
-        dy.copy_(dx)
+    dx, *sums = KERNELS[x.device.type].gradients(x, dy, *_read(rest), other=other)
+    dy.copy_(dx)
     return _as_tensors(sums, x)
 
 

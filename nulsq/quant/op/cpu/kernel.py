@@ -69,18 +69,17 @@ def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) 
 
 
 def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
-              over: bool = False, other: Tensor | None = None) -> tuple[Tensor | None, ...]:
+              other: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """dx and the gradients of gaps, offset and slope, None where the rule's reduction has none; and, where there is an
     affine map, of its scale and shift.
 
-    over: dy is nobody else's, dx may take its memory: a fourth of what backward moves, from memory that is cold.
     other: what else the gradient of x is made of, where there is an affine map: dx has it in it.
     """
     assert other is None or affine is not None
     stored, kinds = x.dtype, [table.gaps.dtype] * 3 + [each.dtype for each in (affine or ())[1:3]]
     x, table, call, affine = _prepare(x, table, rule, affine)
     given, dy = dy, laid_like(dy, x)
-    dx = dy if over or dy is not given else torch.empty_like(x)
+    dx = torch.empty_like(x) if dy is given else dy  # a copy of ours may be written over
     sums = gradient_buffers(table, rule) + [torch.empty_like(each) for each in (affine or ())[1:3]]
     if dy.numel():
         call.dy, call.out = dy.data_ptr(), dx.data_ptr()

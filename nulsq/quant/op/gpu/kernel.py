@@ -59,11 +59,10 @@ def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) 
 
 
 def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
-              over: bool = False, other: Tensor | None = None) -> tuple[Tensor | None, ...]:
+              other: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """dx and the gradients of gaps, offset and slope, None where the rule's reduction has none; and, where there is an
     affine map, of its scale and shift.
 
-    over: dy is nobody else's, dx may take its memory.
     other: what else the gradient of x is made of, where there is an affine map: dx has it in it.
     """
     assert affine is not None or other is None
@@ -76,7 +75,7 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | 
     affine = _lines(x, affine)
     buffers += [torch.empty_like(each) for each in (affine or ())[1:3]]
     given, dy = dy, laid_like(dy, x)
-    dx = dy if over or dy is not given else torch.empty_like(x)
+    dx = torch.empty_like(x) if dy is given else dy  # a copy of ours may be written over
     if x.numel():
         _run(x, dy, dx, None if other is None else laid_like(other, x), table, rule, affine, buffers, channels)
     else:
