@@ -4,7 +4,7 @@
     gpu.py      Triton
 
 To torch.compile, export, fake tensors and CUDA graphs the kernels are operators like any other,
-`torch.ops.nulsq.quantize` and `torch.ops.nulsq.gradients` (behind a batch norm `gradients_behind`; in place `_over`): a
+`torch.ops.nulsq.quantize` and `torch.ops.nulsq.gradients` (behind a batch norm `gradients_behind`): a
 node of the graph with a shape, a gradient and an implementation for each device; their arguments after the table are
 the fields of `Rule` in their order, then those of `Affine`. Plain tensors outside a compiler take the autograd function
 `Fused` instead: the same kernels without the dispatcher, whose bookkeeping costs more than the kernel does on the
@@ -152,10 +152,6 @@ for _suffix in ("", "_inline"):  # _inline: the same, of which Inductor may make
     _library.define(f"gradients{_suffix}(Tensor x, Tensor dy, {_TABLE}, {_RULE}) -> (Tensor, {_SUMS})")
 _library.define(f"gradients_behind(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> "
                 f"(Tensor, {_SUMS}, Tensor, Tensor)")
-# The same with dx in the place of dy, for a compiler that knows whose dy is. `other` is added to dx.
-_library.define(f"gradients_over(Tensor x, Tensor(a!) dy, {_TABLE}, {_RULE}) -> ({_SUMS})")
-_library.define(f"gradients_behind_over(Tensor x, Tensor(a!) dy, Tensor? other, {_TABLE}, {_RULE}, {_AFFINE}) -> "
-                f"({_SUMS}, Tensor, Tensor)")
 
 
 def _read(arguments):
@@ -175,19 +171,11 @@ def _as_tensors(found, x):
     return tuple(x.new_empty(0) if each is None else each for each in found)
 
 
-def _gradients_over(x, dy, other, *rest):
-    dx, *sums = KERNELS[x.device.type].gradients(x, dy, *_read(rest), other=other)
-    dy.copy_(dx)
-    return _as_tensors(sums, x)
-
-
 for _device in KERNELS:
     for _suffix in ("", "_inline"):
         _library.impl(f"quantize{_suffix}", lambda x, *rest: _quantize(x, *_read(rest)), _device.upper())
     for _suffix in ("", "_inline", "_behind"):
         _library.impl(f"gradients{_suffix}", _gradients_of, _device.upper())
-    _library.impl("gradients_over", lambda x, dy, *rest: _gradients_over(x, dy, None, *rest), _device.upper())
-    _library.impl("gradients_behind_over", _gradients_over, _device.upper())
 
 
 @torch.library.register_fake("nulsq::quantize_inline", lib=_library)
@@ -200,18 +188,9 @@ def _quantize_like(x, *rest):
 @torch.library.register_fake("nulsq::gradients_behind", lib=_library)
 @torch.library.register_fake("nulsq::gradients", lib=_library)
 def _gradients_like(x, dy, *rest):
-    return torch.empty_like(dense(x)), *_sums_like(x, dy, *rest)
-
-
-@torch.library.register_fake("nulsq::gradients_over", lib=_library)
-def _sums_like(x, dy, *rest):
     table, rule, affine = _read(rest)
-    return _as_tensors((*gradient_buffers(table, rule), *map(torch.empty_like, (affine or ())[1:3])), x)
-
-
-@torch.library.register_fake("nulsq::gradients_behind_over", lib=_library)
-def _sums_behind_like(x, dy, other, *rest):
-    return _sums_like(x, dy, *rest)
+    sums = *gradient_buffers(table, rule), *map(torch.empty_like, (affine or ())[1:3])
+    return torch.empty_like(dense(x)), *_as_tensors(sums, x)
 
 
 def _keep(ctx, inputs, output):

@@ -44,7 +44,7 @@ class _Call(ctypes.Structure):
     _fields_ = ([("rule", _Rule)] + [(name, ctypes.c_int) for name in ("storage", "threads", "gap_count")]
                 + [(name, ctypes.c_int64) for name in ("channels", "elements", "features", "plane")]
                 + [(name, ctypes.c_void_p) for name in ("ties_up", "gaps", "levels", "thresholds", "center", "scale",
-                                                        "shift", "inverse", "x", "dy", "other", "out", "dgaps",
+                                                        "shift", "inverse", "x", "dy", "out", "dgaps",
                                                         "doffset", "dslope", "dscale", "dshift")])
 
 
@@ -68,14 +68,11 @@ def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) 
     return _in_type(y, stored)
 
 
-def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
-              other: Tensor | None = None) -> tuple[Tensor | None, ...]:
+def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule,
+              affine: Affine | None = None) -> tuple[Tensor | None, ...]:
     """dx and the gradients of gaps, offset and slope, None where the rule's reduction has none; and, where there is an
     affine map, of its scale and shift.
-
-    other: what else the gradient of x is made of, where there is an affine map: dx has it in it.
     """
-    assert other is None or affine is not None
     stored, kinds = x.dtype, [table.gaps.dtype] * 3 + [each.dtype for each in (affine or ())[1:3]]
     x, table, call, affine = _prepare(x, table, rule, affine)
     given, dy = dy, laid_like(dy, x)
@@ -86,9 +83,6 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | 
         call.dgaps, call.doffset, call.dslope = (each if each is None else each.data_ptr() for each in sums[:3])
         if affine is not None:
             call.dscale, call.dshift = (each.data_ptr() for each in sums[3:])
-        if other is not None:
-            other = laid_like(other, x)
-            call.other = other.data_ptr()
         _library().nulsq_run(call)
     else:
         sums = [each if each is None else each.zero_() for each in sums]
