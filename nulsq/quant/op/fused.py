@@ -22,7 +22,7 @@ from nulsq.quant.op import reference as oracle
 from nulsq.quant.op.cpu import kernel as cpu
 from nulsq.quant.op.gpu import kernel as gpu
 from nulsq.quant.op.layout import dense, gradient_buffers
-from nulsq.quant.op.reference import Affine, Oracle, Rule, Table, sums_asked_for
+from nulsq.quant.op.reference import Affine, Rule, Table, sums_asked_for
 
 KERNELS = {"cpu": cpu, "cuda": gpu}
 _TABLE = "Tensor gaps, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
@@ -41,8 +41,7 @@ def available(device: str) -> bool:
 
 def takes_affine(x: Tensor, rule: Rule) -> bool:
     """Whether `fused` has a kernel for x behind an affine map."""
-    return (x.device.type in KERNELS and KERNELS[x.device.type].takes(rule)
-            and not torch._C._are_functorch_transforms_active())
+    return x.device.type in KERNELS and KERNELS[x.device.type].takes(rule)
 
 
 def fused(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> Tensor:
@@ -50,8 +49,6 @@ def fused(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> 
         if affine is None and len(rule.ties_up) <= MOST_INLINED:
             return torch.ops.nulsq.quantize_inline(x, *table, *rule)
         return torch.ops.nulsq.quantize(x, *table, *rule, *(affine or ()))
-    if torch._C._are_functorch_transforms_active():
-        return Transformed.apply(x, *table, rule)
     return Fused.apply(x, *table, rule, *(affine or (None,) * _LINES))
 
 
@@ -112,24 +109,6 @@ def _table_and_affine(tensors, rule):
 
 def _quantize(x, table, rule, affine):
     return KERNELS[x.device.type].quantize(x, table, rule, affine)
-
-
-class Transformed(Oracle):
-    """The same in the shape that torch.func asks for, which takes longer to call; keeps what the oracle keeps."""
-
-    @staticmethod
-    def forward(x, gaps, levels, thresholds, offset, slope, rule):
-        return torch.ops.nulsq.quantize(x, gaps, levels, thresholds, offset, slope, *rule)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, *table = ctx.saved_tensors
-        rule = sums_asked_for(ctx.rule, ctx.needs_input_grad)
-        return *_in_order(torch.ops.nulsq.gradients(x, dy, *table, *rule))[:_FIELDS + 1], None
-
-    @staticmethod
-    def vmap(info, dims, x, *rest):
-        return _quantize_batch(info, dims, x, *rest[:_FIELDS], *rest[_FIELDS])
 
 
 def _in_order(found, affine=None):
@@ -237,36 +216,3 @@ def inline_forward() -> None:
         return _as_tensors(oracle.gradients(x, dy, table, rule), x)
 
     fast_random_decomps.cache_clear()  # Inductor's copy of its table, if anything was compiled before
-
-
-# ---- torch.vmap, for the gradients of each sample: a batch of calls is one call with a table for each "channel"
-
-
-def _quantize_batch(info, dims, x, *rest):
-    (x,), table, unfold, _ = _fold(info.batch_size, dims, (x,), rest)
-    return unfold(torch.ops.nulsq.quantize(x, *table, *rest[_FIELDS:])), 0
-
-
-def _gradients_batch(info, dims, x, dy, *rest):
-    (x, dy), table, unfold, unfold_sums = _fold(info.batch_size, dims, (x, dy), rest)
-    dx, *sums = torch.ops.nulsq.gradients(x, dy, *table, *rest[_FIELDS:])
-    return (unfold(dx), *map(unfold_sums, sums)), (0, *(0 if each.numel() else None for each in sums))
-
-
-torch.library.register_vmap("nulsq::quantize", _quantize_batch, lib=_library)
-torch.library.register_vmap("nulsq::quantize_inline", _quantize_batch, lib=_library)
-torch.library.register_vmap("nulsq::gradients", _gradients_batch, lib=_library)
-
-
-def _fold(size, dims, tensors, rest):
-    """Tensors as [size * channels, ...] and the table with a row for each; and the way back for both."""
-    def whole(t, dim):
-        return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-
-    count = len(tensors)
-    tensors = [whole(*each) for each in zip(tensors, dims, strict=False)]
-    table = [t if t is None else whole(t, dim) for t, dim in zip(rest[:_FIELDS], dims[count:], strict=False)]
-    channels = table[0].shape[1:-1]  # () or (C,)
-    rows, shape = size * channels.numel(), tensors[0].shape
-    return ([t.reshape(rows, -1) for t in tensors], [t if t is None else t.reshape(rows, -1) for t in table],
-            lambda y: y.view(shape), lambda s: s.view(size, *channels, -1) if s.numel() else s)
