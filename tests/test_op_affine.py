@@ -158,7 +158,7 @@ def test_a_compilers_gradients_are_the_kernels(name, ste, memory):
 def test_behind_a_batch_norm_every_method_equals_the_oracle(name, shape, memory, own):
     """With what goes through the statistics, every straight-through rule."""
     cases = itertools.product((2, 3, 4), ((True, False), (True, True), (False, True)))
-    for (bits, (relu, signed)), ste in zip(cases, itertools.cycle(["clip", "half", "none", "clip_open"]), strict=False):
+    for (bits, (relu, signed)), ste in zip(cases, itertools.cycle(["clip", "none"]), strict=False):
         for kind, tolerance in ((torch.float64, 1e-11), (torch.float32, 3e-5), (torch.bfloat16, 2**-6)):
             computed = torch.promote_types(kind, torch.float32)
             quantizer, (x, dy) = ready(name, bits, signed).to(computed), tensors(shape, memory, kind)

@@ -77,7 +77,7 @@ def test_kernel_of_the_narrowest_and_the_widest(bits):
 
 
 @kernel
-@pytest.mark.parametrize("ste", ["clip", "clip_open", "half", "none"])
+@pytest.mark.parametrize("ste", ["clip", "none"])
 def test_kernel_at_thresholds_and_ends(ste):
     for name in ("lsq", "nulsq"):
         quantizer = ready(name, 2, signed=True, ste=ste)
@@ -209,7 +209,7 @@ def test_kernel_behind_a_batch_norm_of_every_method_width_and_type(name, bits, d
 
 
 @kernel
-@pytest.mark.parametrize("ste", ["clip", "clip_open", "half", "none"])
+@pytest.mark.parametrize("ste", ["clip", "none"])
 def test_kernel_behind_a_batch_norm_by_every_straight_through_rule(ste):
     for name in ("lsq", "nulsq"):
         quantizer = ready(name, 2, signed=True, ste=ste).to(DEVICE).double()

@@ -8,7 +8,7 @@ level index and gradients. The form is chosen here and nowhere else, so no quant
     fused    one pass in each direction: C++ on the CPU (cpu.py), Triton on a GPU (gpu.py)
 
 fused wherever its kernel can be compiled, else eager or oracle. `force("oracle")` and the like override the choice.
-Under a torch.func transform it is always the oracle.
+Under a torch.func transform, and for the straight-through rules `clip_open` and `half`, it is always the oracle.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ FORMS = {
     "eager": lambda x, table, rule: Eager.apply(x, *table, rule),
     "fused": fused,
 }
+FAST_STE_RULES = ("clip", "none")  # the others of `Rule.ste` are there to reproduce other implementations
 _forced: str | None = None
 
 
@@ -38,12 +39,17 @@ def fake_quantize(x: Tensor, table: Table, rule: Rule, form: str | None = None,
 
     affine: what x goes through before that, of one pass with it where there is a kernel for both; per-tensor tables.
     """
-    form = "oracle" if under_transform() else form or _forced or _choose(x, table)
+    form = "oracle" if needs_reference(rule) else form or _forced or _choose(x, table)
     if affine is None:
         return FORMS[form](x, table, rule)
     if form == "fused" and takes_affine(x, rule):
         return fused(x, table, rule, affine)
     return FORMS[form](affine.of(x), table, rule).to(x.dtype)
+
+
+def needs_reference(rule: Rule) -> bool:
+    """Whether only the definition in plain PyTorch will do, whatever is forced."""
+    return rule.ste not in FAST_STE_RULES or under_transform()
 
 
 def _choose(x, table):

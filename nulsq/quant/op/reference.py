@@ -133,7 +133,7 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor |
     else:
         at, low, high = x, _column(table.levels, 0, x), _column(table.levels, -1, x)
     inside = (at >= low) & (at <= high)
-    dx = input_gradient(dy, at, low, high, inside, rule.ste)
+    dx = _input_gradient(dy, at, low, high, inside, rule.ste)
     dx = (torch.where(x <= 0, 0, dx) if rule.relu else dx).to(stored)
     if rule.reduction == "none":
         return dx, *(None,) * 3
@@ -214,7 +214,7 @@ def _above(x, threshold, tie_goes_up):
     return x >= threshold if tie_goes_up else x > threshold
 
 
-def input_gradient(dy, x, low, high, inside, ste):
+def _input_gradient(dy, x, low, high, inside, ste):
     if ste == "none":
         return dy
     if ste == "clip":

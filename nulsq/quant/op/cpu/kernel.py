@@ -22,7 +22,6 @@ from torch import Tensor
 
 from nulsq.quant.op.layout import dense, gradient_buffers, laid_like, laid_out
 from nulsq.quant.op.reference import Affine, Rule, Table, computed_in
-from nulsq.quant.settings import STE_RULES
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "kinds.h", "lines.h", "table.h", "lanes.h")]
 # Without -ffast-math: NaN has to stay NaN, and no sum may be taken apart. Where a loop lies is worth a tenth of a pass,
@@ -32,6 +31,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trappi
          "-Wno-unknown-pragmas")
 COMPILERS = ("c++", "g++", "clang++")
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+STE_RULES = ("clip", "none")
 REDUCTIONS = ("none", "total", "per_gap", "per_cell")
 
 

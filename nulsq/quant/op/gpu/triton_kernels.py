@@ -65,14 +65,8 @@ def _passed(x, dy, step, low, high, UNIFORM: tl.constexpr, RELU: tl.constexpr, S
     if UNIFORM:
         x = divide(x, step)
     if STE == "none":
-        dx = dy
-    elif STE == "clip":
-        dx = tl.where((x <= high) if FROM_ZERO else (x >= low) & (x <= high), dy, 0.0)
-    else:
-        dx = tl.where((x > low) & (x < high), dy, 0.0)
-        if STE == "half":
-            dx += tl.where((x == low) | (x == high), 0.5 * dy, 0.0)
-    return x, dx
+        return x, dy
+    return x, tl.where((x <= high) if FROM_ZERO else (x >= low) & (x <= high), dy, 0.0)
 
 
 @triton.jit
