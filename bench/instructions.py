@@ -51,16 +51,15 @@ class Launches:
 
 
 def launches(made, x: torch.Tensor, dy: torch.Tensor, behind: bool) -> list:
-    """What a quantizer's forward and backward launch for x; `behind` a batch norm, with another branch's gradient."""
+    """What a quantizer's forward and backward launch for x; `behind` a batch norm."""
     table, rule = Table(*(t if t is None else t.detach() for t in made.table())), made.rule()
-    affine = other = None
+    affine = None
     if behind:
         affine = Affine(*(torch.ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(4)))
-        other = dy
     recorder = Launches(gpu._kernels())
     with mock.patch.object(gpu, "_kernels", lambda: recorder):
         gpu.quantize(x, table, rule, affine)
-        gpu.gradients(x, dy, table, rule, affine, other=other)
+        gpu.gradients(x, dy, table, rule, affine)
     return recorder.seen
 
 

@@ -36,13 +36,17 @@ def tensor(store, key) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(store[key]))
 
 
-def build(case: dict, *, kind: str, bits: int, grad_scale=None, signed=None, init="NMSE") -> nulsq.Quantizer:
-    """Our quantizer for a case, with the parity options. KeyError for a name that we do not know."""
+def build(case: str, *, kind: str, bits: int, grad_scale: str | None = None, signed: bool | None = None,
+          init: str = "NMSE", default_rule: bool = False) -> nulsq.Quantizer:
+    """Our quantizer for a case, with the parity options; default_rule: with our own rule for the ends of the range.
+
+    Raises KeyError for a name that we do not know.
+    """
     name, sign = OURS[case]
     if case == "LCQ" and kind == "activation" and signed:
         bits += 1  # the reference has 2^bits - 1 levels on each side: our signed grid of one bit more
     options = {"signed": sign if signed is None else signed, "grad_scale": GRAD_SCALES[grad_scale],
-               "init": INITIALIZERS[init], "ste": ste(case, kind, bits)}
+               "init": INITIALIZERS[init], "ste": None if default_rule else ste(case, kind, bits)}
     if name == "minmax":
         options["range"] = "reference"
     return nulsq.get_quantizer(name)(bits, kind, **options)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 import subprocess
 import sys
 
@@ -162,7 +161,7 @@ def test_forward_is_part_of_what_stands_before_and_backward_is_the_kernel():
         _, code = run_and_get_code(lambda: quick(x).square().sum().backward())
     for mine, theirs in zip([each.grad for each in model.parameters()], wanted, strict=True):
         torch.testing.assert_close(mine, theirs)
-    assert "ops.nulsq.gradients_over" in "".join(code) and "ops.nulsq.quantize" not in "".join(code)
+    assert "ops.nulsq.gradients.default(" in "".join(code) and "ops.nulsq.quantize" not in "".join(code)
     # What the batch norm takes and what one convolution takes; what the quantizers and the other one take is made
     # again, and no comparison is kept for that.
     large = [each.dtype for each in kept if each.shape == (2, 4, 7, 7)]
@@ -195,10 +194,8 @@ def test_a_folded_batch_norm_is_two_kernels_of_a_compiled_step(frozen, device):
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
     code = "".join(code)
-    # the images' quantizer, behind no batch norm, is comparisons forward; of two gradients of one tensor the second
-    # kernel adds the first
-    assert code.count("ops.nulsq.quantize.default(") == 3 and code.count("ops.nulsq.gradients_over.default(") == 1
-    behind = re.findall(r"ops.nulsq.gradients_behind_over.default\(\w+, \w+, (\w+),", code)
-    assert len(behind) == 2 and behind[0] == "None" != behind[1]
+    # the images' quantizer, behind no batch norm, is comparisons forward
+    assert code.count("ops.nulsq.quantize.default(") == 3 and code.count("ops.nulsq.gradients.default(") == 1
+    assert code.count("ops.nulsq.gradients_behind.default(") == 2
     assert code.count("ops.nulsq.moments.default(") == (0 if frozen else 1)
     assert [each.dtype for each in kept if each.shape == (2, 4, 7, 7)] == [torch.float64] * 2

@@ -156,9 +156,9 @@ def test_a_compilers_gradients_are_the_kernels(name, ste, memory):
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != (40, 33, 1, 1)], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_behind_a_batch_norm_every_method_equals_the_oracle(name, shape, memory, own):
-    """With what goes through the statistics, every straight-through rule, and another branch's gradient on the way."""
+    """With what goes through the statistics, every straight-through rule."""
     cases = itertools.product((2, 3, 4), ((True, False), (True, True), (False, True)))
-    for (bits, (relu, signed)), ste in zip(cases, itertools.cycle(["clip", "half", "none", "clip_open"]), strict=False):
+    for (bits, (relu, signed)), ste in zip(cases, itertools.cycle(["clip", "none"]), strict=False):
         for kind, tolerance in ((torch.float64, 1e-11), (torch.float32, 3e-5), (torch.bfloat16, 2**-6)):
             computed = torch.promote_types(kind, torch.float32)
             quantizer, (x, dy) = ready(name, bits, signed).to(computed), tensors(shape, memory, kind)
@@ -174,16 +174,11 @@ def assert_gradients_equal_to_the_oracles(quantizer, x, dy, affine, relu, tolera
     wanted_dx, wanted_lines = wanted[0], wanted[1:3 if affine.inverse is not None else 4]
     arguments = (Table(*(None if each is None else each.detach() for each in quantizer.table())),
                  quantizer.rule()._replace(relu=relu), Affine(*given))
-    other = torch.randn_like(x)
-    for added in (None, other):
-        held = dy.clone(memory_format=torch.preserve_format)
-        dx, *sums = cpu.gradients(x, held, *arguments, over=True, other=added)
-        assert torch.equal(held, dx) and torch.equal(dx, cpu.gradients(x, dy, *arguments, other=added)[0])
-        whole = wanted_dx if added is None else wanted_dx + other
-        torch.testing.assert_close(dx, whole, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
-        lines_found = sums[3:] if affine.inverse is not None else (-affine.scale * sums[4], *sums[3:])
-        for mine, theirs in zip(lines_found, wanted_lines, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+    dx, *sums = cpu.gradients(x, dy, *arguments)
+    torch.testing.assert_close(dx, wanted_dx, rtol=tolerance, atol=tolerance * float(wanted_dx.abs().max()))
+    lines_found = sums[3:] if affine.inverse is not None else (-affine.scale * sums[4], *sums[3:])
+    for mine, theirs in zip(lines_found, wanted_lines, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 
 
 def test_second_derivatives_under_transforms_are_those_of_batch_norm():
@@ -207,16 +202,12 @@ def test_the_operators_keep_torchs_contract():
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     for name, inverse in itertools.product(METHODS, (None, torch.rand(19))):
         quantizer = ready(name, 3)
-        behind, over = torch.ops.nulsq.gradients_behind, torch.ops.nulsq.gradients_behind_over
+        behind = torch.ops.nulsq.gradients_behind
         with torch.no_grad():
             arguments = quantizer.table(), quantizer.rule(), Affine(*affine[:3], inverse)
         rest = [each for part in arguments for each in part]
         torch.library.opcheck(behind.default, (x, dy, *rest), **checks)
         assert_told(behind(x, dy, *rest), cpu.gradients(x, dy, *arguments))
-        for other in (None, torch.randn_like(x)):
-            torch.library.opcheck(over.default, (x, dy.clone(), other, *rest), **checks)
-            held, wanted = dy.clone(), cpu.gradients(x, dy, *arguments, other=other)
-            assert_told((*over(x, held, other, *rest), held), (*wanted[1:], wanted[0]))
 
 
 def assert_told(operators, functions):

@@ -77,7 +77,7 @@ def test_kernel_of_the_narrowest_and_the_widest(bits):
 
 
 @kernel
-@pytest.mark.parametrize("ste", ["clip", "clip_open", "half", "none"])
+@pytest.mark.parametrize("ste", ["clip", "none"])
 def test_kernel_at_thresholds_and_ends(ste):
     for name in ("lsq", "nulsq"):
         quantizer = ready(name, 2, signed=True, ste=ste)
@@ -143,7 +143,7 @@ def test_tiles_across_channels_leave_little_empty():
 # ---- behind a batch norm
 
 
-def assert_behind_equal_to_oracle(quantizer, x, dy, affine, other, tolerance):
+def assert_behind_equal_to_oracle(quantizer, x, dy, affine, tolerance):
     """The kernels beside autograd through the map in plain PyTorch; levels bit for bit."""
     table, rule = Table(*(None if t is None else t.detach() for t in quantizer.table())), quantizer.rule()
     leaves = [x.detach().requires_grad_(), *(each.requires_grad_() for each in affine[1:3])]
@@ -151,22 +151,19 @@ def assert_behind_equal_to_oracle(quantizer, x, dy, affine, other, tolerance):
     wanted_y = oracle.quantize(mapped, table, rule)[0].to(x.dtype)
     dmapped, *sums = oracle.gradients(mapped.detach(), dy, table, rule)
     dx, dscale, dshift = torch.autograd.grad(mapped, leaves, dmapped)
-    wanted = [dx if other is None else dx + other, *sums, dscale, dshift]
+    wanted = [dx, *sums, dscale, dshift]
 
     affine = Affine(*(each if each is None else each.detach() for each in affine))
     y = gpu.quantize(x, table, rule, affine)
     assert y.dtype == x.dtype and y.stride() == x.stride()
     assert torch.equal(y, wanted_y) or INTERPRETED and x.dtype == torch.bfloat16
-    found = gpu.gradients(x, dy.clone(), table, rule, affine, other=other)
+    found = gpu.gradients(x, dy, table, rule, affine)
     assert found[0].dtype == x.dtype and found[0].stride() == x.stride()
     for mine, theirs in zip(found, wanted, strict=True):
         if theirs is None:
             assert mine is None
         else:
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
-    over = gpu.gradients(x, given := dy.clone(), table, rule, affine, True, other)
-    assert over[0] is given or over[0].data_ptr() == given.data_ptr()
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(over, found, strict=True))
 
 
 def affine_of(x, own):
@@ -190,13 +187,11 @@ ALL = [(4, 3, 5, 7), (2, 16, 9, 9), (5, 1, 8, 8), (9, 33, 1, 1), (3, 2, 40, 41)]
 def test_kernel_behind_a_batch_norm_on_every_shape(shape, memory):
     x, dy = (t.contiguous(memory_format=memory) for t in tensors(*shape))
     several = shape == ALL[-1]
-    for name, cases in {"nulsq": [(False, None), (True, dy + 1)] if several else
-                        [(False, None), (False, dy + 1), (True, None), (True, dy + 1)],
-                        "lsq": [(True, dy)], "lcq": [] if several else [(True, None)]}.items():
+    for name, cases in {"nulsq": [False, True], "lsq": [True], "lcq": [] if several else [True]}.items():
         quantizer = ready(name, 3, signed=False).to(DEVICE)
         quantizer.relu = True
-        for own, other in cases:
-            assert_behind_equal_to_oracle(quantizer, x, dy, affine_of(x, own), other, 1e-4)
+        for own in cases:
+            assert_behind_equal_to_oracle(quantizer, x, dy, affine_of(x, own), 1e-4)
 
 
 @kernel
@@ -210,11 +205,11 @@ def test_kernel_behind_a_batch_norm_of_every_method_width_and_type(name, bits, d
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in tensors(4, 6, 5, 7, dtype=dtype))
         tolerance = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float64: 1e-10}[dtype]
         quantizer = quantizer.double() if dtype == torch.float64 else quantizer
-        assert_behind_equal_to_oracle(quantizer, x, dy, affine_of(x, own=True), dy, tolerance)
+        assert_behind_equal_to_oracle(quantizer, x, dy, affine_of(x, own=True), tolerance)
 
 
 @kernel
-@pytest.mark.parametrize("ste", ["clip", "clip_open", "half", "none"])
+@pytest.mark.parametrize("ste", ["clip", "none"])
 def test_kernel_behind_a_batch_norm_by_every_straight_through_rule(ste):
     for name in ("lsq", "nulsq"):
         quantizer = ready(name, 2, signed=True, ste=ste).to(DEVICE).double()

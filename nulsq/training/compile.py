@@ -18,9 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from nulsq.quant.op import inline_forward
 
 BEHIND = torch.ops.nulsq.gradients_behind.default  # behind a batch norm
-# Gradients of a quantizer, and the same with dx in the place of dy.
-IN_PLACE = {torch.ops.nulsq.gradients.default: torch.ops.nulsq.gradients_over.default,
-            BEHIND: torch.ops.nulsq.gradients_behind_over.default}
+GRADIENTS = (torch.ops.nulsq.gradients.default, BEHIND)
 
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
@@ -30,8 +28,7 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
                       f"slower): {reason}", stacklevel=2)
         return model
     inline_forward()
-    return torch.compile(model, options={"joint_custom_pre_pass": _InputsMadeAgain(),
-                                         "post_grad_custom_post_pass": _GradientsInPlace()})
+    return torch.compile(model, options={"joint_custom_pre_pass": _InputsMadeAgain()})
 
 
 class _Pass(CustomGraphPass):
@@ -39,8 +36,8 @@ class _Pass(CustomGraphPass):
     says what the operation's nodes mean. To torch an operator is its name."""
 
     def uuid(self) -> bytes:
-        operation = Path(__file__).parent / "quant" / "op"
-        return get_hash_for_files((__file__, *map(str, sorted(operation.glob("*.py")))))
+        operation = Path(__file__).parents[1] / "quant" / "op"
+        return get_hash_for_files((__file__, *map(str, sorted(operation.rglob("*.py")))))
 
 
 class _InputsMadeAgain(_Pass):
@@ -55,7 +52,7 @@ class _InputsMadeAgain(_Pass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         met = set()
         for node in graph.nodes:  # in order
-            if node.target not in IN_PLACE:
+            if node.target not in GRADIENTS:
                 continue
             source, taken = node.args[0], _convolved(node.args[1])
             if node.target is BEHIND:
@@ -93,50 +90,6 @@ def _convolved(gradient: torch.fx.Node) -> torch.fx.Node | None:
         return None
     found = gradient.args[0]
     return found.args[1] if found.target is torch.ops.aten.convolution_backward.default else None
-
-
-class _GradientsInPlace(_Pass):
-    """A quantizer's dx takes the place of its dy, where that comes from a convolution and goes nowhere else: a new
-    tensor is memory, and on a CPU cold. Behind a batch norm the gradient of another branch is added on the way."""
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        place = {node: number for number, node in enumerate(graph.nodes)}
-        for node in [node for node in graph.nodes if node.target in IN_PLACE]:
-            x, dy, *rest = node.args
-            if _convolved(dy) is None or len(dy.users) > 1:
-                continue
-            if not _laid_alike(dy, x):
-                continue  # it would be copied into the other's order, and back
-            dx = [part for part in node.users if part.args[1] == 0]
-            addition = _only_addition(dx)
-            other = next((each for each in addition.args if each not in dx), None) if addition else None
-            if node.target is not BEHIND or other is None or place[other] > place[node] or not _laid_alike(other, x):
-                addition = other = None
-            with graph.inserting_before(node):
-                arguments = (x, dy, other, *rest) if node.target is BEHIND else node.args
-                sums = graph.call_function(IN_PLACE[node.target], arguments, node.kwargs)
-            sums.meta["val"] = node.meta["val"][1:]
-            for part in list(node.users):
-                if part not in dx:
-                    part.args = sums, part.args[1] - 1
-            for done in filter(None, (addition, *dx)):
-                done.replace_all_uses_with(dy)
-                graph.erase_node(done)
-            graph.erase_node(node)
-
-
-def _only_addition(dx: list[torch.fx.Node]) -> torch.fx.Node | None:
-    """The addition of two tensors that is all that dx goes into."""
-    users = [user for node in dx for user in node.users]
-    is_one = len(users) == 1 and users[0].target is torch.ops.aten.add.Tensor and not users[0].kwargs
-    return users[0] if is_one and all(isinstance(each, torch.fx.Node) for each in users[0].args) else None
-
-
-def _laid_alike(a: torch.fx.Node, b: torch.fx.Node) -> bool:
-    """Whether both have the same shape, type and order of memory."""
-    a, b = a.meta["val"], b.meta["val"]
-    return (a.dtype == b.dtype and statically_known_true(sym_eq(a.shape, b.shape))
-            and statically_known_true(sym_eq(a.stride(), b.stride())))
 
 
 def why_not(device: torch.device) -> str:

@@ -8,6 +8,7 @@ level index and gradients. The form is chosen here and nowhere else, so no quant
     fused    one pass in each direction: C++ on the CPU (cpu.py), Triton on a GPU (gpu.py)
 
 fused wherever its kernel can be compiled, else eager or oracle. `force("oracle")` and the like override the choice.
+Under a torch.func transform, and for the straight-through rules `clip_open` and `half`, it is always the oracle.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from nulsq.quant.op.eager import Eager
 from nulsq.quant.op.fused import available, fused, inline_forward, requantized, takes_affine
-from nulsq.quant.op.reference import Affine, Oracle, Rule, Table, encode, scale_gradient
+from nulsq.quant.op.reference import Affine, Oracle, Rule, Table, encode, scale_gradient, under_transform
 
 __all__ = ["FORMS", "Affine", "Rule", "Table", "available", "encode", "fake_quantize", "force", "inline_forward",
            "requantized", "scale_gradient"]
@@ -28,6 +29,7 @@ FORMS = {
     "eager": lambda x, table, rule: Eager.apply(x, *table, rule),
     "fused": fused,
 }
+FAST_STE_RULES = ("clip", "none")  # the others of `Rule.ste` are there to reproduce other implementations
 _forced: str | None = None
 
 
@@ -37,7 +39,7 @@ def fake_quantize(x: Tensor, table: Table, rule: Rule, form: str | None = None,
 
     affine: what x goes through before that, of one pass with it where there is a kernel for both; per-tensor tables.
     """
-    form = form or _forced or _choose(x, table)
+    form = "oracle" if needs_reference(rule) else form or _forced or _choose(x, table)
     if affine is None:
         return FORMS[form](x, table, rule)
     if form == "fused" and takes_affine(x, rule):
@@ -45,10 +47,15 @@ def fake_quantize(x: Tensor, table: Table, rule: Rule, form: str | None = None,
     return FORMS[form](affine.of(x), table, rule).to(x.dtype)
 
 
+def needs_reference(rule: Rule) -> bool:
+    """Whether only the definition in plain PyTorch will do, whatever is forced."""
+    return rule.ste not in FAST_STE_RULES or under_transform()
+
+
 def _choose(x, table):
     if available(x.device.type):
         return "fused"
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return "oracle"
     return "eager" if x.device.type == "cpu" and table.gaps.dim() == 1 else "oracle"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nulsq.quant.op.fused import KERNELS
-from nulsq.quant.op.reference import Affine, computed_in
+from nulsq.quant.op.reference import Affine, computed_in, under_transform
 
 
 def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Affine, Tensor, Tensor]:
@@ -22,7 +22,7 @@ def batch_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[A
     """
     if x.numel() // x.shape[1] < 2:
         raise ValueError(f"a batch norm in training needs more than one element of each channel, x is {tuple(x.shape)}")
-    if torch._C._are_functorch_transforms_active():  # which see what plain torch does, to any order
+    if under_transform():  # which see what plain torch does, to any order
         var, mean = torch.var_mean(x.to(computed_in(x)), (0, *range(2, x.dim())), correction=0)
         return Affine(mean, weight * (var + eps).rsqrt(), bias), mean.detach(), var.detach()
     moments = torch.ops.nulsq.moments if torch.compiler.is_compiling() else KERNELS[x.device.type].moments

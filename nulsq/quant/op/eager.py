@@ -10,7 +10,7 @@ is counted once, kept as one byte per element, and everything follows from it by
 
 import torch
 
-from nulsq.quant.op.reference import Table, end_codes, gap_gradient, input_gradient, prepared, segment
+from nulsq.quant.op.reference import Table, end_codes, gap_gradient, prepared, segment
 
 PIECE = 1 << 15  # elements that are summed up one by one in float32
 
@@ -53,7 +53,7 @@ class Eager(torch.autograd.Function):
             at, low, high = x, table.levels[0], table.levels[-1]
             clamped = torch.maximum(torch.minimum(at, high), low)
         inside = clamped == at
-        dx = dy * inside if rule.ste == "clip" else input_gradient(dy, at, low, high, inside, rule.ste)
+        dx = dy * inside if rule.ste == "clip" else dy
         dx = dx.masked_fill(x <= 0, 0) if rule.relu else dx
         dx = _unflat(dx.to(stored), *ctx.shape)
         if rule.reduction == "none" or not any(ctx.needs_input_grad[1:]):

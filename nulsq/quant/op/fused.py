@@ -4,7 +4,7 @@
     gpu.py      Triton
 
 To torch.compile, export, fake tensors and CUDA graphs the kernels are operators like any other,
-`torch.ops.nulsq.quantize` and `torch.ops.nulsq.gradients` (behind a batch norm `gradients_behind`; in place `_over`): a
+`torch.ops.nulsq.quantize` and `torch.ops.nulsq.gradients` (behind a batch norm `gradients_behind`): a
 node of the graph with a shape, a gradient and an implementation for each device; their arguments after the table are
 the fields of `Rule` in their order, then those of `Affine`. Plain tensors outside a compiler take the autograd function
 `Fused` instead: the same kernels without the dispatcher, whose bookkeeping costs more than the kernel does on the
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from nulsq.quant.op import reference as oracle
-from nulsq.quant.op import sole
 from nulsq.quant.op.cpu import kernel as cpu
 from nulsq.quant.op.gpu import kernel as gpu
 from nulsq.quant.op.layout import dense, gradient_buffers
-from nulsq.quant.op.reference import Affine, Oracle, Rule, Table, sums_asked_for
+from nulsq.quant.op.reference import Affine, Rule, Table, sums_asked_for
 
 KERNELS = {"cpu": cpu, "cuda": gpu}
 _TABLE = "Tensor gaps, Tensor? levels, Tensor? thresholds, Tensor? offset, Tensor? slope"
@@ -42,8 +41,7 @@ def available(device: str) -> bool:
 
 def takes_affine(x: Tensor, rule: Rule) -> bool:
     """Whether `fused` has a kernel for x behind an affine map."""
-    return (x.device.type in KERNELS and KERNELS[x.device.type].takes(rule)
-            and not torch._C._are_functorch_transforms_active())
+    return x.device.type in KERNELS and KERNELS[x.device.type].takes(rule)
 
 
 def fused(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> Tensor:
@@ -51,8 +49,6 @@ def fused(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> 
         if affine is None and len(rule.ties_up) <= MOST_INLINED:
             return torch.ops.nulsq.quantize_inline(x, *table, *rule)
         return torch.ops.nulsq.quantize(x, *table, *rule, *(affine or ()))
-    if torch._C._are_functorch_transforms_active():
-        return Transformed.apply(x, *table, rule)
     return Fused.apply(x, *table, rule, *(affine or (None,) * _LINES))
 
 
@@ -102,10 +98,7 @@ class Fused(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         rule = sums_asked_for(ctx.rule, ctx.needs_input_grad[:_FIELDS + 1])
         table, rule, affine = _table_and_affine(tensors, rule)
-        # over dy, where autograd keeps it for nobody else: on a CPU new memory is dear
-        over = (x.device.type == "cpu" and not torch.is_grad_enabled()
-                and sole.references(dy) == sole.references_alone())
-        dx, *rest = _in_order(KERNELS[x.device.type].gradients(x, dy, table, rule, affine, over), affine)
+        dx, *rest = _in_order(KERNELS[x.device.type].gradients(x, dy, table, rule, affine), affine)
         return dx, *rest[:_FIELDS], None, *rest[_FIELDS:]
 
 
@@ -116,24 +109,6 @@ def _table_and_affine(tensors, rule):
 
 def _quantize(x, table, rule, affine):
     return KERNELS[x.device.type].quantize(x, table, rule, affine)
-
-
-class Transformed(Oracle):
-    """The same in the shape that torch.func asks for, which takes longer to call; keeps what the oracle keeps."""
-
-    @staticmethod
-    def forward(x, gaps, levels, thresholds, offset, slope, rule):
-        return torch.ops.nulsq.quantize(x, gaps, levels, thresholds, offset, slope, *rule)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, *table = ctx.saved_tensors
-        rule = sums_asked_for(ctx.rule, ctx.needs_input_grad)
-        return *_in_order(torch.ops.nulsq.gradients(x, dy, *table, *rule))[:_FIELDS + 1], None
-
-    @staticmethod
-    def vmap(info, dims, x, *rest):
-        return _quantize_batch(info, dims, x, *rest[:_FIELDS], *rest[_FIELDS])
 
 
 def _in_order(found, affine=None):
@@ -156,10 +131,6 @@ for _suffix in ("", "_inline"):  # _inline: the same, of which Inductor may make
     _library.define(f"gradients{_suffix}(Tensor x, Tensor dy, {_TABLE}, {_RULE}) -> (Tensor, {_SUMS})")
 _library.define(f"gradients_behind(Tensor x, Tensor dy, {_TABLE}, {_RULE}, {_AFFINE}) -> "
                 f"(Tensor, {_SUMS}, Tensor, Tensor)")
-# The same with dx in the place of dy, for a compiler that knows whose dy is. `other` is added to dx.
-_library.define(f"gradients_over(Tensor x, Tensor(a!) dy, {_TABLE}, {_RULE}) -> ({_SUMS})")
-_library.define(f"gradients_behind_over(Tensor x, Tensor(a!) dy, Tensor? other, {_TABLE}, {_RULE}, {_AFFINE}) -> "
-                f"({_SUMS}, Tensor, Tensor)")
 
 
 def _read(arguments):
@@ -179,20 +150,11 @@ def _as_tensors(found, x):
     return tuple(x.new_empty(0) if each is None else each for each in found)
 
 
-def _gradients_over(x, dy, other, *rest):
-    dx, *sums = KERNELS[x.device.type].gradients(x, dy, *_read(rest), over=True, other=other)
-    if dx is not dy:  # another order of memory, or another type
-        dy.copy_(dx)
-    return _as_tensors(sums, x)
-
-
 for _device in KERNELS:
     for _suffix in ("", "_inline"):
         _library.impl(f"quantize{_suffix}", lambda x, *rest: _quantize(x, *_read(rest)), _device.upper())
     for _suffix in ("", "_inline", "_behind"):
         _library.impl(f"gradients{_suffix}", _gradients_of, _device.upper())
-    _library.impl("gradients_over", lambda x, dy, *rest: _gradients_over(x, dy, None, *rest), _device.upper())
-    _library.impl("gradients_behind_over", _gradients_over, _device.upper())
 
 
 @torch.library.register_fake("nulsq::quantize_inline", lib=_library)
@@ -205,18 +167,9 @@ def _quantize_like(x, *rest):
 @torch.library.register_fake("nulsq::gradients_behind", lib=_library)
 @torch.library.register_fake("nulsq::gradients", lib=_library)
 def _gradients_like(x, dy, *rest):
-    return torch.empty_like(dense(x)), *_sums_like(x, dy, *rest)
-
-
-@torch.library.register_fake("nulsq::gradients_over", lib=_library)
-def _sums_like(x, dy, *rest):
     table, rule, affine = _read(rest)
-    return _as_tensors((*gradient_buffers(table, rule), *map(torch.empty_like, (affine or ())[1:3])), x)
-
-
-@torch.library.register_fake("nulsq::gradients_behind_over", lib=_library)
-def _sums_behind_like(x, dy, other, *rest):
-    return _sums_like(x, dy, *rest)
+    sums = *gradient_buffers(table, rule), *map(torch.empty_like, (affine or ())[1:3])
+    return torch.empty_like(dense(x)), *_as_tensors(sums, x)
 
 
 def _keep(ctx, inputs, output):
@@ -263,36 +216,3 @@ def inline_forward() -> None:
         return _as_tensors(oracle.gradients(x, dy, table, rule), x)
 
     fast_random_decomps.cache_clear()  # Inductor's copy of its table, if anything was compiled before
-
-
-# ---- torch.vmap, for the gradients of each sample: a batch of calls is one call with a table for each "channel"
-
-
-def _quantize_batch(info, dims, x, *rest):
-    (x,), table, unfold, _ = _fold(info.batch_size, dims, (x,), rest)
-    return unfold(torch.ops.nulsq.quantize(x, *table, *rest[_FIELDS:])), 0
-
-
-def _gradients_batch(info, dims, x, dy, *rest):
-    (x, dy), table, unfold, unfold_sums = _fold(info.batch_size, dims, (x, dy), rest)
-    dx, *sums = torch.ops.nulsq.gradients(x, dy, *table, *rest[_FIELDS:])
-    return (unfold(dx), *map(unfold_sums, sums)), (0, *(0 if each.numel() else None for each in sums))
-
-
-torch.library.register_vmap("nulsq::quantize", _quantize_batch, lib=_library)
-torch.library.register_vmap("nulsq::quantize_inline", _quantize_batch, lib=_library)
-torch.library.register_vmap("nulsq::gradients", _gradients_batch, lib=_library)
-
-
-def _fold(size, dims, tensors, rest):
-    """Tensors as [size * channels, ...] and the table with a row for each; and the way back for both."""
-    def whole(t, dim):
-        return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-
-    count = len(tensors)
-    tensors = [whole(*each) for each in zip(tensors, dims, strict=False)]
-    table = [t if t is None else whole(t, dim) for t, dim in zip(rest[:_FIELDS], dims[count:], strict=False)]
-    channels = table[0].shape[1:-1]  # () or (C,)
-    rows, shape = size * channels.numel(), tensors[0].shape
-    return ([t.reshape(rows, -1) for t in tensors], [t if t is None else t.reshape(rows, -1) for t in table],
-            lambda y: y.view(shape), lambda s: s.view(size, *channels, -1) if s.numel() else s)

@@ -84,6 +84,14 @@ class Rule(NamedTuple):
     relu: bool = False  # x counts as max(x, 0): the ReLU before the quantizer is left to this operation
 
 
+def under_transform() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp) is active.
+
+    No public function says so: `torch.func` exposes none, and the type of a wrapped tensor is Tensor.
+    """
+    return torch._C._are_functorch_transforms_active()
+
+
 def encode(x: Tensor, table: Table, rule: Rule) -> Tensor:
     """Level index of each element, by the very comparisons that `fake_quantize` makes. int64, shape of x."""
     x, table = prepared(x, table, rule)
@@ -94,6 +102,8 @@ def encode(x: Tensor, table: Table, rule: Rule) -> Tensor:
 
 class Oracle(torch.autograd.Function):
     """x -> its level by `rule`; same shape and type. A 2-D table runs over dimension 0 of x."""
+
+    generate_vmap_rule = True  # forward and backward are plain operations, which torch.vmap can batch
 
     @staticmethod
     def forward(x, gaps, levels, thresholds, offset, slope, rule):
@@ -123,7 +133,7 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule) -> tuple[Tensor |
     else:
         at, low, high = x, _column(table.levels, 0, x), _column(table.levels, -1, x)
     inside = (at >= low) & (at <= high)
-    dx = input_gradient(dy, at, low, high, inside, rule.ste)
+    dx = _input_gradient(dy, at, low, high, inside, rule.ste)
     dx = (torch.where(x <= 0, 0, dx) if rule.relu else dx).to(stored)
     if rule.reduction == "none":
         return dx, *(None,) * 3
@@ -192,7 +202,7 @@ def segment(x: Tensor, low: Tensor, high: Tensor, rule: Rule) -> tuple[Tensor, T
 def _index(x, table, rule):
     index = torch.zeros_like(x, dtype=torch.int64)
     for k, up in enumerate(rule.ties_up):
-        index += _above(x, _column(table.thresholds, k, x), up)
+        index = index + _above(x, _column(table.thresholds, k, x), up)  # not in place: vmap may batch the table alone
     return index
 
 
@@ -204,7 +214,7 @@ def _above(x, threshold, tie_goes_up):
     return x >= threshold if tie_goes_up else x > threshold
 
 
-def input_gradient(dy, x, low, high, inside, ste):
+def _input_gradient(dy, x, low, high, inside, ste):
     if ste == "none":
         return dy
     if ste == "clip":

@@ -47,7 +47,6 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
     using Own = std::conditional_t<COPIED, Kind, Kind&>;
     Kind kind(rule, table);
     const BehindRelu<Kind, C> behind(rule);
-    const S* none = nullptr;
     auto found = [=](auto& kind, Real<C> at, const S* dy) INLINED {  // y or dx
         if constexpr (FORWARD) return behind.level(kind, at);
         else return behind.gradient(kind, at, load(dy));
@@ -55,8 +54,8 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
     if (!lines.features) {
         auto go = [&](int64_t i, const Walk& walk) {
             Own own = kind;
-            auto step = [&](const S* x, const S* dy, const S*, S* out) INLINED { store(out, found(own, load(x), dy)); };
-            vectors<FORWARD, C>(x + i, along(dy, i), none, out + i, walk, step);
+            auto step = [&](const S* x, const S* dy, S* out) INLINED { store(out, found(own, load(x), dy)); };
+            vectors<FORWARD, C>(x + i, along(dy, i), out + i, walk, step);
             if constexpr (COPIED) kind = own;
         };
         const int64_t rest = count % WIDTH<C>, full = count - rest;
@@ -68,7 +67,7 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
                           shift = lines.of(lines.shift, channel) - center * scale;
             Real<C> turned{}, moved{};                         // what the lines' scale and shift get
             Own own = kind;
-            auto step = [&](const S* x, const S* dy, const S*, S* out) INLINED {
+            auto step = [&](const S* x, const S* dy, S* out) INLINED {
                 const Real<C> taken = load(x), given = found(own, taken * scale + shift, dy);
                 if constexpr (FORWARD) store(out, given);
                 else {
@@ -77,7 +76,7 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
                     if (out) store(out, given * scale);
                 }
             };
-            vectors<FORWARD, C>(x + i, along(dy, i), none, along(out, i), walk, step);
+            vectors<FORWARD, C>(x + i, along(dy, i), along(out, i), walk, step);
             if constexpr (!FORWARD) {
                 if constexpr (COPIED) kind = own;
                 lines.add(line_total, channel, turned);
@@ -88,25 +87,23 @@ void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64
     if constexpr (!FORWARD) kind.add_to(total);
 }
 
-// dx of one piece, with what goes through the batch's own statistics, once all sums are known, and with `other`.
+// dx of one piece, with what goes through the batch's own statistics, once all sums are known.
 template <class Kind, class S, class C>
 void passed_on(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64_t start, int64_t count,
-               const S* x, const S* dy, const S* other, S* out) {
+               const S* x, const S* dy, S* out) {
     const Kind kind(rule, table);
     const BehindRelu<Kind, C> behind(rule);
-    const bool own = !lines.slope.empty();
     lines.stretches(start, count, [&](int64_t i, const Walk& walk, int64_t channel) {
         const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
                       shift = lines.of(lines.shift, channel) - center * scale,
-                      slope = own ? lines.of(lines.slope, channel) : Real<C>{},
-                      rise = own ? lines.of(lines.rise, channel) : Real<C>{};
-        auto step = [&](const S* x, const S* dy, const S* other, S* out) INLINED {
+                      slope = lines.of(lines.slope, channel),
+                      rise = lines.of(lines.rise, channel);
+        auto step = [&](const S* x, const S* dy, S* out) INLINED {
             const Real<C> taken = load(x);
-            Real<C> dx = behind.gradient(kind, taken * scale + shift, load(dy)) * scale;
-            if (own) dx += (taken - center) * slope + rise;
-            store(out, other ? dx + load(other) : dx);
+            const Real<C> dx = behind.gradient(kind, taken * scale + shift, load(dy)) * scale;
+            store(out, dx + ((taken - center) * slope + rise));
         };
-        vectors<false, C>(x + i, dy + i, along(other, i), out + i, walk, step);
+        vectors<false, C>(x + i, dy + i, out + i, walk, step);
     });
 }
 
@@ -163,7 +160,7 @@ template <class S, class C> void run(const Call& call) {
     const auto work = call.dy ? choose<false, S, C>(rule, from_zero) : choose<true, S, C>(rule, from_zero);
     const S *x = (const S*)call.x, *dy = (const S*)call.dy;
     S* out = (S*)call.out;
-    const bool twice = call.dy && (call.inverse || call.other);  // dx is more than the first pass can say
+    const bool twice = call.dy && call.inverse;  // dx needs the sums of the first pass
     by_pieces(call, lines, [&](int64_t task, int64_t start, int64_t count) {
         const int64_t c = task / pieces, at = c * elements + start;
         work(rule, tables[c], lines, start, count, x + at, along(dy, at), twice ? nullptr : out + at,
@@ -177,10 +174,9 @@ template <class S, class C> void run(const Call& call) {
     }
     if (twice) {
         const auto rest = from_zero ? choose_ends<S, C, true>(rule) : choose_ends<S, C, false>(rule);
-        if (call.inverse) lines.pass_on(call);
+        lines.pass_on(call);
         by_pieces(call, lines, [&](int64_t, int64_t start, int64_t count) {
-            rest(rule, tables[0], lines, start, count, x + start, dy + start, along((const S*)call.other, start),
-                 out + start);
+            rest(rule, tables[0], lines, start, count, x + start, dy + start, out + start);
         });
     }
     if (!slots) return;

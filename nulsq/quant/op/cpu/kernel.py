@@ -22,7 +22,6 @@ from torch import Tensor
 
 from nulsq.quant.op.layout import dense, gradient_buffers, laid_like, laid_out
 from nulsq.quant.op.reference import Affine, Rule, Table, computed_in
-from nulsq.quant.settings import STE_RULES
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "kinds.h", "lines.h", "table.h", "lanes.h")]
 # Without -ffast-math: NaN has to stay NaN, and no sum may be taken apart. Where a loop lies is worth a tenth of a pass,
@@ -32,6 +31,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trappi
          "-Wno-unknown-pragmas")
 COMPILERS = ("c++", "g++", "clang++")
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+STE_RULES = ("clip", "none")
 REDUCTIONS = ("none", "total", "per_gap", "per_cell")
 
 
@@ -44,7 +44,7 @@ class _Call(ctypes.Structure):
     _fields_ = ([("rule", _Rule)] + [(name, ctypes.c_int) for name in ("storage", "threads", "gap_count")]
                 + [(name, ctypes.c_int64) for name in ("channels", "elements", "features", "plane")]
                 + [(name, ctypes.c_void_p) for name in ("ties_up", "gaps", "levels", "thresholds", "center", "scale",
-                                                        "shift", "inverse", "x", "dy", "other", "out", "dgaps",
+                                                        "shift", "inverse", "x", "dy", "out", "dgaps",
                                                         "doffset", "dslope", "dscale", "dshift")])
 
 
@@ -68,28 +68,21 @@ def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) 
     return _in_type(y, stored)
 
 
-def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
-              over: bool = False, other: Tensor | None = None) -> tuple[Tensor | None, ...]:
+def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule,
+              affine: Affine | None = None) -> tuple[Tensor | None, ...]:
     """dx and the gradients of gaps, offset and slope, None where the rule's reduction has none; and, where there is an
     affine map, of its scale and shift.
-
-    over: dy is nobody else's, dx may take its memory: a fourth of what backward moves, from memory that is cold.
-    other: what else the gradient of x is made of, where there is an affine map: dx has it in it.
     """
-    assert other is None or affine is not None
     stored, kinds = x.dtype, [table.gaps.dtype] * 3 + [each.dtype for each in (affine or ())[1:3]]
     x, table, call, affine = _prepare(x, table, rule, affine)
     given, dy = dy, laid_like(dy, x)
-    dx = dy if over or dy is not given else torch.empty_like(x)
+    dx = torch.empty_like(x) if dy is given else dy  # a copy of ours may be written over
     sums = gradient_buffers(table, rule) + [torch.empty_like(each) for each in (affine or ())[1:3]]
     if dy.numel():
         call.dy, call.out = dy.data_ptr(), dx.data_ptr()
         call.dgaps, call.doffset, call.dslope = (each if each is None else each.data_ptr() for each in sums[:3])
         if affine is not None:
             call.dscale, call.dshift = (each.data_ptr() for each in sums[3:])
-        if other is not None:
-            other = laid_like(other, x)
-            call.other = other.data_ptr()
         _library().nulsq_run(call)
     else:
         sums = [each if each is None else each.zero_() for each in sums]

@@ -71,14 +71,11 @@ INLINED inline Real<C> look_up(const Table<C>& table, Real<C> x, Int<C>& index) 
 // Whether x lies in a range, ends included; a NaN does not.
 template <class C> INLINED inline Int<C> within(Real<C> x, C low, C high) { return clamp<C>(x, low, high) == x; }
 
-// dx of x, which lies `at` on the scale of the range's ends. FROM_ZERO: behind a ReLU, of a range that begins at zero.
+// dx of x. FROM_ZERO: behind a ReLU, of a range that begins at zero.
 template <bool FROM_ZERO, class C>
-INLINED inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> x, Real<C> at, C low, C high, Int<C> inside) {
+INLINED inline Real<C> input_gradient(int ste, Real<C> dy, Real<C> x, Int<C> inside) {
     if (ste == CLIP) return where<C>(FROM_ZERO ? inside & (x > C(0)) : inside, dy);
-    if (FROM_ZERO) return where<C>(~(x <= C(0)), input_gradient<false>(ste, dy, x, at, low, high, inside));
-    if (ste == PASS_ALL) return dy;
-    Real<C> open = where<C>(at > low, where<C>(at < high, dy));
-    return ste == CLIP_OPEN ? open : open + where<C>((at == low) | (at == high), dy * C(0.5));
+    return FROM_ZERO ? where<C>(~(x <= C(0)), dy) : dy;
 }
 
 template <class C, bool FROM_ZERO> struct Uniform {
@@ -101,7 +98,7 @@ template <class C, bool FROM_ZERO> struct Uniform {
             add_where(error, inside, (nearest - at) * dy);
             add_where(ends, (kept < at) | (kept > at), nearest * dy);  // a NaN gets nothing
         }
-        return input_gradient<FROM_ZERO>(rule.ste, dy, x, at, low, high, inside);
+        return input_gradient<FROM_ZERO, C>(rule.ste, dy, x, inside);
     }
     void add_to(double* total) const {
         if (rule.reduction == NO_SUMS) return;
@@ -155,7 +152,7 @@ template <class C, int COUNT, int GAPS, bool FROM_ZERO> struct Masked {
 #pragma GCC unroll 15
             for (int k = 1; k < GAPS; k++) add_where(sums[k], x > all<C>(table->levels[k]), error);
         }
-        return input_gradient<FROM_ZERO>(rule.ste, dy, x, x, low, high, inside);
+        return input_gradient<FROM_ZERO, C>(rule.ste, dy, x, inside);
     }
     void add_to(double* total) const {
         if (rule.reduction != NO_SUMS) add_gaps<C>(total, below, above, sums);
@@ -201,7 +198,7 @@ template <class C, int COUNT, bool FROM_ZERO> struct Packed {
     INLINED Real<C> gradient(Real<C> x, Real<C> dy) {
         add_where(above, x > high, dy);                        // no gap gets anything of what lies below zero
         aside.put(x, dy, (x > low) & (x <= high), [&](int count) { add_waiting(count); });
-        return input_gradient<FROM_ZERO>(rule.ste, dy, x, x, low, high, within<C>(x, low, high));
+        return input_gradient<FROM_ZERO, C>(rule.ste, dy, x, within<C>(x, low, high));
     }
     __attribute__((noinline)) void add_waiting(int count) {    // all registers are for its sums
         Real<C> own[COUNT];
@@ -243,7 +240,7 @@ template <class C, int COUNT, Reduction REDUCTION> struct Scattered {
         if (REDUCTION == PER_CELL) add_where(lowest, x == low, dy);
         add_where(above, x > high, dy);
         aside.put(x, dy, (x > low) & (x <= high), [&](int count) { add_waiting(count); });
-        return input_gradient<false>(rule.ste, dy, x, x, low, high, within<C>(x, low, high));
+        return input_gradient<false, C>(rule.ste, dy, x, within<C>(x, low, high));
     }
     void add_waiting(int count) {
         C *xs = aside.xs, *dys = aside.dys;
@@ -290,7 +287,7 @@ template <class C, bool UNIFORM, bool FROM_ZERO> struct Ends {
     }
     INLINED Real<C> gradient(Real<C> x, Real<C> dy) const {
         const Real<C> at = UNIFORM ? x / step : x;
-        return input_gradient<FROM_ZERO>(ste, dy, x, at, low, high, within<C>(at, low, high));
+        return input_gradient<FROM_ZERO, C>(ste, dy, x, within<C>(at, low, high));
     }
 };
 

@@ -23,8 +23,8 @@ struct Call {
     int storage, threads, gap_count;                           // storage: 0 float, 1 bfloat16, 2 double
     int64_t channels, elements, features, plane;               // elements of a channel; features 0: no lines
     const uint8_t* ties_up;
-    const void *gaps, *levels, *thresholds, *center, *scale, *shift, *inverse, *x, *dy, *other;  // dy: null forward
-    void *out, *dgaps, *doffset, *dslope, *dscale, *dshift;    // out: y or dx, to which other is added
+    const void *gaps, *levels, *thresholds, *center, *scale, *shift, *inverse, *x, *dy;  // dy: null forward
+    void *out, *dgaps, *doffset, *dslope, *dscale, *dshift;    // out: y or dx
 };
 
 // `repeat` vectors of `lanes` elements each, `stride` apart, of one channel or of WIDTH channels beside each other; the
@@ -96,26 +96,24 @@ template <class S> inline S* along(S* from, int64_t i) { return from ? from + i 
 // Calls step for the vectors of a walk. One that is not full is copied: beside it stand zeros, and a zero gradient adds
 // nothing. What is null stays null for `step`.
 template <bool FORWARD, class C, class S, class F>
-INLINED inline void vectors(const S* x, const S* dy, const S* other, S* out, const Walk& walk, F step) {
+INLINED inline void vectors(const S* x, const S* dy, S* out, const Walk& walk, F step) {
     const int64_t stride = walk.stride, lanes = walk.lanes, end = walk.repeat * stride;
     if (lanes == WIDTH<C>) {
         for (int64_t i = 0, next = walk.ahead; i < end; i += stride, next += WIDTH<C>) {
             const S* beside = FORWARD ? dy : dy + i;
             __builtin_prefetch(x + next);
             if (!FORWARD) __builtin_prefetch(dy + next);
-            if (other) __builtin_prefetch(other + next);
             if (out) __builtin_prefetch(out + next, 1);
-            step(x + i, beside, along(other, i), along(out, i));
+            step(x + i, beside, along(out, i));
         }
         return;
     }
     for (int64_t i = 0; i < end; i += stride) {                // a loop of its own: a call in it costs the other sums
         const S* beside = FORWARD ? dy : dy + i;
-        S some[WIDTH<C>] = {}, some_beside[WIDTH<C>] = {}, some_other[WIDTH<C>] = {}, done[WIDTH<C>];
+        S some[WIDTH<C>] = {}, some_beside[WIDTH<C>] = {}, done[WIDTH<C>];
         std::copy(x + i, x + i + lanes, some);
         if (!FORWARD) std::copy(beside, beside + lanes, some_beside);
-        if (other) std::copy(other + i, other + i + lanes, some_other);
-        step(some, some_beside, other ? some_other : other, out ? done : out);
+        step(some, some_beside, out ? done : out);
         if (out) std::copy(done, done + lanes, out + i);
     }
 }
@@ -147,13 +145,13 @@ template <class S, class C> void moments(const Call& call) {
             Real<C> sum{}, squares{};
             Int<C> counted;                                    // not what stands beside a vector that is not full
             for (int64_t j = 0; j < WIDTH<C>; j++) counted[j] = j < walk.lanes ? -1 : 0;
-            auto step = [&](const S* x, const S*, const S*, S*) INLINED {
+            auto step = [&](const S* x, const S*, S*) INLINED {
                 const Real<C> away = where<C>(counted, load(x) - center);
                 sum += away;
                 squares += away * away;
             };
             const S* none = nullptr;
-            vectors<true, C>((const S*)call.x + start + i, none, none, (S*)nullptr, walk, step);
+            vectors<true, C>((const S*)call.x + start + i, none, (S*)nullptr, walk, step);
             lines.add(partial.data() + piece * 2 * features, channel, sum);
             lines.add(partial.data() + (piece * 2 + 1) * features, channel, squares);
         });

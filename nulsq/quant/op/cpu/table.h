@@ -14,7 +14,7 @@ namespace {
 constexpr int CHAIN = 31;   // thresholds that are compared one after the other
 constexpr int MOST = 256;   // levels
 
-enum Ste { CLIP, CLIP_OPEN, HALF, PASS_ALL };                  // the order of cpu.py
+enum Ste { CLIP, PASS_ALL };
 enum Reduction { NO_SUMS, TOTAL, PER_GAP, PER_CELL };
 
 struct Rule {

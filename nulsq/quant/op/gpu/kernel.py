@@ -3,7 +3,7 @@
     forward                  one pass
     backward                 one pass, which gives dx, and a small kernel that finishes the sums
     backward behind a batch  two passes: the first for the sums alone, the second gives dx, with what goes through the
-    norm                     batch's statistics and another branch's gradient in it
+    norm                     batch's statistics in it
 
 Nothing here reads a number back from the device, and sums have one order: a step can be captured as a CUDA graph, and
 gives the same bits every time. Tables of more than 63 thresholds, or sums of more than 100 slots, are left to the
@@ -58,15 +58,11 @@ def quantize(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) 
     return y.to(stored)
 
 
-def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | None = None,
-              over: bool = False, other: Tensor | None = None) -> tuple[Tensor | None, ...]:
+def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule,
+              affine: Affine | None = None) -> tuple[Tensor | None, ...]:
     """dx and the gradients of gaps, offset and slope, None where the rule's reduction has none; and, where there is an
     affine map, of its scale and shift.
-
-    over: dy is nobody else's, dx may take its memory.
-    other: what else the gradient of x is made of, where there is an affine map: dx has it in it.
     """
-    assert affine is not None or other is None
     if not takes(rule):
         assert affine is None
         return oracle.gradients(x, dy, table, rule)
@@ -76,9 +72,9 @@ def gradients(x: Tensor, dy: Tensor, table: Table, rule: Rule, affine: Affine | 
     affine = _lines(x, affine)
     buffers += [torch.empty_like(each) for each in (affine or ())[1:3]]
     given, dy = dy, laid_like(dy, x)
-    dx = dy if over or dy is not given else torch.empty_like(x)
+    dx = torch.empty_like(x) if dy is given else dy  # a copy of ours may be written over
     if x.numel():
-        _run(x, dy, dx, None if other is None else laid_like(other, x), table, rule, affine, buffers, channels)
+        _run(x, dy, dx, table, rule, affine, buffers, channels)
     else:
         buffers = [each if each is None else each.zero_() for each in buffers]
     return dx.to(stored), *(each if each is None else each.to(kind) for each, kind in zip(buffers, kinds, strict=True))
@@ -126,12 +122,12 @@ def tiles(x: Tensor, channels: int, affine: Affine | None, block: int) -> Tiles:
                  {"LINES": kind, "ROWS": down, "COLS": across})
 
 
-def _run(x, dy, dx, other, table, rule, affine, buffers, channels):
+def _run(x, dy, dx, table, rule, affine, buffers, channels):
     """The kernels of backward: fill dx and the buffers."""
     (slots, rows), kernels, kind = slots_and_rows(rule), _kernels(), _kind(x, table)
     walk = tiles(x, channels, affine, _block(rows, x.element_size(), affine is not None))
     (lanes, programs), lines = walk.grid(x.device), _or(affine, x)
-    twice = affine is not None and (affine.inverse is not None or other is not None)
+    twice = affine is not None and affine.inverse is not None
     partial = x.new_empty(lanes * programs * rows, dtype=table.gaps.dtype)
     line_partial = partial if affine is None else partial.new_empty(programs * 2 * walk.numbers[-1])
     static = _static(rule) | {"STE": rule.ste, "FROM_ZERO": _from_zero(rule)}
@@ -155,9 +151,8 @@ def _run(x, dy, dx, other, table, rule, affine, buffers, channels):
         walk = tiles(x, channels, affine, FORWARD_BLOCK)
         static = {name: value for name, value in static.items() if name not in ("TIES", "DEPTH")}
         kernels.passed_on[walk.grid(x.device)](
-            x, dy, dx if other is None else other, dx, *_pointers(table)[:2], *lines, *buffers[3:], *walk.numbers,
-            x.numel() // features, **static, **walk.constants, KIND=kind, OWN=affine.inverse is not None,
-            OTHER=other is not None, **options)
+            x, dy, dx, *_pointers(table)[:2], *lines, *buffers[3:], *walk.numbers,
+            x.numel() // features, **static, **walk.constants, KIND=kind, **options)
 
 
 def _block(rows, element_size, lines=False):

@@ -65,14 +65,8 @@ def _passed(x, dy, step, low, high, UNIFORM: tl.constexpr, RELU: tl.constexpr, S
     if UNIFORM:
         x = divide(x, step)
     if STE == "none":
-        dx = dy
-    elif STE == "clip":
-        dx = tl.where((x <= high) if FROM_ZERO else (x >= low) & (x <= high), dy, 0.0)
-    else:
-        dx = tl.where((x > low) & (x < high), dy, 0.0)
-        if STE == "half":
-            dx += tl.where((x == low) | (x == high), 0.5 * dy, 0.0)
-    return x, dx
+        return x, dy
+    return x, tl.where((x <= high) if FROM_ZERO else (x >= low) & (x <= high), dy, 0.0)
 
 
 @triton.jit
@@ -174,21 +168,20 @@ def gradients(x_from, dy_from, dx_to, partial, line_partial, gaps, levels, thres
 
 
 @triton.jit
-def passed_on(x_from, dy_from, other_from, dx_to, gaps, levels, center, scale, shift, inverse, dscale, dshift, tiles,
+def passed_on(x_from, dy_from, dx_to, gaps, levels, center, scale, shift, inverse, dscale, dshift, tiles,
               rows, cols, row_stride, lane_stride, features, count,
               UNIFORM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr,
               RELU: tl.constexpr, STE: tl.constexpr, FROM_ZERO: tl.constexpr, KIND: tl.constexpr, LINES: tl.constexpr,
-              OWN: tl.constexpr, OTHER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """dx once all sums are known, with `other` in it and with what goes through a batch's own statistics, where center
+              ROWS: tl.constexpr, COLS: tl.constexpr):
+    """dx once all sums are known, with what goes through a batch's own statistics, where center
     is the mean of `count` elements and scale is weight times inverse = 1 / sqrt(variance + eps):
     d inverse / d x = -inverse^3 (x - mean) / count,  d mean / d x = 1 / count.
     """
     middle, slope, rise = lines(center, scale, shift, features, LINES, COLS)
-    if OWN:
-        share = slope / tl.full((1, 1), count, KIND)
-        bent = line(inverse, features, LINES, COLS)
-        bent = -line(dscale, features, LINES, COLS) * share * bent * bent
-        moved = -line(dshift, features, LINES, COLS) * share
+    share = slope / tl.full((1, 1), count, KIND)
+    bent = line(inverse, features, LINES, COLS)
+    bent = -line(dscale, features, LINES, COLS) * share * bent * bent
+    moved = -line(dshift, features, LINES, COLS) * share
     nothing = tl.zeros((ROWS, COLS), KIND)
     step = tl.load(gaps) + nothing
     if UNIFORM:
@@ -204,10 +197,7 @@ def passed_on(x_from, dy_from, other_from, dx_to, gaps, levels, center, scale, s
         dy = tl.load(dy_from + at, there, other=0).to(KIND)
         x, dx = _passed(taken * slope + rise, dy, step, low, high, UNIFORM, RELU, STE, FROM_ZERO)
         dx *= slope
-        if OWN:
-            dx += (taken - middle) * bent + moved
-        if OTHER:
-            dx += tl.load(other_from + at, there, other=0).to(KIND)
+        dx += (taken - middle) * bent + moved
         tl.store(dx_to + at, dx.to(dx_to.dtype.element_ty), there)
 
 
