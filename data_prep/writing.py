@@ -15,6 +15,7 @@ from data_prep.progress import progress
 from nulsq.data.manifest import SPLITS, DataSet, Manifest, describe_file, write
 from nulsq.data.photograph import read_rgb
 from nulsq.errors import InputError
+from nulsq.files import temporary_path
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def existing(out: Path, name: str) -> bool:
 
 @contextmanager
 def _finished_at(out: Path):
-    folder = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
-    for old in out.parent.glob(f".{out.name}.unfinished-*"):  # of a preparation that was killed
+    unfinished = temporary_path(out).name
+    folder = out.with_name(f"{unfinished}-{os.getpid()}")
+    for old in out.parent.glob(f"{unfinished}-*"):  # of a preparation that was killed
         if not Path("/proc", old.name.rpartition("-")[2]).exists():
             shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True)
