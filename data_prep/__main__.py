@@ -1,6 +1,7 @@
 """python -m data_prep digits|cifar10|cifar100|folder|imagenet|check|bench: prepare a data set, check or time one.
 
-Exit codes: 0 all is well, 2 nothing was written or something is damaged, 4 prepared without some files (skipped.txt).
+Exit codes: 0 all is well, 2 nothing was written or something is damaged, 6 prepared without some files, which
+DIR/skipped.txt names.
 """
 
 import importlib.util
@@ -10,9 +11,7 @@ from pathlib import Path
 from data_prep import bench, check, cifar, digits, folder
 from data_prep.writing import Beton, existing
 from nulsq.data.manifest import DataSet
-from nulsq.errors import InputError, Parser, exit_on_input_error
-
-EXIT_SKIPPED = 4  # prepared, without some files
+from nulsq.errors import ExitCode, InputError, Parser, exit_on_input_error
 
 HELP = {
     "digits": "scikit-learn's handwritten digits, at 32x32 RGB; needs no --source",
@@ -93,7 +92,7 @@ def main(argv: list[str]) -> int:
     print(check.check(arguments.out))
     if skipped:
         print(f"{skipped} files were left out: {arguments.out / 'skipped.txt'}")
-    return EXIT_SKIPPED if skipped else 0
+    return ExitCode.FILES_SKIPPED if skipped else ExitCode.FINISHED
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.progress import without_foreign_bars
 from data_prep.writing import write_arrays
 from nulsq.errors import InputError, require
 
@@ -11,19 +12,22 @@ from nulsq.errors import InputError, require
 def prepare(out: Path, name: str, source: Path | None) -> Path:
     """`name` is cifar10 or cifar100; `source` holds `cifar-10-batches-py` (or is it); None downloads."""
     datasets = require("torchvision.datasets", "train")
-    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    archive = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     download = source is None
     root = out.parent / f"{name}-download" if download else source
-    if not download and source.name == kind.base_folder:
+    if not download and source.name == archive.base_folder:
         root = source.parent
+    if download:
+        print(f"downloading {archive.url}", flush=True)
     try:
-        splits = {"train": kind(str(root), train=True, download=download),
-                  "test": kind(str(root), train=False, download=download)}
+        with without_foreign_bars():
+            splits = {"train": archive(str(root), train=True, download=download),
+                      "test": archive(str(root), train=False, download=download)}
     except Exception as error:
         if download:
             raise InputError(f"{name} could not be downloaded ({error}); "
-                             f"give --source with {kind.base_folder}") from None
-        raise InputError(f"{root} does not hold {kind.base_folder} with the published checksums: {error}") from None
-    return write_arrays(out, name=name, classes=list(splits["train"].classes), source=str(source or kind.url),
+                             f"give --source with {archive.base_folder}") from None
+        raise InputError(f"{root} does not hold {archive.base_folder} with the published checksums: {error}") from None
+    return write_arrays(out, name=name, classes=list(splits["train"].classes), source=str(source or archive.url),
                         images={split: data.data for split, data in splits.items()},
                         labels={split: np.array(data.targets) for split, data in splits.items()})

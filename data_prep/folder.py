@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.examine import examine, told
+from data_prep.examine import examine, report_problems
 from data_prep.writing import Beton, write_files
 from nulsq.data.order import stratified
 from nulsq.data.photograph import read_rgb
@@ -44,7 +44,7 @@ def prepare(out: Path, source: Path, *, name: str, beton: Beton, workers: int, o
         classes = sorted(train)
     every = [path.relative_to(source) for found in (train, test) for images in found.values() for path in images]
     problems = examine(source, [str(path) for path in every], workers)
-    told(problems, len(every), on_error, most)
+    report_problems(problems, len(every), on_error, most)
     left_out = {source / path for path in problems}
     for found in (train, test):
         for label in found:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.progress import progress
 from nulsq.data.manifest import SPLITS, DataSet, Manifest, describe_file, write
 from nulsq.data.photograph import read_rgb
 from nulsq.errors import InputError
+from nulsq.files import temporary_path
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ def existing(out: Path, name: str) -> bool:
 
 @contextmanager
 def _finished_at(out: Path):
-    folder = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
-    for old in out.parent.glob(f".{out.name}.unfinished-*"):  # of a preparation that was killed
+    unfinished = temporary_path(out).name
+    folder = out.with_name(f"{unfinished}-{os.getpid()}")
+    for old in out.parent.glob(f"{unfinished}-*"):  # of a preparation that was killed
         if not Path("/proc", old.name.rpartition("-")[2]).exists():
             shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -141,12 +144,18 @@ def _write_beton(path: Path, samples: Sequence, options: dict, workers: int) -> 
     if importlib.util.find_spec("ffcv") is None:
         print(f"ffcv is not installed: {path.name} is left out, the torchvision loader needs none")
         return
+    from ffcv import writer
     from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
 
     fields = {"image": RGBImageField(**options), "label": IntField()}
-    print(f"writing {path.name}", flush=True)
-    DatasetWriter(str(path), fields, num_workers=workers).from_indexed_dataset(samples, chunksize=50)
+    # FFCV's writer makes its tqdm bar under this name, a private one of its module, and has no option for it. Public
+    # ways do less: TQDM_DISABLE only works if it is set before anything imports tqdm, and stderr redirected during the
+    # call would lose what a failing worker process prints.
+    bar, writer.tqdm = writer.tqdm, lambda total: progress(f"writing {path.name}", total)
+    try:
+        writer.DatasetWriter(str(path), fields, num_workers=workers).from_indexed_dataset(samples, chunksize=50)
+    finally:
+        writer.tqdm = bar
 
 
 def _moments(channel: np.ndarray) -> tuple[float, float]:

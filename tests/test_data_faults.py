@@ -21,7 +21,7 @@ from data_prep.__main__ import main
 from nulsq.config import Data, Recipe, load
 from nulsq.data import DataSet, beton_format, build_loaders
 from nulsq.data.photograph import read_rgb
-from nulsq.errors import InputError
+from nulsq.errors import ExitCode, InputError
 
 
 def photograph(seed, height=40, width=56):
@@ -79,10 +79,11 @@ def test_every_faulty_file_is_named_with_its_reason_and_nothing_is_written(sourc
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_faulty_files_are_left_out_as_told_and_the_exit_code_tells(source, faulty, tmp_path, capsys):
+def test_faulty_files_are_left_out_on_request_with_an_exit_code_of_its_own(source, faulty, tmp_path, capsys):
     assert prepare(source, tmp_path / "out", "--on-error", "skip") == 2
     assert "more than --max-skipped = 0.01" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    assert prepare(source, tmp_path / "out", "--on-error", "skip", "--max-skipped", "0.2") == 4
+    assert prepare(source, tmp_path / "out", "--on-error", "skip", "--max-skipped", "0.2") == ExitCode.FILES_SKIPPED
+    assert ExitCode.FILES_SKIPPED == 6
     data = DataSet(tmp_path / "out")
     assert sum(data.counts.values()) == 45
     skipped = (tmp_path / "out" / "skipped.txt").read_text()
@@ -269,7 +270,7 @@ from pathlib import Path
 import numpy as np
 from nulsq.config import Data
 from nulsq.data import DataSet, beton_format, build_loaders
-from nulsq.errors import InputError
+from nulsq.errors import ExitCode, InputError
 path, draw, loaded, refused = Path(sys.argv[1]) / "train.beton", random.Random(0), 0, 0
 whole = path.read_bytes()
 file = beton_format.read(path)

@@ -1,11 +1,15 @@
 """Preparation: atomic, repeatable, and what is wrong is named."""
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
+from data_prep import progress
 from data_prep.__main__ import main
 from nulsq.data.manifest import DataSet
 
@@ -122,9 +126,64 @@ def test_without_ffcv_everything_but_the_beton_files_is_written(tmp_path, monkey
             build_loaders(Data(path=str(data.path), loader="ffcv"), data, 0)
 
 
+# ---- progress
+
+
+@pytest.mark.parametrize("name", ["folder", "digits"])
+def test_output_in_a_file_has_no_progress_bar(class_folders, tmp_path, name):
+    """A bar's carriage returns made a log of 100,000 lines for a million images."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    source = ["--source", str(class_folders), "--write-mode", "jpg", "--workers", "2"] if name == "folder" else []
+    for command in ([name, "--out", str(out), *source], ["check", str(out), "--workers", "2"]):
+        with log.open("w") as file:
+            subprocess.run([sys.executable, "-m", "data_prep", *command], cwd=ROOT, stdout=file,
+                           stderr=subprocess.STDOUT, check=True, timeout=300)
+        text = log.read_bytes().decode()
+        assert "\r" not in text and "\x1b" not in text
+        assert 0 < text.count("\n") <= 10, text
+        if name == "folder":
+            assert ("reading: 12 of 12" if command[0] == name else "decoding train.beton: 10 of 10") in text
+        if command[0] == name and (out / "train.beton").is_file():
+            assert "writing train.beton: 0 of" in text and "writing test.beton: 0 of" in text
+
+
+@pytest.mark.parametrize(("hours", "lines"), [(0.001, 2), (0.1, 13), (1, 22), (100, 22)])
+def test_a_long_step_writes_a_few_dozen_lines(capsys, hours, lines):
+    total, now = 1_281_167, [0.0]
+    shown = progress.ProgressLines("writing train.beton", total, clock=lambda: now[0])
+    for _ in range(total // 50):
+        now[0] += hours * 3600 / total * 50
+        shown.update(50)
+    shown.update(total % 50)
+    shown.close()
+    written = capsys.readouterr().err.splitlines()
+    assert abs(len(written) - lines) <= 1
+    assert written[0] == "writing train.beton: 0 of 1,281,167"
+    assert written[-1].startswith("writing train.beton: 1,281,167 of 1,281,167, ")
+    if hours == 1:
+        assert written[1] == "writing train.beton: 1% (10,700 of 1,281,167), 30s, 59m30s left"
+
+
+def test_a_terminal_has_a_bar(monkeypatch, capsys):
+    tqdm = pytest.importorskip("tqdm").tqdm
+    monkeypatch.setattr(progress, "on_terminal", lambda: True)
+    assert list(progress.tracked(range(3), "reading", 3)) == [0, 1, 2]
+    assert "reading: 100%" in capsys.readouterr().err
+    shown = progress.progress("reading", 3)
+    assert isinstance(shown, tqdm)
+    shown.close()
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_bars_of_other_libraries_need_a_terminal(monkeypatch, capsys, on_terminal):
+    monkeypatch.setattr(progress, "on_terminal", lambda: on_terminal)
+    with progress.without_foreign_bars():
+        print("\r 50%", end="", file=sys.stderr)
+    assert capsys.readouterr().err == ("\r 50%" if on_terminal else "")
+
+
 def test_where_ffcvs_packages_cannot_be_installed_the_script_says_what_to_ask_for(tmp_path):
     """A machine without compiler and apt-get, and a fresh environment without ffcv: go on, and say what is missing."""
-    import subprocess
     import venv
     from pathlib import Path
     script = Path(__file__).resolve().parent.parent / "data_prep" / "install_ffcv.sh"
