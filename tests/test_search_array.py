@@ -16,7 +16,7 @@ from nulsq.run.status import RunStatus, read_outcome, write_status
 from tests.searches import SPACE, made_search
 from tune import array, status
 from tune import search as searching
-from tune.cost import network_cost
+from tune.checks import network_cost
 from tune.queue import TrialQueue, warm_rows
 from tune.ray_backend.trial_protocol import recipe_of
 from tune.space import base_recipe, load_search

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from tune.apart import apart
 from tune.ray_backend.trial_protocol import WORST
 from tune.space import Search, Trial
+from tune.subprocess_call import run_in_subprocess
 
 STARTUP = 10  # trials of a study that TPE draws at random, as Optuna does
 
@@ -68,11 +68,11 @@ def quasirandom(search: Search, number: int) -> dict[str, Any]:
 
 @functools.cache
 def _sobol(dimensions: int, seed: int, count: int) -> list[list[float]]:
-    return apart("tune.samplers", "sobol", dimensions, seed, count)
+    return run_in_subprocess(sobol, dimensions, seed, count)
 
 
 def sobol(dimensions: int, seed: int, count: int) -> list[list[float]]:
-    """The first points of a scrambled Sobol sequence, each in [0, 1]^dimensions. torch's, hence called apart."""
+    """The first points of a scrambled Sobol sequence, each in [0, 1]^dimensions."""
     from torch.quasirandom import SobolEngine
 
     return SobolEngine(dimensions, scramble=True, seed=seed).draw(count).tolist()

@@ -23,8 +23,7 @@ from typing import Any
 
 from nulsq.config import describe
 from nulsq.errors import InputError, Parser, exit_on_input_error, missing
-from tune import cost
-from tune.apart import apart
+from tune.checks import NetworkCosts, check
 from tune.queue import TrialQueue, warm_rows
 from tune.ray_backend.trial_protocol import directory
 from tune.space import Search, base_recipe, expected_epochs, full_epochs, load_search, rungs, studies
@@ -32,6 +31,7 @@ from tune.status import elapsed
 from tune.store import journal, results
 from tune.store.directory import SearchDirectory
 from tune.store.results import remove_checkpoints
+from tune.subprocess_call import run_in_subprocess
 
 EXIT_INTERRUPTED = 99
 
@@ -75,8 +75,7 @@ def _main(arguments) -> int:
                              "starts it or goes on")
     search = dataclasses.replace(folder.search, trials=folder.search.trials + more)
     if not folder.finished or more:
-        gpus, costs = apart("tune.checks", "check", search, not arguments.dry_run)
-        cost.KNOWN |= costs
+        gpus, costs = run_in_subprocess(check, search, not arguments.dry_run)
         warm = warm_rows(search)
         if not arguments.json:
             print(plan(search, gpus), flush=True)
@@ -91,7 +90,7 @@ def _main(arguments) -> int:
             return show(search, folder)
         if more:
             folder.extend(more)
-        return run(search, folder, TrialQueue(search, results.collect(search, journal.read(folder.path)), warm))
+        return run(search, folder, TrialQueue(search, results.collect(search, journal.read(folder.path)), warm), costs)
 
 
 def _interrupt(*_):
@@ -136,7 +135,7 @@ def outline(search: Search, folder: SearchDirectory) -> dict[str, Any]:
             "begun": folder.begun, "finished": folder.finished}
 
 
-def run(search: Search, folder: SearchDirectory, course: TrialQueue) -> int:
+def run(search: Search, folder: SearchDirectory, course: TrialQueue, costs: NetworkCosts) -> int:
     """Start or continue the search, then show and write its results. Returns the exit code."""
     wanted = dict.fromkeys(("matplotlib", "pandas", "pyarrow", "sklearn", "optuna", "ray"), "search")
     for module, extra in (wanted | {name: name for name in ("wandb", "mlflow") if getattr(search, name)}).items():
@@ -153,7 +152,7 @@ def run(search: Search, folder: SearchDirectory, course: TrialQueue) -> int:
     for key, status in course.status.items():  # what was killed between a decision and its consequences
         if status in ("stopped", "diverged"):
             remove_checkpoints(directory(folder.path, key))
-    ended = course.finished or run_trials(search, folder, course, left)
+    ended = course.finished or run_trials(search, folder, course, costs, left)
     used = left is not None and search.hours * 3600 <= elapsed(journal.events(folder.path), running=True)
     if not ended and not used:
         print(f"interrupted; the same command continues the search in {search.directory}")

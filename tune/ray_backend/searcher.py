@@ -26,7 +26,7 @@ class StudySearcher(Searcher):
 
     Args:
         common: what every trial's configuration has beside `trial`, see `configuration`.
-        cost: of a trial's network, see `tune.cost`.
+        cost: of a trial's network, see `tune.checks.NetworkCosts`.
     """
 
     def __init__(self, course: TrialQueue, folder: Path, common: dict[str, Any],
