@@ -21,7 +21,7 @@ import shlex
 from pathlib import Path
 
 from nulsq.config import to_yaml
-from nulsq.errors import InputError, Parser, exit_on_input_error
+from nulsq.errors import ExitCode, InputError, Parser, exit_on_input_error
 from nulsq.files import write_atomically
 from nulsq.run.directory import path_of
 from tune.checks import NetworkCosts, check_recipes
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         recipes = write(search, folder.path.resolve(), warm)
     print(plan(search, recipes, [arguments.search, *arguments.overrides]))
     print(len(recipes))
-    return 0
+    return ExitCode.FINISHED
 
 
 def decide(search: Search, known: list[Trial], warm: dict[str, list[TrialResult]]) -> list[Trial]:
