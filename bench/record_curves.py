@@ -16,7 +16,7 @@ from nulsq.config import load_recipe
 from nulsq.errors import Parser, exit_on_input_error
 from nulsq.files import write_atomically
 from nulsq.run.directory import path_of, read_metrics
-from nulsq.run.status import read_outcome
+from nulsq.run.status import RunStatus, read_status
 from nulsq.train import train
 from tune.queue import listed
 from tune.space import Search, Trial, load_search
@@ -39,7 +39,7 @@ def train_share(search: Search, runs: Path, every: list[Trial]) -> None:
     for trial in every:
         own = {"run.dir": str(runs / trial.key), "run.threads": 1, "run.device": "cpu"}
         recipe = load_recipe(search.recipe, search.overrides | trial.overrides | own)
-        if read_outcome(path_of(recipe))["outcome"] not in ("finished", "diverged"):
+        if read_status(path_of(recipe)) not in (RunStatus.FINISHED, RunStatus.DIVERGED):
             state = train(recipe, quiet=True)
             print(f"{trial.key} {state.status} {(state.best or {}).get(search.metric)}", flush=True)
             for file in (runs / trial.key / "checkpoints").glob("*.pt"):
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         train_share(search, arguments.runs, every[mine::of])
         return 0
     start = load_recipe(arguments.start)
-    if read_outcome(path_of(start))["outcome"] != "finished":
+    if read_status(path_of(start)) is not RunStatus.FINISHED:
         train(start)
     own = [sys.executable, "-m", "bench.record_curves", *argv]
     started = [subprocess.Popen([*own, "--share", f"{each}/{arguments.processes}"])

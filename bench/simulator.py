@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from tune.store.status import TrialStatus
+
 CONTINUE, STOP = "CONTINUE", "STOP"  # as Ray spells them
 WORST = 0.0  # top-1 of a trial that diverged
 
@@ -59,7 +61,7 @@ class Run:
 
     curve: Curve
     epochs: int = 0  # paid for: the one in which a trial diverges counts whole
-    status: str = "not started"  # then finished, stopped or diverged
+    status: TrialStatus = TrialStatus.WAITING
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,11 @@ def simulate(curves: Sequence[Curve], scheduler: Scheduler, epochs: int, workers
         answer = scheduler.decide(curve.study, curve.key, epoch, score)
         run.epochs = epoch
         if score is None:
-            run.status = "diverged"
+            run.status = TrialStatus.DIVERGED
         elif epoch == epochs:
-            run.status = "finished"  # whatever the answer: a trial ends its last epoch by itself
+            run.status = TrialStatus.FINISHED  # whatever the answer: a trial ends its last epoch by itself
         elif answer == STOP:
-            run.status = "stopped"
+            run.status = TrialStatus.STOPPED
         else:
             heapq.heappush(running, (now + curve.seconds, place, epoch + 1))
             continue
@@ -128,7 +130,7 @@ def affordable(curves: Sequence[Curve], epochs: int, budget: float) -> list[Curv
 def chosen(runs: Sequence[Run]) -> Curve:
     """The best trial of a study by the rule of `tune.store.results.ranked`: longest trained, then best score at its
     last epoch, then earliest start; a diverged one only where there is no other."""
-    return min(runs, key=lambda run: (run.status == "diverged", -run.epochs, -run.curve.final(run.epochs))).curve
+    return min(runs, key=lambda run: (run.status.lost, -run.epochs, -run.curve.final(run.epochs))).curve
 
 
 def judge(runs: Sequence[Run], curves: Sequence[Curve], epochs: int) -> Found:
@@ -136,4 +138,4 @@ def judge(runs: Sequence[Run], curves: Sequence[Curve], epochs: int) -> Found:
     best = max(curve.final(epochs) for curve in curves)
     return Found(regret=best - chosen(runs).final(epochs),
                  share=sum(run.epochs for run in runs) / (epochs * len(curves)),
-                 survivors=sum(run.status == "finished" for run in runs))
+                 survivors=sum(run.status is TrialStatus.FINISHED for run in runs))

@@ -81,13 +81,17 @@ def lock(path: Path, *, shared: bool = False, wait: bool = False) -> TextIO | No
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds the exclusive lock of a file. False where the file does not exist."""
+    """Whether another process holds the exclusive lock of a file. False where the file does not exist.
+
+    Permission to read the file is enough.
+    """
     if not path.is_file():
         return False
-    file = lock(path, shared=True)
-    if file is None:
-        return True
-    file.close()
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False
 
 

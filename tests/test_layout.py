@@ -129,7 +129,7 @@ def test_every_name_of_an_initializer_has_its_function():
              "import numpy; check_data(Data(loader='ffcv', batch=1), N(kind='arrays', "
              "labels=lambda split: numpy.arange(20) % 2))", "ffcv"),
     ("matplotlib", "from nulsq.inspect import plot; plot(None, 'x')", "train"),
-    ("ray", "from tune.search import run; from tune.space import Search; run(Search(name='x'), None, None)",
+    ("ray", "from tune.search import run; from tune.space import Search; run(Search(name='x'), None, None, None)",
      "search"),
 ])
 def test_what_is_missing_says_which_extra_to_install(missing, code, extra):

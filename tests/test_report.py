@@ -22,6 +22,7 @@ from tune.report.tables import frame, leaderboard, write_tables
 from tune.space import Sampler, Search, Trial
 from tune.store import journal
 from tune.store.results import TrialResult, collect
+from tune.store.status import TrialStatus
 
 for module in ("matplotlib", "optuna", "pandas", "pyarrow", "sklearn"):
     pytest.importorskip(module)
@@ -99,7 +100,7 @@ def test_parquet_equals_csv_and_both_equal_the_runs(made):
 def test_a_column_of_mixed_or_nested_values_is_text(tmp_path):
     search = Search(name="x", space={"a": Sampler("a.b", "choice", values=[[1], [2, 3]]),
                                      "c": Sampler("c.d", "choice", values=[1, "auto", None])})
-    rows = [TrialResult(Trial("x", i, {"a.b": [1], "c.d": value}), "finished", 1, 5.0, [5.0], 1.0, Path("r"))
+    rows = [TrialResult(Trial("x", i, {"a.b": [1], "c.d": value}), TrialStatus.FINISHED, 1, 5.0, [5.0], 1.0, Path("r"))
             for i, value in enumerate([1, "auto", None])]
     table = frame(search, rows)
     table.to_parquet(tmp_path / "x.parquet")
@@ -145,7 +146,7 @@ def test_the_front_is_what_comparing_all_pairs_gives(points, mode):
 def compared(count: int, response, seed: int = 0) -> Comparison:
     draw = random.Random(seed)
     drawn = [{name: sampler.draw(draw.random()) for name, sampler in SPACE.items()} for _ in range(count)]
-    rows = [TrialResult(Trial("s", i, {}, each), "finished", 1, 0.0, [0.0], 1.0, Path("r"))
+    rows = [TrialResult(Trial("s", i, {}, each), TrialStatus.FINISHED, 1, 0.0, [0.0], 1.0, Path("r"))
             for i, each in enumerate(drawn)]
     return Comparison(1, rows, [response(each, draw) for each in drawn], [False] * count)
 

@@ -21,6 +21,7 @@ from tune.report.responses import bars, response
 from tune.space import Sampler, Search, Trial
 from tune.store import journal
 from tune.store.results import TrialResult, collect
+from tune.store.status import TrialStatus
 
 for module in ("matplotlib", "optuna", "pandas", "pyarrow", "sklearn"):
     pytest.importorskip(module)
@@ -109,9 +110,10 @@ def test_pictures_of_every_kind_of_hyperparameter(tmp_path, metric):
     for i in range(12):
         drawn = {name: sampler.draw((i + 0.5) * 0.618 % 1) for name, sampler in search.space.items()}
         curve = [3 - 2 * drawn["uniform"] + (drawn["choice"] == "sgd"), 1.0, float("nan") if i == 3 else 0.5]
-        rows.append(TrialResult(Trial("kinds", i, drawn=drawn), "diverged" if i == 3 else "finished", 3, curve[-1],
-                                curve, 3.0, tmp_path / str(i)))
-    rows.append(TrialResult(Trial("kinds", 12, drawn=drawn), "diverged", 1, 0.0, [float("nan")], 1.0, tmp_path / "12"))
+        status = TrialStatus.DIVERGED if i == 3 else TrialStatus.FINISHED
+        rows.append(TrialResult(Trial("kinds", i, drawn=drawn), status, 3, curve[-1], curve, 3.0, tmp_path / str(i)))
+    rows.append(TrialResult(Trial("kinds", 12, drawn=drawn), TrialStatus.DIVERGED, 1, 0.0, [float("nan")], 1.0,
+                            tmp_path / "12"))
     findings = Findings(search, rows, {})
     findings.full = {"kinds": 3}
     found = findings.comparison("kinds")

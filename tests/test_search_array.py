@@ -16,12 +16,13 @@ from nulsq.run.status import RunStatus, read_outcome, write_status
 from tests.searches import SPACE, made_search
 from tune import array, status
 from tune import search as searching
-from tune.cost import network_cost
+from tune.checks import network_cost
 from tune.queue import TrialQueue, warm_rows
 from tune.ray_backend.trial_protocol import recipe_of
 from tune.space import base_recipe, load_search
 from tune.store import journal
 from tune.store.results import collect
+from tune.store.status import TrialStatus
 
 pytest.importorskip("ray")
 EPOCHS = 2
@@ -125,7 +126,7 @@ def test_after_its_array_a_search_has_only_repeats_left(made, tmp_path):
     assert [(trial.study, trial.number, trial.repeat) for trial in again[:2]] == [("2", 1, 1), ("4", 1, 1)]
     assert again[2] is None
     for trial in again[:2]:
-        course.end(trial.key, "failed")
+        course.end(trial.key, TrialStatus.FAILED)
     assert course.finished
     alone = load_search(made.file, [*settings, "repeats=0"])
     assert TrialQueue(alone, collect(alone, journal.read(out))).finished  # nothing to start a Ray for

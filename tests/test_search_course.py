@@ -15,6 +15,7 @@ from tune.samplers import random as at_random
 from tune.space import load_search, stratum
 from tune.store import journal
 from tune.store.results import TrialResult
+from tune.store.status import TrialStatus
 
 pytest.importorskip("optuna")
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,12 +34,12 @@ def end(course, trial):
     stopped = score(trial, 1) < 78
     for epoch in (1,) if stopped else (1, 2, 3, 4):
         course.result(trial.key, epoch, score(trial, epoch))
-    course.end(trial.key, "stopped" if stopped else "finished")
+    course.end(trial.key, TrialStatus.STOPPED if stopped else TrialStatus.FINISHED)
 
 
 def rows_of(course):
     """What the search's folder would say after an interruption: what ran is unfinished."""
-    return [TrialResult(trial, "running" if course.status[key] == "running" else course.status[key],
+    return [TrialResult(trial, course.status[key],
                         len(course.curves[key]), course.curves[key][-1] if course.curves[key] else math.nan,
                         list(course.curves[key]), 0.0, Path(key))
             for key, trial in course.trials.items()]
@@ -89,13 +90,13 @@ def test_what_no_process_has_taken_is_given_out_again():
     course = TrialQueue(load_search(DEMO, ["retries=1"]), [])
     first = course.next()
     course.end(first.key, course.failure(first.key))
-    assert course.status[first.key] == "waiting" and course.next() == first
+    assert course.status[first.key] is TrialStatus.WAITING and course.next() == first
     course.begun.add(first.key)
-    assert course.failure(first.key) == "failed"  # somebody had it, as often as Tune would try
-    course.end(first.key, "waiting")
-    assert course.next() == first and course.failure(first.key) == "failed"  # lost twice
+    assert course.failure(first.key) is TrialStatus.FAILED  # somebody had it, as often as Tune would try
+    course.end(first.key, TrialStatus.WAITING)
+    assert course.next() == first and course.failure(first.key) is TrialStatus.FAILED  # lost twice
     second = course.next()
-    assert second.key != first.key and course.failure(second.key) == "waiting"
+    assert second.key != first.key and course.failure(second.key) is TrialStatus.WAITING
 
 
 def test_finalists_are_repeated_once_all_trials_of_their_study_have_ended():
@@ -141,10 +142,10 @@ def test_tpe_is_told_that_a_stopped_trial_was_stopped():
     told = []
     for i in range(24):
         drawn = at_random(search, i) | {"lr": 10 ** draw.uniform(-4, -2.5) if i % 2 else 10 ** draw.uniform(-1.5, 0)}
-        told.append(Observation(drawn, [90.0 + draw.random()], "stopped", {}) if i % 2 else
-                    Observation(drawn, [50.0, 60.0, 70.0, 80.0 + draw.random()], "finished", {}))
+        told.append(Observation(drawn, [90.0 + draw.random()], TrialStatus.STOPPED, {}) if i % 2 else
+                    Observation(drawn, [50.0, 60.0, 70.0, 80.0 + draw.random()], TrialStatus.FINISHED, {}))
     truth = [tpe(search, "s", number, told)["lr"] for number in range(30)]
-    lie = [tpe(search, "s", number, [dataclasses.replace(each, status="finished", curve=each.curve[-1:])
+    lie = [tpe(search, "s", number, [dataclasses.replace(each, status=TrialStatus.FINISHED, curve=each.curve[-1:])
                                      for each in told])["lr"] for number in range(30)]
     assert sum(lr > 0.01 for lr in truth) > 25 > 10 > sum(lr > 0.01 for lr in lie)
 
@@ -229,7 +230,7 @@ def test_tpe_with_two_objectives_looks_for_the_front():
         course.trials[trial.key] = trial
         for epoch in range(1, 5):
             course.result(trial.key, epoch, score(trial, epoch) + 3 * trial.drawn["bits"])
-        course.end(trial.key, "finished")
+        course.end(trial.key, TrialStatus.FINISHED)
     later = list(course.trials.values())[30:]
     assert {trial.drawn["bits"] for trial in later} == {2, 3, 4}
     early = [abs(math.log10(trial.drawn["lr"]) + 1.5) for trial in list(course.trials.values())[:STARTUP]]
@@ -247,7 +248,7 @@ def test_the_journal_gives_back_every_trial_and_survives_a_cut(tmp_path):
     assert journal.read(tmp_path) == every
     file = tmp_path / journal.TRIALS
     file.write_text(file.read_text()[:-40])  # a full disk
-    journal.mend(tmp_path)
+    journal.repair(tmp_path)
     assert journal.read(tmp_path) == every[:-1]
     journal.append(tmp_path, every[-1])
     assert journal.read(tmp_path) == every

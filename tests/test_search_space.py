@@ -182,54 +182,63 @@ def test_a_diverged_trial_has_the_worst_score_and_enters_no_rung(tmp_path):
     assert json.loads(asha.file.read_text())["rungs"] == {}
 
 
-# ---- what is checked before a search starts, in a process of its own
+# ---- functions that are called in a subprocess
 
 
-def apart(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", f"import os, sys\nfrom tune.apart import apart\n{code}"],
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", f"import os, sys\nfrom tune.subprocess_call import run_in_subprocess\n"
+                                                 f"{code}"],
                           cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_a_function_is_called_in_a_process_of_its_own():
-    done = apart("print(apart('os', 'getpid') != os.getpid(), apart('os.path', 'join', 'a', 'b'))\n"
-                 "apart('builtins', 'print', 'a download')\n"
-                 "apart('importlib', 'reload', 1)")
+def test_a_function_is_called_in_another_process_and_prints_to_stderr():
+    done = run("print(run_in_subprocess(os.getpid) != os.getpid(), run_in_subprocess(os.path.join, 'a', 'b'))\n"
+               "run_in_subprocess(print, 'a download')\n"
+               "import importlib; run_in_subprocess(importlib.reload, 1)")
     assert done.stdout == "True a/b\n"  # a program may read it
     assert done.stderr.startswith("a download\n")
-    # where it was raised is told, too
+    # the traceback of the other process is shown, too
     assert "TypeError: reload() argument must be a module" in done.stderr and "in reload" in done.stderr
 
 
-def test_input_that_cannot_be_used_and_a_process_that_dies_are_told_apart():
-    done = apart("try: apart('nulsq.config', 'load_recipe', 'nowhere.yaml')\n"
-                 "except Exception as error: print(type(error).__name__, error)\n"
-                 "apart('os', '_exit', 7)")
+def test_the_process_has_a_session_of_its_own():
+    """Ctrl-C in the terminal reaches the parent alone, which then ends the child."""
+    done = run("print(run_in_subprocess(os.getsid, 0) != os.getsid(0))")
+    assert done.stdout == "True\n"
+
+
+def test_bad_input_and_a_process_that_dies_are_different_errors():
+    done = run("from nulsq.config import load_recipe\n"
+               "try: run_in_subprocess(load_recipe, 'nowhere.yaml')\n"
+               "except Exception as error: print(type(error).__name__, error)\n"
+               "run_in_subprocess(os._exit, 7)")
     assert done.stdout == "InputError no file nowhere.yaml\n"
-    assert "RuntimeError: the process of os._exit ended with exit code 7" in done.stderr
+    assert "RuntimeError: the process that called posix._exit ended with exit code 7" in done.stderr
 
 
-def test_an_error_that_cannot_be_raised_elsewhere_says_what_it_was():
-    done = apart("apart('tests.searches', 'fail', 'a', 'b')")
+def test_an_error_that_cannot_be_unpickled_keeps_its_text_and_traceback():
+    done = run("from tests.searches import fail\nrun_in_subprocess(fail, 'a', 'b')")
     assert "RuntimeError: Odd: a and b" in done.stderr and "in fail" in done.stderr
 
 
 def test_a_signal_during_the_check_ends_both_processes(tmp_path):
-    """Written aside and removed at the end, as a library would do it."""
-    code = ("import signal, sys\nfrom tune.apart import apart\n"
+    """The child removes its temporary file before it ends."""
+    code = ("import signal, sys\nfrom tests.searches import linger\n"
+            "from tune.subprocess_call import run_in_subprocess\n"
             "def interrupt(*_): raise KeyboardInterrupt\n"
             "signal.signal(signal.SIGUSR1, interrupt)\n"
-            "try: apart('tests.searches', 'linger', sys.argv[1])\n"
+            "try: run_in_subprocess(linger, sys.argv[1])\n"
             "except KeyboardInterrupt: sys.exit(99)")
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 99 and "Traceback" not in said
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 99 and "Traceback" not in stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_where_torch_is_loaded_already_it_is_called_right_here():
-    done = apart("import torch\nprint(apart('os', 'getpid') == os.getpid())")
+def test_where_torch_is_loaded_already_the_function_is_called_in_this_process():
+    done = run("import torch\nprint(run_in_subprocess(os.getpid) == os.getpid())")
     assert done.stdout == "True\n"

@@ -21,17 +21,17 @@ import shlex
 from pathlib import Path
 
 from nulsq.config import to_yaml
-from nulsq.errors import InputError, Parser, exit_on_input_error
+from nulsq.errors import ExitCode, InputError, Parser, exit_on_input_error
 from nulsq.files import write_atomically
 from nulsq.run.directory import path_of
-from tune.apart import apart
-from tune.cost import network_cost
+from tune.checks import NetworkCosts, check_recipes
 from tune.queue import TrialQueue, warm_rows
 from tune.ray_backend.trial_protocol import recipe_of
 from tune.space import Search, Trial, full_epochs, load_search, studies
 from tune.store import journal
 from tune.store.directory import ARRAY, SearchDirectory
 from tune.store.results import TrialResult, collect, read_stopped
+from tune.subprocess_call import run_in_subprocess
 
 
 def parser() -> Parser:
@@ -54,13 +54,13 @@ def main(argv: list[str]) -> int:
     if stopped:
         raise InputError(f"tune.search has stopped trials early in {folder.path} ({', '.join(stopped[:3])}), an array "
                          "trains all to their end; choose another dir")
-    apart("tune.checks", "check_recipes", search)
+    run_in_subprocess(check_recipes, search)
     warm = warm_rows(search)
     with folder:
         recipes = write(search, folder.path.resolve(), warm)
     print(plan(search, recipes, [arguments.search, *arguments.overrides]))
     print(len(recipes))
-    return 0
+    return ExitCode.FINISHED
 
 
 def decide(search: Search, known: list[Trial], warm: dict[str, list[TrialResult]]) -> list[Trial]:
@@ -78,7 +78,7 @@ def write(search: Search, folder: Path, warm: dict[str, list[TrialResult]]) -> l
     `folder` is the search's, absolute, and holds its recipe.yaml: as for a trial that Ray starts, the recipe is what it
     was when the search began. Returns the paths of the trials' recipes.
     """
-    array, known = folder / ARRAY, journal.read(folder)
+    array, known, costs = folder / ARRAY, journal.read(folder), NetworkCosts()
     array.mkdir(exist_ok=True)
     begun, files, runs = {trial.key for trial in known}, [], []
     for number, trial in enumerate(decide(search, known, warm)):
@@ -86,7 +86,7 @@ def write(search: Search, folder: Path, warm: dict[str, list[TrialResult]]) -> l
                             "gpus": search.gpus,
                             "trial": {"key": trial.key, "overrides": search.overrides | trial.overrides}})
         if trial.key not in begun:
-            journal.append(folder, dataclasses.replace(trial, cost=network_cost(recipe)))
+            journal.append(folder, dataclasses.replace(trial, cost=costs.of(recipe)))
         files.append(array / f"{number:05d}.yaml")
         write_atomically(files[-1], to_yaml(recipe))
         runs.append(path_of(recipe))

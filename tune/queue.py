@@ -14,7 +14,8 @@ from nulsq.errors import InputError
 from tune.samplers import Observation, draw, inside, trial_of
 from tune.space import Search, Trial, base_recipe, studies
 from tune.store import journal
-from tune.store.results import ENDED, TrialResult, collect, finalists, ranked
+from tune.store.results import TrialResult, collect, finalists, ranked
+from tune.store.status import TrialStatus
 
 
 class TrialQueue:
@@ -31,8 +32,8 @@ class TrialQueue:
         self.studies = {study.name: study for study in studies(search)}
         self.trials = {row.trial.key: row.trial for row in rows}
         self.curves = {row.trial.key: list(row.curve) for row in rows}
-        self.status = {row.trial.key: "waiting" if row.status not in ENDED or row.status == "failed" else row.status
-                       for row in rows}
+        self.status = {row.trial.key: row.status if row.status.ended and row.status is not TrialStatus.FAILED
+                       else TrialStatus.WAITING for row in rows}
         self.warm = {name: [] for name in self.studies} | (warm or {})
         self.begun: set[str] = set()  # what a process has taken since it was given out
         self.lost = Counter()  # how often what was given out was not
@@ -43,14 +44,14 @@ class TrialQueue:
         if trial is not None:
             self.trials[trial.key] = trial
             self.curves.setdefault(trial.key, [])
-            self.status[trial.key] = "running"
+            self.status[trial.key] = TrialStatus.RUNNING
             self.begun.discard(trial.key)
         return trial
 
     @property
     def idle(self) -> bool:
         """Whether nothing runs; with no next trial the search is at its end."""
-        return "running" not in self.status.values()
+        return TrialStatus.RUNNING not in self.status.values()
 
     @property
     def finished(self) -> bool:
@@ -58,29 +59,29 @@ class TrialQueue:
 
     def unfinished(self) -> int:
         """Trials that have begun, or wait to go on, and have not ended."""
-        return sum(status not in ENDED for status in self.status.values())
+        return sum(not status.ended for status in self.status.values())
 
     def result(self, key: str, epoch: int, score: float) -> None:
         """A trial's score after an epoch; one that is told again, after an interruption, is the same one."""
         self.curves[key][epoch - 1:epoch] = [score]
 
-    def end(self, key: str, status: str) -> None:
+    def end(self, key: str, status: TrialStatus) -> None:
         self.status[key] = status
 
-    def failure(self, key: str) -> str:
+    def failure(self, key: str) -> TrialStatus:
         """The status of a trial that Tune gives up: failed; or waiting, to be given out again, where no process has
         taken it (the one that was to take it over has died), as often as the search says (`retries`)."""
         if key in self.begun:
-            return "failed"
+            return TrialStatus.FAILED
         self.lost[key] += 1
-        return "waiting" if self.lost[key] <= self.search.retries else "failed"
+        return TrialStatus.WAITING if self.lost[key] <= self.search.retries else TrialStatus.FAILED
 
     def told(self, study: str) -> list[Observation]:
         """What TPE hears: this study's trials, in their order, then those of the search that it starts from."""
         own = [Observation(trial.drawn, self.curves[key],
-                           "running" if self.status[key] == "waiting" else self.status[key], trial.cost)
+                           self.status[key] if self.status[key].ended else TrialStatus.RUNNING, trial.cost)
                for key, trial in self.trials.items()
-               if trial.study == study and not trial.repeat and self.status[key] != "failed"]
+               if trial.study == study and not trial.repeat and self.status[key] is not TrialStatus.FAILED]
         return own + [Observation(row.trial.drawn, row.curve, row.status, row.trial.cost) for row in self.warm[study]]
 
     def budget(self) -> int:
@@ -88,7 +89,7 @@ class TrialQueue:
         return len(self.studies) * (self.search.trials + self.search.finalists * self.search.repeats)
 
     def _interrupted(self):
-        return next((self.trials[key] for key, status in self.status.items() if status == "waiting"), None)
+        return next((self.trials[key] for key, status in self.status.items() if status is TrialStatus.WAITING), None)
 
     def _drawn(self):
         counts = self._counts()
@@ -118,7 +119,7 @@ class TrialQueue:
             return {}
         counts = self._counts()
         rows = [self.row(key) for key, trial in self.trials.items() if not trial.repeat]
-        open_ = {row.trial.study for row in rows if row.status not in ENDED}
+        open_ = {row.trial.study for row in rows if not row.status.ended}
         return {name: own for name, own in finalists(self.search, rows).items()
                 if name not in open_ and counts[name] >= self.search.trials}
 
@@ -159,7 +160,8 @@ def warm_rows(search: Search) -> dict[str, list[TrialResult]]:
         if name is None:
             raise InputError(f"warm_start: {folder} has no study {study.name}; it has {', '.join(theirs)}")
         found[study.name] = [replace(row, trial=replace(row.trial, study=study.name)) for row in rows
-                             if row.trial.study == name and row.status != "failed" and inside(search, row.trial.drawn)]
+                             if row.trial.study == name and row.status is not TrialStatus.FAILED
+                             and inside(search, row.trial.drawn)]
         if not any(row.good for row in found[study.name]):
             raise InputError(f"warm_start: no trained trial of {folder}'s study {name} lies inside of this space")
     return found
@@ -169,5 +171,5 @@ def listed(search: Search) -> list[Trial]:
     """All trials of a search that looks at no results, in the order in which they start."""
     course = TrialQueue(search, [])
     while (trial := course.next()) is not None:
-        course.end(trial.key, "failed")  # so that there is nothing to repeat
+        course.end(trial.key, TrialStatus.FAILED)  # so that there is nothing to repeat
     return list(course.trials.values())

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from tune.apart import apart
 from tune.ray_backend.trial_protocol import WORST
 from tune.space import Search, Trial
+from tune.store.status import TrialStatus
+from tune.subprocess_call import run_in_subprocess
 
 STARTUP = 10  # trials of a study that TPE draws at random, as Optuna does
 
@@ -27,7 +28,7 @@ class Observation:
 
     drawn: dict[str, Any]
     curve: list[float]  # the metric after each epoch
-    status: str  # finished, stopped, diverged, running
+    status: TrialStatus
     cost: dict[str, float]
 
 
@@ -68,11 +69,11 @@ def quasirandom(search: Search, number: int) -> dict[str, Any]:
 
 @functools.cache
 def _sobol(dimensions: int, seed: int, count: int) -> list[list[float]]:
-    return apart("tune.samplers", "sobol", dimensions, seed, count)
+    return run_in_subprocess(sobol, dimensions, seed, count)
 
 
 def sobol(dimensions: int, seed: int, count: int) -> list[list[float]]:
-    """The first points of a scrambled Sobol sequence, each in [0, 1]^dimensions. torch's, hence called apart."""
+    """The first points of a scrambled Sobol sequence, each in [0, 1]^dimensions."""
     from torch.quasirandom import SobolEngine
 
     return SobolEngine(dimensions, scramble=True, seed=seed).draw(count).tolist()
@@ -97,21 +98,21 @@ def tpe(search: Search, study: str, number: int, told: list[Observation]) -> dic
                                          constant_liar=True, n_startup_trials=STARTUP)
     known = optuna.create_study(directions=[best, "minimize"] if two else [best], sampler=sampler)
     space = distributions(search)
-    longest = max((len(each.curve) for each in told if each.status == "finished"), default=0)
+    longest = max((len(each.curve) for each in told if each.status is TrialStatus.FINISHED), default=0)
     for each in told:
         params = {"params": each.drawn, "distributions": space}
         finite = [score for score in each.curve if math.isfinite(score)]
-        if each.status == "running":
+        if each.status is TrialStatus.RUNNING:
             known.add_trial(create_trial(state=TrialState.RUNNING, **params))
         elif two:
-            lacks = 0.0 if each.status == "finished" else max(1 - len(finite) / max(longest, 1), 1e-3)
-            if each.status == "diverged" or not finite:
+            lacks = 0.0 if each.status is TrialStatus.FINISHED else max(1 - len(finite) / max(longest, 1), 1e-3)
+            if each.status is TrialStatus.DIVERGED or not finite:
                 lacks, finite = 1.0, [WORST[search.metric]]
             known.add_trial(create_trial(values=[finite[-1], each.cost[search.against]],
                                          system_attrs={_CONSTRAINTS_KEY: (lacks,)}, **params))
-        elif each.status == "diverged" or not finite:  # pruned without a score: ranked behind all others
+        elif each.status is TrialStatus.DIVERGED or not finite:  # pruned without a score: ranked behind all others
             known.add_trial(create_trial(state=TrialState.PRUNED, **params))
-        elif each.status == "finished":
+        elif each.status is TrialStatus.FINISHED:
             known.add_trial(create_trial(value=finite[-1], **params))
         else:
             values = dict(enumerate(finite, start=1))

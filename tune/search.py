@@ -22,9 +22,8 @@ import sys
 from typing import Any
 
 from nulsq.config import describe
-from nulsq.errors import InputError, Parser, exit_on_input_error, missing
-from tune import cost
-from tune.apart import apart
+from nulsq.errors import ExitCode, InputError, Parser, exit_on_input_error, missing
+from tune.checks import NetworkCosts, check
 from tune.queue import TrialQueue, warm_rows
 from tune.ray_backend.trial_protocol import directory
 from tune.space import Search, base_recipe, expected_epochs, full_epochs, load_search, rungs, studies
@@ -32,8 +31,7 @@ from tune.status import elapsed
 from tune.store import journal, results
 from tune.store.directory import SearchDirectory
 from tune.store.results import remove_checkpoints
-
-EXIT_INTERRUPTED = 99
+from tune.subprocess_call import run_in_subprocess
 
 
 def parser() -> Parser:
@@ -55,7 +53,7 @@ def main(argv: list[str]) -> int:
         return _main(arguments)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on")
-        return EXIT_INTERRUPTED
+        return ExitCode.SAVED
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -75,15 +73,14 @@ def _main(arguments) -> int:
                              "starts it or goes on")
     search = dataclasses.replace(folder.search, trials=folder.search.trials + more)
     if not folder.finished or more:
-        gpus, costs = apart("tune.checks", "check", search, not arguments.dry_run)
-        cost.KNOWN |= costs
+        gpus, costs = run_in_subprocess(check, search, not arguments.dry_run)
         warm = warm_rows(search)
         if not arguments.json:
             print(plan(search, gpus), flush=True)
     if arguments.dry_run:
         if arguments.json:
             print(json.dumps(outline(search, folder)))
-        return 0
+        return ExitCode.FINISHED
     with folder:
         # The recipe as it was when the search began: the file may have been edited since.
         search = dataclasses.replace(search, recipe=str(folder.path.resolve() / "recipe.yaml"))
@@ -91,7 +88,7 @@ def _main(arguments) -> int:
             return show(search, folder)
         if more:
             folder.extend(more)
-        return run(search, folder, TrialQueue(search, results.collect(search, journal.read(folder.path)), warm))
+        return run(search, folder, TrialQueue(search, results.collect(search, journal.read(folder.path)), warm), costs)
 
 
 def _interrupt(*_):
@@ -136,7 +133,7 @@ def outline(search: Search, folder: SearchDirectory) -> dict[str, Any]:
             "begun": folder.begun, "finished": folder.finished}
 
 
-def run(search: Search, folder: SearchDirectory, course: TrialQueue) -> int:
+def run(search: Search, folder: SearchDirectory, course: TrialQueue, costs: NetworkCosts) -> int:
     """Start or continue the search, then show and write its results. Returns the exit code."""
     wanted = dict.fromkeys(("matplotlib", "pandas", "pyarrow", "sklearn", "optuna", "ray"), "search")
     for module, extra in (wanted | {name: name for name in ("wandb", "mlflow") if getattr(search, name)}).items():
@@ -151,13 +148,13 @@ def run(search: Search, folder: SearchDirectory, course: TrialQueue) -> int:
             print(f"the time budget of {search.hours:g} hours is used up; more hours go on")
             return show(search, folder, finished=course.finished)
     for key, status in course.status.items():  # what was killed between a decision and its consequences
-        if status in ("stopped", "diverged"):
+        if status.discarded:
             remove_checkpoints(directory(folder.path, key))
-    ended = course.finished or run_trials(search, folder, course, left)
+    ended = course.finished or run_trials(search, folder, course, costs, left)
     used = left is not None and search.hours * 3600 <= elapsed(journal.events(folder.path), running=True)
     if not ended and not used:
         print(f"interrupted; the same command continues the search in {search.directory}")
-        return EXIT_INTERRUPTED
+        return ExitCode.SAVED
     if not ended:
         print(f"the time budget of {search.hours:g} hours is used up, {course.unfinished()} trials have not ended; "
               "the same command with more hours goes on")
@@ -172,11 +169,11 @@ def show(search: Search, folder: SearchDirectory, finished: bool = True) -> int:
     best = results.winners(search, rows)
     if not best and not finished:
         print("no trial has reached its end yet")
-        return 1
+        return ExitCode.FAILED
     if not best:
         print(f"error: no trial has reached its end; the reasons are in {search.directory}/{journal.EVENTS} and "
               f"{search.directory}/trials/*/*/outcome.json; the same command tries again", file=sys.stderr)
-        return 1
+        return ExitCode.FAILED
     if finished:
         folder.mark_finished()
         print("each study's winner on the test images ...", flush=True)
@@ -188,7 +185,7 @@ def show(search: Search, folder: SearchDirectory, finished: bool = True) -> int:
     print()
     print(report.leaderboard(search, rows, tests))
     print("\n".join(str(path) for path in made))
-    return 0
+    return ExitCode.FINISHED
 
 
 if __name__ == "__main__":

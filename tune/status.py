@@ -8,21 +8,23 @@ all trials to their end would cost.
 """
 
 import contextlib
-import fcntl
 import sys
 import time
 from pathlib import Path
 
-from nulsq.errors import InputError, Parser, exit_on_input_error
-from nulsq.text import duration
+from nulsq.errors import ExitCode, InputError, Parser, exit_on_input_error
+from nulsq.files import is_locked
+from nulsq.text import aligned, duration
 from tune.ray_backend.trial_protocol import directory
 from tune.space import Search, expected_epochs, full_epochs, rungs, studies
 from tune.store import journal
 from tune.store.directory import ARRAY
 from tune.store.results import TrialResult, collect, ranked
+from tune.store.status import SearchStatus, TrialStatus
 
-STATES = ("finished", "stopped", "running", "waiting", "diverged", "failed")
-COLUMNS = ("study", *STATES, "best", "reached rungs", "epochs")
+STATUSES = (TrialStatus.FINISHED, TrialStatus.STOPPED, TrialStatus.RUNNING, TrialStatus.WAITING, TrialStatus.DIVERGED,
+            TrialStatus.FAILED)
+COLUMNS = ("study", *STATUSES, "best", "reached rungs", "epochs")
 
 
 def table(search: Search, rows: list[TrialResult], seconds: float, *, running: bool) -> str:
@@ -34,27 +36,24 @@ def table(search: Search, rows: list[TrialResult], seconds: float, *, running: b
         own = [row for row in rows if row.trial.study == study.name]
         first = [row for row in own if not row.trial.repeat]
         repeats = search.finalists * search.repeats
-        states = {state: sum(row.status == state for row in own) for state in STATES}
-        states["waiting"] += max(0, search.trials - len(first)) + max(0, repeats - (len(own) - len(first)))
+        counts = {status: sum(row.status is status for row in own) for status in STATUSES}
+        counts[TrialStatus.WAITING] += max(0, search.trials - len(first)) + max(0, repeats - (len(own) - len(first)))
         best = next((row for row in ranked(own, study.name, search.mode) if row.good), None)
         reached = [f"{rung}: {sum(row.epochs >= rung for row in first)}"
                    for rung in [*rungs(epochs, search.grace, search.reduction), epochs]]
         used, whole = sum(row.epochs for row in own), (search.trials + repeats) * epochs
-        if states["waiting"] or states["running"]:
+        if counts[TrialStatus.WAITING] or counts[TrialStatus.RUNNING]:
             planned = search.trials * epochs if array else expected_epochs(search, epochs)
             left += max(0.0, planned + repeats * epochs - used)
         spent, most = spent + used, most + whole
-        lines.append([study.name, *map(str, states.values()),
+        lines.append([study.name, *map(str, counts.values()),
                       f"{best.score:.2f} (trial {best.trial.number}, epoch {best.epochs})" if best else "-",
                       "  ".join(reached), f"{used}/{whole}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    text = ["  ".join(cell.ljust(width) if i in (0, 7, 8) else cell.rjust(width)
-                      for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
     told = f"{spent} of at most {most} epochs" + (f" in {duration(seconds)}" if seconds else "")
     if spent and left:
         timed = running and seconds  # nobody has taken the time of an array
         told += f", about {duration(seconds / spent * left)} left" if timed else f", about {round(left)} epochs left"
-    return "\n".join([*text, told])
+    return "\n".join([*aligned(lines, left=(0, 7, 8)), told])
 
 
 def elapsed(events: list[dict], *, running: bool = False) -> float:
@@ -69,34 +68,26 @@ def elapsed(events: list[dict], *, running: bool = False) -> float:
 def is_running(folder: Path) -> bool:
     """Whether a process holds the search's lock, or a task of its array that of a trial."""
     trials = journal.read(folder) if (folder / ARRAY).is_dir() else []
-    return any(_is_held(path / "lock") for path in (folder, *(directory(folder, trial.key) for trial in trials)))
+    return any(is_locked(path / "lock") for path in (folder, *(directory(folder, trial.key) for trial in trials)))
 
 
-def _is_held(lock):
-    with contextlib.suppress(OSError), lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def state(folder: Path, running: bool) -> str:
-    """running, finished or interrupted."""
-    return "running" if running else "finished" if (folder / "finished").is_file() else "interrupted"
+def search_status(folder: Path, running: bool) -> SearchStatus:
+    if running:
+        return SearchStatus.RUNNING
+    return SearchStatus.FINISHED if (folder / "finished").is_file() else SearchStatus.INTERRUPTED
 
 
 def describe(folder: Path) -> str:
     """The state of a search in words, and its table. Raises InputError for a folder that holds no search."""
     search = journal.load_folder(folder)
     running = is_running(folder)
-    now = state(folder, running)
-    if now == "interrupted":
-        now = "not finished, no task of its array runs" if (folder / ARRAY).is_dir() else \
-            f"{now}: the same command continues it"
+    words = str(search_status(folder, running))
+    if words == SearchStatus.INTERRUPTED:
+        words = "not finished, no task of its array runs" if (folder / ARRAY).is_dir() else \
+            f"{words}: the same command continues it"
     rows = collect(search, journal.read(folder))
     seconds = elapsed(journal.events(folder), running=running)
-    return f"{folder}: {now}\n{table(search, rows, seconds, running=running)}"
+    return f"{folder}: {words}\n{table(search, rows, seconds, running=running)}"
 
 
 def parser() -> Parser:
@@ -118,7 +109,7 @@ def main(argv: list[str]) -> int:
             if not arguments.every:
                 break
             time.sleep(arguments.every)
-    return 0
+    return ExitCode.FINISHED
 
 
 if __name__ == "__main__":

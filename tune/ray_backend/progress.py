@@ -13,6 +13,7 @@ from nulsq.text import duration
 from tune.queue import TrialQueue
 from tune.status import elapsed, table
 from tune.store import journal
+from tune.store.status import TrialStatus
 
 TERMINAL, PLAIN = 5.0, 60.0  # seconds between two tables
 
@@ -37,7 +38,7 @@ class Watch(Callback):
     def on_trial_result(self, iteration, trials, trial, result, **info):
         if "epoch" in result:
             metric = self.course.search.metric
-            self._say(trial, "diverged" if result["diverged"] else
+            self._say(trial, TrialStatus.DIVERGED if result["diverged"] else
                       f"epoch {result['epoch']}  {metric} {result[metric]:.2f}")
 
     def on_trial_complete(self, iteration, trials, trial, **info):
@@ -60,7 +61,7 @@ class Watch(Callback):
         self._say(trial, f"{text}: {reason}")
 
     def _say(self, trial, text):
-        ended = sum(status not in ("running", "waiting") for status in self.course.status.values())
+        ended = sum(status.ended for status in self.course.status.values())
         self._print(f"[{duration(time.monotonic() - self.began):>6}, {ended}/{self.course.budget()} trials ended] "
                     f"{trial}  {text}")
 

@@ -13,12 +13,13 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from nulsq.run.status import read_outcome
+from nulsq.run.status import read_status
 from tune.queue import TrialQueue
 from tune.ray_backend.trial_protocol import directory
 from tune.space import Search, Trial, stratum
 from tune.store import journal
-from tune.store.results import ENDED, read_stopped, remove_checkpoints
+from tune.store.results import read_stopped, remove_checkpoints
+from tune.store.status import TrialStatus
 
 
 class StudySearcher(Searcher):
@@ -26,7 +27,7 @@ class StudySearcher(Searcher):
 
     Args:
         common: what every trial's configuration has beside `trial`, see `configuration`.
-        cost: of a trial's network, see `tune.cost`.
+        cost: of a trial's network, see `tune.checks.NetworkCosts`.
     """
 
     def __init__(self, course: TrialQueue, folder: Path, common: dict[str, Any],
@@ -67,12 +68,12 @@ class StudySearcher(Searcher):
             self.on_trial_result(trial_id, result)
         key = self.keys[trial_id]
         path = directory(self.folder, key)
-        status = self.course.failure(key) if error else read_outcome(path)["outcome"]
-        if status != "diverged" and key in read_stopped(self.folder):
-            status = "stopped"
-        elif status not in ENDED:
-            status = "waiting"  # it did not end by itself: the search is being interrupted, or nobody had begun it
-        if status in ("stopped", "diverged"):
+        status = self.course.failure(key) if error else TrialStatus.of_run(read_status(path))
+        if status is not TrialStatus.DIVERGED and key in read_stopped(self.folder):
+            status = TrialStatus.STOPPED
+        elif not status.ended:
+            status = TrialStatus.WAITING  # the search is being interrupted, or no process had begun the trial
+        if status.discarded:
             remove_checkpoints(path)
         journal.event(self.folder, "end", key, status=status)
         self.course.end(key, status)

@@ -10,13 +10,13 @@ the report that was under way when a process died may never have arrived. Tune s
 knows trials by key and epoch, and the second time changes nothing.
 """
 
-import fcntl
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 from nulsq.config import load_recipe
+from nulsq.files import is_locked
 from nulsq.run.directory import read_metrics
 
 WORST = {"val_top1": 0.0, "val_loss": 1e9}  # the score of a trial that diverged
@@ -55,13 +55,8 @@ def wait_until_free(config: dict[str, Any], seconds: float = 180.0) -> None:
     up to a minute to notice. Whoever still holds it then is an error of `train`'s."""
     file = run_directory(config) / "lock"
     deadline = time.monotonic() + seconds
-    while file.is_file() and time.monotonic() < deadline:
-        with file.open() as held:
-            try:
-                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                time.sleep(0.5)
+    while is_locked(file) and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def told_before(config: dict[str, Any]) -> list[dict[str, Any]]:

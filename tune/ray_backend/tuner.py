@@ -11,7 +11,7 @@ from pathlib import Path
 import ray.tune
 
 from nulsq.text import duration
-from tune import cost
+from tune.checks import NetworkCosts
 from tune.queue import TrialQueue
 from tune.ray_backend import trial, workers
 from tune.ray_backend.cluster import check_fits, check_placement, open_cluster
@@ -23,7 +23,8 @@ from tune.store import journal
 from tune.store.directory import SearchDirectory
 
 
-def run_trials(search: Search, folder: SearchDirectory, course: TrialQueue, seconds: float | None) -> bool:
+def run_trials(search: Search, folder: SearchDirectory, course: TrialQueue, costs: NetworkCosts,
+               seconds: float | None) -> bool:
     """Run the trials on Ray, for so many seconds at most. Returns whether all of them ended."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial's run directory has its own logs
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Watch says what happens
@@ -36,7 +37,7 @@ def run_trials(search: Search, folder: SearchDirectory, course: TrialQueue, seco
         if search.workers > 1:
             check_placement(search.cpus, search.gpus, search.workers)
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Watch tells what went wrong, in one line
-        tuner = _tuner(search, folder.path.resolve(), course, min(most, search.concurrent or most))
+        tuner = _tuner(search, folder.path.resolve(), course, costs, min(most, search.concurrent or most))
         journal.event(folder.path, "session")
         # Tune returns on SIGINT and SIGUSR1, with handlers that it leaves in place; a batch system sends SIGTERM.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -53,7 +54,7 @@ def run_trials(search: Search, folder: SearchDirectory, course: TrialQueue, seco
         return course.finished
 
 
-def _tuner(search, folder, course, most):
+def _tuner(search, folder, course, costs, most):
     common = {"directory": str(folder), "folder": os.getcwd(), "metric": search.metric, "cpus": search.cpus,
               "gpus": search.gpus, "workers": search.workers, "recipe": str(Path(search.recipe).resolve())}
     one = {"cpu": search.cpus} | ({"gpu": search.gpus} if search.gpus else {})
@@ -64,7 +65,7 @@ def _tuner(search, folder, course, most):
         trainable,
         tune_config=ray.tune.TuneConfig(
             search_alg=StudySearcher(course, folder, common,
-                                     lambda each: cost.network_cost(base_recipe(search, each.overrides))),
+                                     lambda each: costs.of(base_recipe(search, each.overrides))),
             scheduler=StratifiedAsha(full_epochs(search), grace=search.grace, reduction=search.reduction,
                                      metric=search.metric, mode=search.mode, file=folder / "rungs"),
             num_samples=2 * course.budget(),  # the searcher says when it is at the end

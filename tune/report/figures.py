@@ -15,6 +15,7 @@ from nulsq.files import temporary_path
 from tune.report.findings import Findings
 from tune.report.front import COSTS, front, points
 from tune.report.history import History
+from tune.store.status import SearchStatus, TrialStatus
 
 SMALL, WIDE = (4.6, 3.2), 9.0  # inches; the width of wide ones
 BLUE, ORANGE, GREY, LIGHT, INK = "#0072b2", "#d55e00", "#8c8c8c", "#d9d9d9", "#262626"
@@ -23,8 +24,8 @@ STYLE = {"font.size": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left",
          "ytick.color": "#404040", "text.color": INK, "legend.frameon": False, "legend.fontsize": 8.5,
          "figure.dpi": 144, "savefig.dpi": 144, "axes.titlepad": 8}
 NAMED = 12  # studies; of more only those of the front are named
-ENDINGS = {"finished": (BLUE, ""), "stopped": ("#a6cee3", ""), "diverged": (ORANGE, "xx"), "failed": ("#b2182b", "//"),
-           "running": (LIGHT, "")}
+ENDINGS = {TrialStatus.FINISHED: (BLUE, ""), TrialStatus.STOPPED: ("#a6cee3", ""), TrialStatus.DIVERGED: (ORANGE, "xx"),
+           TrialStatus.FAILED: ("#b2182b", "//"), TrialStatus.RUNNING: (LIGHT, "")}
 
 
 @dataclass
@@ -66,10 +67,10 @@ def curves(findings: Findings, study: str, path: Path) -> Picture | None:
             style = {"color": BLUE, "linewidth": 2.2, "zorder": 4} if row is won else \
                 {"color": GREY, "linewidth": 0.8, "alpha": 0.8, "zorder": 2}
             axis.plot(epochs, row.curve, **style)
-            if row.status in ("stopped", "diverged", "failed"):
+            if row.status is TrialStatus.STOPPED or row.status.lost:
                 last = next((i for i in reversed(range(len(row.curve))) if math.isfinite(row.curve[i])), None)
                 if last is not None:
-                    bad = row.status != "stopped"
+                    bad = row.status is not TrialStatus.STOPPED
                     axis.plot(last + 1, row.curve[last], marker="x" if bad else "o", markersize=5 if bad else 3.2,
                               color=ORANGE if bad else "#595959", linestyle="none", zorder=3)
         for row in winner.rows[1:] if winner else []:
@@ -101,9 +102,9 @@ def _legend(axis, own, won, winner):
     shown = [Line2D([], [], color=BLUE, linewidth=2.2, label=f"winner: trial {won.trial.number}")] if won else []
     if winner and len(winner.rows) > 1:
         shown.append(Line2D([], [], color=BLUE, linewidth=1, linestyle=":", label="its other seeds"))
-    if any(row.status == "stopped" for row in own):
+    if any(row.status is TrialStatus.STOPPED for row in own):
         shown.append(Line2D([], [], color="#595959", marker="o", markersize=3.2, linestyle="none", label="stopped"))
-    if any(row.status in ("diverged", "failed") for row in own):
+    if any(row.status.lost for row in own):
         shown.append(Line2D([], [], color=ORANGE, marker="x", markersize=5, linestyle="none",
                             label="diverged or failed"))
     axis.legend(handles=shown, loc="best")
@@ -112,10 +113,11 @@ def _legend(axis, own, won, winner):
 def _curves_in_words(findings, study, own, won):
     stopped = {}
     for row in own:
-        if row.status == "stopped":
+        if row.status is TrialStatus.STOPPED:
             stopped[row.epochs] = stopped.get(row.epochs, 0) + 1
     parts = [f"{count} stopped at epoch {epoch}" for epoch, count in sorted(stopped.items())]
-    for status, words in (("finished", "trained to the end"), ("diverged", "diverged"), ("failed", "failed")):
+    for status, words in ((TrialStatus.FINISHED, "trained to the end"), (TrialStatus.DIVERGED, "diverged"),
+                          (TrialStatus.FAILED, "failed")):
         count = sum(row.status == status for row in own)
         parts += [f"{count} {words}"] if count else []
     best = f" The winner, trial {won.trial.number}, ends at {findings.score(won.score)}." if won else ""
@@ -198,15 +200,15 @@ def timeline(findings: Findings, past: History, path: Path) -> Picture | None:
     """Every trial as a bar from its start to its end, those that ran at once below each other."""
     if not past.spans or not past.seconds:
         return None
-    status = {row.trial.key: row.status if row.status in ENDINGS else "running" for row in findings.rows}
+    status = {row.trial.key: row.status if row.status in ENDINGS else TrialStatus.RUNNING for row in findings.rows}
     unit, name = next(each for each in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
                       if past.seconds > 2 * each[0] or each[0] == 1)
-    shown = sorted({status.get(span.key, "running") for span in past.spans}, key=list(ENDINGS).index)
+    shown = sorted({status.get(span.key, TrialStatus.RUNNING) for span in past.spans}, key=list(ENDINGS).index)
     with drawing((WIDE, 1.3 + 0.26 * min(past.lanes, 20)), path) as figure:
         axis = figure.subplots()
         for ending in shown:
             color, hatch = ENDINGS[ending]
-            own = [span for span in past.spans if status.get(span.key, "running") == ending]
+            own = [span for span in past.spans if status.get(span.key, TrialStatus.RUNNING) == ending]
             axis.barh([span.lane + 1 for span in own], [(span.end - span.begin) / unit for span in own],
                       left=[span.begin / unit for span in own], height=0.8, color=color, edgecolor="white",
                       linewidth=0.3, hatch=hatch, label=_in_words(findings, ending))
@@ -225,4 +227,4 @@ def timeline(findings: Findings, past: History, path: Path) -> Picture | None:
 
 
 def _in_words(findings: Findings, ending: str) -> str:
-    return "not ended" if ending == "running" and findings.state != "running" else ending
+    return "not ended" if ending is TrialStatus.RUNNING and findings.state is not SearchStatus.RUNNING else ending

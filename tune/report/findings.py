@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tune.space import Search, Study, full_epochs, rungs, studies
-from tune.status import state
-from tune.store.results import ENDED, Finalist, TrialResult, finalists, ranked
+from tune.status import search_status
+from tune.store.results import Finalist, TrialResult, finalists, ranked
+from tune.store.status import SearchStatus, TrialStatus
 
 NEARLY_ALL = 0.9
 
@@ -71,29 +72,29 @@ class Findings:
         return rungs(self.full[study], self.search.grace, self.search.reduction)
 
     @property
-    def state(self) -> str:
-        """finished, running or interrupted."""
-        return state(self.folder, self.running)
+    def state(self) -> SearchStatus:
+        return search_status(self.folder, self.running)
 
-    def status(self, row: TrialResult) -> str:
+    def status(self, row: TrialResult) -> TrialStatus:
         """As the row has it, but nothing runs in a search that does not."""
-        return "interrupted" if row.status == "running" and self.state != "running" else row.status
+        interrupted = row.status is TrialStatus.RUNNING and self.state is not SearchStatus.RUNNING
+        return TrialStatus.INTERRUPTED if interrupted else row.status
 
     @property
     def ended(self) -> int:
-        return sum(row.status in ENDED for row in self.rows)
+        return sum(row.status.ended for row in self.rows)
 
     def comparison(self, study: str) -> Comparison | None:
         """The study's trials at its common epoch; None where nothing has a score."""
         own = sorted((row for row in self.own(study) if row.curve), key=lambda row: row.trial.number)
-        lengths = [_known(row.curve) for row in own if row.status != "diverged"]
+        lengths = [_known(row.curve) for row in own if row.status is not TrialStatus.DIVERGED]
         lengths = [length for length in lengths if length]
         if not lengths:
             return None
         epoch = max(each for each in lengths if sum(length >= each for length in lengths) >= NEARLY_ALL * len(lengths))
         scores = {row.trial.key: row.curve[epoch - 1] for row in own if _known(row.curve) >= epoch}
         worst = (min if self.search.mode == "max" else max)(scores.values())
-        kept = [row for row in own if row.trial.key in scores or row.status == "diverged"]
+        kept = [row for row in own if row.trial.key in scores or row.status is TrialStatus.DIVERGED]
         return Comparison(epoch, kept, [scores.get(row.trial.key, worst) for row in kept],
                           [row.trial.key not in scores for row in kept])
 

@@ -16,6 +16,7 @@ from typing import Any
 from tune.report.findings import Findings
 from tune.store import journal
 from tune.store.results import TrialResult
+from tune.store.status import TrialStatus
 
 
 @dataclass
@@ -145,7 +146,7 @@ def saving(findings: Findings) -> Saving:
                                             and row.epochs] or [0.0]) for study in findings.studies}
     whole = 0.0
     for row in first:
-        missing = 0 if row.status == "diverged" else findings.full[row.trial.study] - row.epochs
+        missing = 0 if row.status is TrialStatus.DIVERGED else findings.full[row.trial.study] - row.epochs
         whole += row.seconds + max(0, missing) * (_pace(row) if row.epochs else paces[row.trial.study])
     return Saving(sum(row.seconds for row in first), whole,
                   sum(row.seconds for row in findings.rows if row.trial.repeat))

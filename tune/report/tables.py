@@ -21,6 +21,7 @@ from nulsq.run.directory import read_recipe
 from tune.report.findings import Findings
 from tune.space import Search
 from tune.store.results import Finalist, TrialResult
+from tune.store.status import TrialStatus
 
 
 def write_tables(findings: Findings) -> list[Path]:
@@ -61,7 +62,8 @@ def frame(search: Search, rows: list[TrialResult]):
 def _line(search: Search, row: TrialResult, keys: list[str]) -> dict[str, Any]:
     trial = row.trial
     known = [value for value in row.curve if math.isfinite(value)]
-    last = row.curve[-1] if row.curve and row.status != "diverged" and math.isfinite(row.curve[-1]) else None
+    scored = row.curve and row.status is not TrialStatus.DIVERGED and math.isfinite(row.curve[-1])
+    last = row.curve[-1] if scored else None
     return {
         "study": trial.study, "number": trial.number, "repeat": trial.repeat, "source": trial.source,
         "status": row.status, "epochs": row.epochs, search.metric: last,
@@ -127,7 +129,7 @@ def epochs_spent(findings: Findings) -> tuple[int, int, int]:
     """Epochs trained; what all trials would have been to their end; epochs of repeats. A trial that diverged has come
     to its end."""
     first = [row for row in findings.rows if not row.trial.repeat]
-    whole = sum(row.epochs if row.status == "diverged" else findings.full[row.trial.study] for row in first)
+    whole = sum(row.epochs if row.status is TrialStatus.DIVERGED else findings.full[row.trial.study] for row in first)
     return sum(row.epochs for row in first), whole, sum(row.epochs for row in findings.rows if row.trial.repeat)
 
 

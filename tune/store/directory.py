@@ -76,7 +76,7 @@ class SearchDirectory:
         if not self.begun:
             write_atomically(self.path / "recipe.yaml", to_yaml(self.recipe))
             write_atomically(self.path / "search.yaml", to_yaml(self.given))
-        journal.mend(self.path)
+        journal.repair(self.path)
         return self
 
     def __exit__(self, *_) -> None:

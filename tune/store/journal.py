@@ -3,15 +3,13 @@ whatever happens to one. Appended, never rewritten: whatever is killed, what sta
 """
 
 import dataclasses
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from nulsq.config import load
 from nulsq.errors import InputError
-from nulsq.files import read_lines, write_atomically
+from nulsq.files import append_line, read_lines, repair_tail
 from tune.space import Search, Trial
 
 TRIALS, EVENTS = "trials.jsonl", "events.jsonl"
@@ -19,12 +17,12 @@ TRIALS, EVENTS = "trials.jsonl", "events.jsonl"
 
 def append(folder: Path, trial: Trial) -> None:
     """Synced: a trial that has begun must not be drawn anew after a loss of power."""
-    _line(folder / TRIALS, dataclasses.asdict(trial) | {"time": round(time.time(), 3)}, synced=True)
+    append_line(folder / TRIALS, dataclasses.asdict(trial) | {"time": round(time.time(), 3)}, sync=True)
 
 
 def event(folder: Path, what: str, key: str | None = None, **more: Any) -> None:
     """`what`: session and pause (a command begins and ends), start, result, end, retry or error (of a trial)."""
-    _line(folder / EVENTS, {"time": round(time.time(), 3), "event": what, "key": key} | more)
+    append_line(folder / EVENTS, {"time": round(time.time(), 3), "event": what, "key": key} | more)
 
 
 def read(folder: Path) -> list[Trial]:
@@ -67,16 +65,7 @@ def extended(folder: Path) -> int:
     return int(file.read_text()) if file.is_file() else 0
 
 
-def mend(folder: Path) -> None:
-    """Drop a last line that a full disk or a loss of power cut off: what is appended would be lost behind it."""
-    for file in (folder / TRIALS, folder / EVENTS):
-        if file.is_file() and not file.read_text().endswith("\n"):
-            write_atomically(file, "".join(json.dumps(line) + "\n" for line in read_lines(file)))
-
-
-def _line(path: Path, content: dict[str, Any], synced: bool = False) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(content) + "\n")
-        if synced:
-            file.flush()
-            os.fsync(file.fileno())
+def repair(folder: Path) -> None:
+    """Drop a last line that a full disk or a loss of power cut off."""
+    for name in (TRIALS, EVENTS):
+        repair_tail(folder / name)

@@ -18,12 +18,11 @@ from typing import Any
 
 from nulsq.errors import InputError
 from nulsq.run.directory import read_metrics
-from nulsq.run.status import read_outcome
+from nulsq.run.status import read_status
 from tune.ray_backend.trial_protocol import WORST, directory
 from tune.space import Search, Trial, studies
 from tune.store import journal
-
-ENDED = ("finished", "stopped", "diverged", "failed")
+from tune.store.status import TrialStatus
 
 
 @dataclass
@@ -31,7 +30,7 @@ class TrialResult:
     """What became of one trial."""
 
     trial: Trial
-    status: str  # finished, stopped (by ASHA), diverged, failed, running (or interrupted), waiting (not begun)
+    status: TrialStatus
     epochs: int  # trained
     score: float  # the metric at the last epoch; the worst value where that is no number
     curve: list[float]  # the metric after each epoch
@@ -40,11 +39,11 @@ class TrialResult:
 
     @property
     def good(self) -> bool:
-        return self.status in ("finished", "stopped") and bool(self.curve)
+        return self.status.ranked and bool(self.curve)
 
     @property
     def finished(self) -> bool:
-        return self.status == "finished"
+        return self.status is TrialStatus.FINISHED
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Finalist:
     @property
     def lost(self) -> int:
         """Seeds with which it diverged or failed: that counts against it, whatever the others reached."""
-        return sum(row.status in ("diverged", "failed") for row in self.rows)
+        return sum(row.status.lost for row in self.rows)
 
     @property
     def mean(self) -> float:
@@ -77,17 +76,16 @@ def read_row(search: Search, trial: Trial, stopped: dict[str, int], failed: set[
     that were killed and could not say so themselves."""
     path = directory(search.directory, trial.key)
     metrics = read_metrics(path)
-    status = read_outcome(path)["outcome"] if path.is_dir() else "waiting"
-    if status == "saved":
-        status = "running"
-    if status in ("running", "waiting") and trial.key in failed:
-        status = "failed"
-    if trial.key in stopped and status != "diverged":  # whatever one of its ranks wrote while it was being killed
-        status = "stopped"
-    if status == "stopped":  # a trial of several workers may have ended another epoch before it was killed
+    status = TrialStatus.of_run(read_status(path)) if path.is_dir() else TrialStatus.WAITING
+    if not status.ended and trial.key in failed:
+        status = TrialStatus.FAILED
+    # Whatever one of its ranks wrote while it was being killed.
+    if trial.key in stopped and status is not TrialStatus.DIVERGED:
+        status = TrialStatus.STOPPED
+    if status is TrialStatus.STOPPED:  # a trial of several workers may have ended another epoch before it was killed
         metrics = [line for line in metrics if line["epoch"] <= stopped[trial.key]]
     curve = [line[search.metric] for line in metrics]
-    worst = not curve or not math.isfinite(curve[-1]) or status == "diverged"
+    worst = not curve or not math.isfinite(curve[-1]) or status is TrialStatus.DIVERGED
     return TrialResult(trial, status, metrics[-1]["epoch"] if metrics else 0,
                        WORST[search.metric] if worst else curve[-1], curve,
                        sum(line["seconds"] for line in metrics), path)
@@ -99,7 +97,7 @@ def collect(search: Search, trials: list[Trial]) -> list[TrialResult]:
     for event in journal.events(search.directory):
         if event["event"] in ("start", "end"):
             last[event["key"]] = event
-    failed = {key for key, event in last.items() if event.get("status") == "failed"}
+    failed = {key for key, event in last.items() if event.get("status") == TrialStatus.FAILED}
     return [read_row(search, trial, stopped, failed) for trial in trials]
 
 
