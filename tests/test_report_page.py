@@ -5,7 +5,6 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
@@ -13,12 +12,13 @@ from nulsq.run.directory import lock_folder
 from tests.searches import MARKUP, evaluation, marked_search, two_studies
 from tune.report import write
 from tune.report.__main__ import main
-from tune.report.figures import curves
+from tune.report.figures import Picture, curves
 from tune.report.findings import Findings
-from tune.report.importance import importance
-from tune.report.page import notice
+from tune.report.history import history
+from tune.report.importance import Importance, importance
+from tune.report.page import Figures, render
 from tune.report.responses import bars, response
-from tune.space import Sampler, Search, Trial
+from tune.space import Sampler, Search, Study, Trial
 from tune.store import journal
 from tune.store.results import TrialResult, collect
 from tune.store.status import TrialStatus
@@ -46,16 +46,21 @@ def marked(tmp_path_factory):
 class Page(HTMLParser):
     """Elements of a page: (name, attributes), and its text."""
 
-    def __init__(self, path: Path):
+    def __init__(self, html: str):
         super().__init__()
         self.elements, self.text = [], []
-        self.feed(path.read_text())
+        self.feed(html)
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
 
     def handle_data(self, data):
         self.text.append(data)
+
+    @property
+    def words(self):
+        """The text with its white space collapsed, as a browser shows it."""
+        return " ".join("".join(self.text).split())
 
     def all(self, *names):
         return [attributes for tag, attributes in self.elements if tag in names]
@@ -67,7 +72,7 @@ def test_the_command_writes_a_page_that_is_escaped_and_loads_nothing(marked, tmp
     assert main([str(marked), "--out", str(tmp_path / "page")]) == 0
     assert "study plain: winner's test top-1 91.50 (359 images)" in capsys.readouterr().out
     file = tmp_path / "page" / "index.html"
-    page = Page(file)
+    page = Page(file.read_text())
     assert not page.all("b", "iframe", "object", "embed") and MARKUP in "".join(page.text)
     assert "91.50" in page.text and "fewer than 8 say nothing" in "".join(page.text)
     raw = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]*", "", file.read_text())
@@ -79,7 +84,42 @@ def test_the_command_writes_a_page_that_is_escaped_and_loads_nothing(marked, tmp
         attributes["aria-labelledby"] for _, attributes in page.elements if "aria-labelledby" in attributes}
     assert referred <= there
     assert sorted(path.name for path in marked.glob("trials.*")) == ["trials.csv", "trials.jsonl", "trials.parquet"]
-    assert main([str(marked), "--out", str(tmp_path / "page"), "--no-test"]) == 0 and "91.50" not in Page(file).text
+    assert main([str(marked), "--out", str(tmp_path / "page"), "--no-test"]) == 0
+    assert "91.50" not in Page(file.read_text()).text
+
+
+def rendered(findings: Findings) -> str:
+    """The page of findings without figures."""
+    none = dict.fromkeys(("curves", "response", "importance"))
+    return render(findings, history(findings), {study.name: Importance(why="none") for study in findings.studies},
+                  Figures({study.name: none for study in findings.studies}, {}, None))
+
+
+HOSTILE = """"><script>alert('x')</script></style></title><img src=x onerror=alert(1)>{{ 7 * 7 }}{% raw %}&amp;"""
+
+
+def test_hostile_names_and_values_are_text(tmp_path):
+    """Everything that a user names or sets, in text and in attributes, is shown as it is."""
+    search = Search(name=HOSTILE, recipe=HOSTILE, overrides={HOSTILE: HOSTILE}, metric="val_top1", dir=str(tmp_path),
+                    space={HOSTILE: Sampler(HOSTILE, "choice", values=[HOSTILE, "plain"])}, finalists=2)
+    trials = [Trial("s", i, {HOSTILE: HOSTILE}, {HOSTILE: HOSTILE}, HOSTILE) for i in range(3)]
+    results = [TrialResult(trial, "finished", 1, 50.0 + trial.number, [50.0], 1.0, tmp_path / str(trial.number))
+               for trial in trials]
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "code.txt").write_text(f"2026-01-01 00:00:00  {HOSTILE}\n{HOSTILE}\n{HOSTILE}\n")
+    findings = Findings(search, results, {})
+    findings.full, findings.studies = {HOSTILE: 1, "s": 1}, [Study("s", {HOSTILE: HOSTILE}), Study(HOSTILE, {})]
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x02\0\0\0\x03")
+    shown = Picture(path, alt=HOSTILE, caption=HOSTILE, wide=True)
+    html = render(findings, history(findings), {name: Importance(why=HOSTILE) for name in ("s", HOSTILE)}, Figures(
+        {name: {"curves": shown, "response": None, "importance": None} for name in ("s", HOSTILE)}, {}, shown))
+    page = Page(html)
+    assert len(page.all("script")) == len(page.all("style")) == len(page.all("title")) == 1 and not page.all("b")
+    assert all(set(each) == {"src", "alt", "width", "height"} and each["alt"] == HOSTILE for each in page.all("img"))
+    assert len(page.all("img")) == 3 and page.all("img")[0]["width"] == "2" and page.all("img")[0]["height"] == "3"
+    assert HOSTILE in {each.get("data-key") for each in page.all("td")}
+    assert page.words.count(HOSTILE) == page.words.count("alert(1)") == page.words.count("{{ 7 * 7 }}") > 30
 
 
 def test_a_search_that_is_not_finished_says_so(marked, tmp_path, capsys):
@@ -91,12 +131,13 @@ def test_a_search_that_is_not_finished_says_so(marked, tmp_path, capsys):
     (folder / "rungs").unlink()
     search = journal.load_folder(folder)
     findings = Findings(search, collect(search, journal.read(folder)), {})
-    assert "This search is not finished" in notice(findings) and "7 of its 8 trials" in notice(findings)
-    assert findings.status(findings.rows[-1]) == "interrupted"
+    text = Page(rendered(findings)).words
+    assert "This search is not finished" in text and "7 of its 8 trials" in text
+    assert findings.status(findings.rows[-1]) == "interrupted" and "interrupted" in text
     held = lock_folder(folder, "searching")
     assert main([str(folder)]) == 0
     held.close()
-    text = "".join(Page(folder / "report" / "index.html").text)
+    text = Page((folder / "report" / "index.html").read_text()).words
     assert "This search is still running" in text and "interrupted" not in text
     assert main([str(tmp_path)]) == 2 and "is not the folder of a search" in capsys.readouterr().err
 

@@ -9,8 +9,7 @@
                     alone would show
     history.py      what ran when and where; what it would have cost without early stopping
     figures.py      learning curves, fronts, the timeline         responses.py   response to each hyperparameter
-    page.py         the page's sections, sections.py those of the studies and of what was run
-    markup.py       escaped text, tables, figures; page.css and page.js are inlined
+    page.py         puts the page together, page_tables.py its tables; the text is in templates/page.html
 """
 
 import dataclasses

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     search = journal.load_folder(arguments.folder)
     # looked for before anything is written
     require("pandas", "search"), require("pyarrow", "search"), require("matplotlib", "search")
-    require("optuna", "search"), require("sklearn", "search")
+    require("jinja2", "search"), require("optuna", "search"), require("sklearn", "search")
     rows = collect(search, journal.read(arguments.folder))
     if not rows:
         raise InputError(f"{arguments.folder}: no trial was begun yet")

@@ -5,8 +5,10 @@ One small picture per study rather than one large one of all: a page lays them o
 below each other on a phone, and eighteen studies stay as readable as two. They share their axes.
 """
 
+import base64
 import contextlib
 import math
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,15 @@ class Picture:
     alt: str  # what it shows, in words
     caption: str
     wide: bool = False
+
+    @property
+    def data_url(self) -> str:
+        return f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Width and height, from the header of the PNG file."""
+        return struct.unpack(">II", self.path.read_bytes()[16:24])
 
 
 @contextlib.contextmanager
