@@ -117,7 +117,7 @@ def measure(method: str, bits: int, kind: torch.dtype, behind: bool) -> list[dic
     x, dy = activation(SHAPE, kind)
     if (made := quantizer(method, bits, x.float())) is None:
         return []
-    made.relu = True
+    made.does_relu = lambda: True
     where, rows = "behind a batch norm" if behind else "alone", []
     for launch in launches(made, x, dy, behind):
         if launch[0].__name__ == "finish":  # a loop over programs

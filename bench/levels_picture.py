@@ -19,7 +19,7 @@ from nulsq.inspect import Fidelity, LayerReport, report
 from nulsq.quantizers.nulsq import NuLSQ
 from nulsq.run import checkpoint
 from nulsq.run.directory import read_recipe
-from nulsq.training.state import trained_network
+from nulsq.models.trained import trained_network
 from nulsq.training.validate import first_batches
 
 BATCHES, BINS = 4, 110
@@ -33,7 +33,7 @@ def measure(run: Path) -> list[LayerReport]:
     """All layers of a trained run whose inputs nuLSQ quantizes without a sign. Raises InputError if there is none."""
     recipe = read_recipe(run)
     data = DataSet(recipe.data.path)
-    model = trained_network(recipe, checkpoint.best_or_last(run, "auto"), len(data.classes))
+    model = trained_network(recipe, checkpoint.load_chosen(run, "auto"), len(data.classes))
     loaders = build_loaders(recipe.data, data, recipe.run.seed)
     batches = first_batches(loaders.val or loaders.train, Normalize(data, torch.device("cpu")), BATCHES)
     layers = [layer for layer in report(model, batches).layers if layer.activation is not None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
     from nulsq.quant.batch_norm import reestimate_batch_norm_ as reestimate_batch_norm_
     from nulsq.quant.calibration.calibrate import calibrate_ as calibrate_
     from nulsq.quant.calibration.statistics import Statistics as Statistics
+    from nulsq.quant.fold import unfold_ as unfold_
     from nulsq.quant.oscillation import Oscillations as Oscillations
     from nulsq.quant.projection import follow_step_ as follow_step_
     from nulsq.quant.projection import quantizers_of as quantizers_of
@@ -46,6 +47,7 @@ _MODULES = {
     "quantizers_of": "nulsq.quant.projection",
     "reestimate_batch_norm_": "nulsq.quant.batch_norm",
     "summary": "nulsq.quant.summary",
+    "unfold_": "nulsq.quant.fold",
 }
 
 __all__ = ["__version__", *_MODULES]

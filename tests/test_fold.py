@@ -11,7 +11,7 @@ import nulsq
 import nulsq.quant.fold
 from nulsq.models.libraries import build_model
 from nulsq.quant.batch_norm import freeze_batch_norm_, reestimate_batch_norm_
-from nulsq.quant.fold import DeferredBatchNorm, fold_
+from nulsq.quant.fold import AbsorbedBatchNorm2d, AbsorbedReLU, fold_
 from nulsq.quant.op import FORMS, available, force
 
 with_kernel = pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
@@ -61,7 +61,7 @@ def relu_alone(monkeypatch):
 def test_folds_where_quantized_layers_alone_read(relu_alone):
     model, _ = quantized(Residual())
     assert fold_(model) == ["shared", "single"]
-    assert type(model.shared) is nn.Identity and type(model.summed) is nn.ReLU
+    assert type(model.shared) is AbsorbedReLU and type(model.summed) is nn.ReLU
     assert {name for name, layer in model.named_children() if getattr(layer, "activation_quantizer", None) is not None
             and layer.activation_quantizer.relu} == {"left", "right", "last"}
 
@@ -187,7 +187,7 @@ def test_a_batch_norm_that_cannot_be_folded_stays():
         model(images)
     model, _ = normed()
     fold_(model)
-    assert type(model.summed) is nn.BatchNorm2d and type(model.forked) is DeferredBatchNorm
+    assert type(model.summed) is nn.BatchNorm2d and type(model.forked) is AbsorbedBatchNorm2d
     assert not any("batch_norm" in name for name in model.state_dict())
 
 
@@ -273,3 +273,144 @@ def test_an_observer_behind_a_folded_relu_sees_what_the_relu_gave():
     model[2].observer = seen.append
     model(images)
     assert seen[0].min() == 0
+
+
+# ---- hooks, slices, and the way back
+
+
+def chain(seed=0, **options):
+    """Convolution, batch norm, ReLU, quantized convolution; calibrated, in float64."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(**options), nn.Conv2d(4, 4, 3)).double()
+    images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    nulsq.quantize_(model, nulsq.Policy(preset="none", bits=3))
+    return nulsq.calibrate_(model, [images]), images
+
+
+HOOKS = {
+    "forward": lambda module: module.register_forward_hook(lambda module, args, output: None),
+    "forward pre": lambda module: module.register_forward_pre_hook(lambda module, args: None),
+    "full backward": lambda module: module.register_full_backward_hook(lambda module, before, after: None),
+    "full backward pre": lambda module: module.register_full_backward_pre_hook(lambda module, after: None),
+    "backward": lambda module: module.register_backward_hook(lambda module, before, after: None),
+}
+
+
+@with_kernel
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize(("hooked", "folded", "warning"), [
+    (1, ["2"], r"have hooks: 1 \(BatchNorm2d\)\. The model"),
+    (2, [], r"have hooks: 2 \(ReLU\)\. The model"),  # and its batch norm is read by a ReLU then
+    (3, [], r"have hooks: 2 \(ReLU\)\. The model"),  # the layer that reads both
+])
+def test_modules_with_hooks_stay_unfolded_and_one_warning_names_them(kind, hooked, folded, warning):
+    model, _ = chain()
+    HOOKS[kind](model[hooked])
+    with pytest.warns(UserWarning, match=warning) as warnings:
+        assert fold_(model) == folded
+    assert len(warnings) == 1
+
+
+@with_kernel
+def test_state_dict_hooks_do_not_keep_a_module_unfolded(recwarn):
+    model, _ = chain()
+    model[1].register_state_dict_post_hook(lambda *_: None)
+    model[1].register_load_state_dict_post_hook(lambda *_: None)
+    assert fold_(model) == ["2", "1"]
+    assert not recwarn.list
+
+
+@with_kernel
+@pytest.mark.parametrize("hooked", [0, 1, 2, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_after_folding_see_what_they_see_in_the_unfolded_model(hooked, training):
+    model, images = chain()
+    folded = copy.deepcopy(model)
+    fold_(folded)
+    seen = []
+    for each in (model, folded):
+        handle = each[hooked].register_forward_hook(lambda module, args, output: seen.extend([args[0], output]))
+        each.train(training)(images)
+        handle.remove()
+    torch.testing.assert_close(seen[:2], seen[2:], rtol=1e-11, atol=1e-11)
+    assert_same(outcome(folded, images), outcome(model, images))  # statistics counted once; folded again
+
+
+@with_kernel
+@pytest.mark.parametrize("training", [False, True])
+def test_slices_of_a_folded_model_compute_what_slices_of_the_model_do(training):
+    """With a batch norm and without the quantizer that absorbed it, and the other way round."""
+    model, images = chain()
+    folded = copy.deepcopy(model)
+    fold_(folded)
+    maps = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    for first, last, x in ((0, 3, images), (0, 2, images), (2, 4, maps), (3, 4, maps)):
+        parts = [each.train(training)[first:last] for each in (folded, model)]
+        assert torch.equal(*(part(x) for part in parts))
+    assert_same(outcome(folded, images), outcome(model, images))
+
+
+@with_kernel
+def test_the_quantizer_of_a_folded_model_keeps_its_contract_by_itself():
+    model, _ = chain()
+    fold_(model)
+    quantizer, x = model[3].activation_quantizer, torch.randn(100, dtype=torch.float32)
+    assert torch.equal(quantizer.decode(quantizer.encode(x)), quantizer(x))
+
+
+@with_kernel
+def test_an_error_in_forward_ends_the_forward_pass():
+    model, images = chain()
+    fold_(model)
+    with pytest.raises(RuntimeError, match="channels"):
+        model(images[:, :2])
+    assert model[1].absorption.passes.running == 0
+
+
+@with_kernel
+def test_repr_and_summary_name_what_was_absorbed():
+    model, _ = chain(inplace=True)
+    assert "absorb" not in repr(model) and "absorb" not in nulsq.summary(model)
+    fold_(model)
+    assert repr(model[1]) == f"Absorbed{repr(nn.BatchNorm2d(4))[:-1]}, absorbed by 3.activation_quantizer)"
+    assert repr(model[2]) == "AbsorbedReLU(inplace=True, absorbed by 3.activation_quantizer)"
+    assert repr(model[3].activation_quantizer).endswith("absorbs 1 (BatchNorm2d), 2 (ReLU))")
+    header, first, last, *_ = nulsq.summary(model).splitlines()
+    assert header.endswith("absorbed") and last.endswith("1 (BatchNorm2d), 2 (ReLU)") and "ReLU" not in first
+    nulsq.unfold_(model)
+    assert "absorb" not in repr(model) and "absorb" not in nulsq.summary(model)
+
+
+@with_kernel
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("make", [normed, chain])
+def test_unfolding_restores_output_gradients_and_state_bit_for_bit(make, training):
+    model, images = make()
+    folded = copy.deepcopy(model)
+    modules = dict(folded.named_modules())
+    keys = list(folded.state_dict())
+    for _ in range(2):
+        names = fold_(folded)
+        assert names and list(folded.state_dict()) == keys
+        assert fold_(folded) == names  # a folded model is folded again
+        assert_same(outcome(copy.deepcopy(folded).train(training), images),
+                    outcome(copy.deepcopy(model).train(training), images))
+        assert nulsq.unfold_(folded) is folded
+        assert dict(folded.named_modules()) == modules and list(folded.state_dict()) == keys
+        assert [type(module) for module in folded.modules()] == [type(module) for module in model.modules()]
+        assert not folded._forward_hooks and not folded._forward_pre_hooks
+        found, wanted = (outcome(each.train(training), images) for each in (folded, model))
+        assert torch.equal(found[0], wanted[0])
+        for a, b in zip(found[1:], wanted[1:], strict=True):
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    nulsq.unfold_(folded)  # an unfolded model stays as it is
+
+
+@with_kernel
+def test_a_copy_of_a_folded_model_unfolds_by_itself():
+    model, images = chain()
+    fold_(model)
+    twin = nulsq.unfold_(copy.deepcopy(model))
+    assert type(twin[1]) is nn.BatchNorm2d and not twin._forward_hooks
+    assert type(model[1]) is AbsorbedBatchNorm2d and model._forward_hooks
+    assert_same(outcome(model, images), outcome(twin, images))

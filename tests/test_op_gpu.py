@@ -111,7 +111,7 @@ def test_kernel_with_a_table_of_another_type(x_type, table_type):
 def test_kernel_with_the_relu_before_it(name):
     for signed in (False, True):
         quantizer = ready(name, 3, signed=signed).to(DEVICE)
-        quantizer.relu = True
+        quantizer.does_relu = lambda: True
         x, dy = tensors(5, 7, 11)
         x[0, 0, :4] = torch.tensor([0.0, -0.0, 1e-30, -torch.inf])
         assert_equal_to_oracle(quantizer, x, dy)
@@ -189,7 +189,7 @@ def test_kernel_behind_a_batch_norm_on_every_shape(shape, memory):
     several = shape == ALL[-1]
     for name, cases in {"nulsq": [False, True], "lsq": [True], "lcq": [] if several else [True]}.items():
         quantizer = ready(name, 3, signed=False).to(DEVICE)
-        quantizer.relu = True
+        quantizer.does_relu = lambda: True
         for own in cases:
             assert_behind_equal_to_oracle(quantizer, x, dy, affine_of(x, own), 1e-4)
 
@@ -201,7 +201,7 @@ def test_kernel_behind_a_batch_norm_on_every_shape(shape, memory):
 def test_kernel_behind_a_batch_norm_of_every_method_width_and_type(name, bits, dtype):
     for signed in (False, True) if dtype == torch.float32 else (bits == 3,):
         quantizer = ready(name, bits, signed=signed).to(DEVICE)
-        quantizer.relu = not signed
+        quantizer.does_relu = lambda unsigned=not signed: unsigned
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in tensors(4, 6, 5, 7, dtype=dtype))
         tolerance = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float64: 1e-10}[dtype]
         quantizer = quantizer.double() if dtype == torch.float64 else quantizer
@@ -255,7 +255,7 @@ def test_compiled_for_sm_90_nothing_spills(name, bits, kind, most):
     """What training launches, alone and behind a batch norm in both orders of memory; within `most` instructions an
     element. An H200 can issue about 100 of them in the time that bench.bandwidth's targets leave at 4 bits."""
     quantizer = ready(name, bits, signed=False)
-    quantizer.relu = True
+    quantizer.does_relu = lambda: True
     cases = [(torch.channels_last, False), (torch.channels_last, True), (torch.contiguous_format, True)]
     for memory, behind in cases if (name, bits) == ("nulsq", 4) else cases[:2]:
         x, dy = (torch.randn(4, 16, 32, 32).to(kind).contiguous(memory_format=memory) for _ in range(2))

@@ -12,6 +12,8 @@ Steps stay positive by projection after the optimizer's step (`after_step_`, see
 check in `forward`, which would cost a device synchronization. NaN goes through to the output.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,9 @@ from nulsq.quant.calibration.lloyd_max import best_step, lloyd_max
 from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.op import Rule, Table, encode, fake_quantize
 from nulsq.quant.settings import GRAD_SCALES, INITIALIZERS, STE_RULES
+
+if TYPE_CHECKING:
+    from nulsq.quant.fold import AbsorbedBatchNorm2d, AbsorbedReLU
 
 ROLES = ("weight", "activation")
 
@@ -71,10 +76,10 @@ class Quantizer(nn.Module):
         if role == "activation" and channels is not None:
             raise ValueError(f"{self.name()}: per-channel steps are defined for weights only, not for activations")
         self.bits, self.role, self.channels = bits, role, channels
-        # The batch norm before it (in a tuple: it stays the network's module) and the ReLU, where `nulsq.quant.fold`
-        # leaves them to it
-        self.batch_norm: tuple[nn.Module, ...] = ()
-        self.relu = False
+        # The batch norm and the ReLU whose work it does, see `nulsq.quant.fold`. At most one each, in a tuple so that
+        # they do not become submodules.
+        self.batch_norm: tuple[AbsorbedBatchNorm2d, ...] = ()
+        self.relu: tuple[AbsorbedReLU, ...] = ()
         self.batch_shards = 1  # how many inputs of this size make the global batch: ranks x micro-batches
         self.init, self.grad_scale = init, grad_scale
         self.ste = self.ste if ste is None else ste
@@ -124,12 +129,17 @@ class Quantizer(nn.Module):
     def received(self, x: Tensor) -> Tensor:
         """What is quantized of what `forward` is called with: x behind the batch norm and the ReLU left to it."""
         for norm in self.batch_norm:
-            x = norm.affine_of(x, self).of(x)
-        return x.relu() if self.relu else x
+            affine = norm.affine_of(x, self)
+            x = x if affine is None else affine.of(x)
+        return x.relu() if self.does_relu() else x
+
+    def does_relu(self) -> bool:
+        """Whether x counts as max(x, 0), see `nulsq.quant.fold`."""
+        return any(relu.absorption.active for relu in self.relu)
 
     def rule(self) -> Rule:
         return Rule(self.index, self.ste, self.reduction, self.level_range, self.ties_up(), self.shift, self.segments,
-                    self.relu)
+                    self.does_relu())
 
     @torch.no_grad()
     def levels(self) -> Tensor:
@@ -230,11 +240,17 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         sign = {None: "sign from data", True: "signed", False: "unsigned"}[self.signed]
         per = f"{self.channels} channels" if self.channels else "per tensor"
-        return f"bits={self.bits}, {self.role}, {sign}, {per}, grad_scale={self.grad_scale}"
+        absorbed = f", absorbs {', '.join(self.absorbed())}" if self.absorbed() else ""
+        return f"bits={self.bits}, {self.role}, {sign}, {per}, grad_scale={self.grad_scale}{absorbed}"
 
     def gradient_factor(self, elements: int | None, codes: int, numerator: float = 1.0) -> float:
         """numerator / sqrt(N Q), or 1 where `grad_scale` is "none" (elements is None)."""
         return 1.0 if elements is None else numerator / (elements * max(codes, 1)) ** 0.5
+
+    def absorbed(self) -> list[str]:
+        """The batch norm and the ReLU whose work it does, as "name (class)", in order of execution."""
+        return [f"{module.absorption.name} ({module.unfolded_class.__name__})"
+                for module in (*self.batch_norm, *self.relu)]
 
     def _elements(self, x: Tensor) -> int | None:
         if self.grad_scale == "none":

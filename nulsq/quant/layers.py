@@ -12,6 +12,8 @@ layer's whole weight (gradients go through both), and Q the weight quantizer,
                               and needs none
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +24,11 @@ from nulsq.quant.settings import NORMALIZATIONS
 
 class _Quantized:
     """What the two layers share. `observer`, when set, sees the layer's float input and switches quantization off."""
+
+    weight_quantizer: Quantizer | None
+    activation_quantizer: Quantizer | None
+    normalization: str
+    observer: Callable[[Tensor], object] | None
 
     def attach(self, weight_quantizer: Quantizer | None, activation_quantizer: Quantizer | None,
                normalization: str = "none"):

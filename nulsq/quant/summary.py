@@ -20,14 +20,18 @@ def summary(model: nn.Module) -> str:
     for role, names in roles(model).items():
         for name in names:
             of_layer.setdefault(name, []).append(role)
-    rows = [("layer", "type", "role", "weight", "activation")]
+    rows = [["layer", "type", "role", "weight", "activation", "absorbed"]]
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
-            weight = activation = "float"
+            weight, activation, absorbed = "float", "float", []
             if type(module) in QUANTIZED.values():
                 weight = _side(module.weight_quantizer, module.normalization)
                 activation = _side(module.activation_quantizer)
-            rows.append((name, type(module).__name__, ",".join(of_layer.get(name, "-")), weight, activation))
+                absorbed = module.activation_quantizer.absorbed() if module.activation_quantizer is not None else []
+            rows.append([name, type(module).__name__, ",".join(of_layer.get(name, "-")), weight, activation,
+                         ", ".join(absorbed)])
+    if not any(row[-1] for row in rows[1:]):  # nothing is folded
+        rows = [row[:-1] for row in rows]
     return "\n".join([*aligned(rows), *_gradient_scales(model), *_stays_float(model)])
 
 
