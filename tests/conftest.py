@@ -21,6 +21,17 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+# Files whose tests need only torch and the model libraries: `make proofs` also runs them with the oldest torch.
+QUANT = {"test_fold", "test_goldens", "test_goldens_network", "test_methods", "test_methods_network", "test_op",
+         "test_op_fused", "test_op_incoming_gradient", "test_policy", "test_quantize", "test_quantizer_contract"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in QUANT:
+            item.add_marker(pytest.mark.quant)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no GPU")
