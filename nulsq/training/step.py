@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nulsq.config import Recipe
 from nulsq.distributed import Ranks
 from nulsq.quant.oscillation import Oscillations
-from nulsq.training.cuda_graph import RECORDERS, Recording, kind, warmed_up
+from nulsq.training.cuda_graph import RECORDERS, Recording, signature, warmed_up
 from nulsq.training.divergence import gradient_norm
 from nulsq.training.loss import backward
 from nulsq.training.state import TrainState
@@ -85,7 +85,7 @@ class GraphedStep(TrainingStep):
         self.plain, self.kinds, self.recordings = 0, {}, {}
 
     def _run(self, half, *values):
-        name, found = half.__name__, kind(values)
+        name, found = half.__name__, signature(values)
         if self.kinds.setdefault(name, found) != found:
             self.replaced()
             self.kinds[name] = found
