@@ -2,7 +2,7 @@
 
     python -m bench.bandwidth [--device cuda] [--json FILE]
 
-Forward counts x in, y out; backward x and dy in, dx out; behind a batch norm, whose work is then part of the pass, x
+Forward counts x in, y out; backward x and dy in, dx out; after a batch norm, whose work is then part of the pass, x
 and dy twice. A copy of the same tensor, interleaved, is the measure. The `ratio` of a row is that share, so here a
 target is met from below: `met` says whether the share is at least as high.
 On a GPU the clock stops when the device has finished, and five launches share a reading.
@@ -25,7 +25,7 @@ TARGETS = {("float32", "forward"): {2: 0.80, 3: 0.80, 4: 0.80}, ("float32", "bac
 
 
 IMAGE = (64, 32, 32)  # an activation's channels and plane, channels last
-PASSES = {"forward": 2, "backward": 3, "forward behind a batch norm": 2, "backward behind a batch norm": 5}
+PASSES = {"forward": 2, "backward": 3, "forward after a batch norm": 2, "backward after a batch norm": 5}
 
 
 def measure(method: str, bits: int, kind: torch.dtype, device: torch.device, elements: int, rounds: int) -> list[dict]:
@@ -42,8 +42,8 @@ def measure(method: str, bits: int, kind: torch.dtype, device: torch.device, ele
     affine, folded = Affine(mean, var.rsqrt(), torch.zeros_like(mean), var.rsqrt()), rule._replace(relu=True)
     sides = {"copy": lambda: copy.copy_(x), "forward": lambda: kernel.quantize(x, table, rule),
              "backward": lambda: kernel.gradients(x, dy, table, rule),
-             "forward behind a batch norm": lambda: kernel.quantize(x, table, folded, affine),
-             "backward behind a batch norm": lambda: kernel.gradients(x, dy, table, folded, affine)}
+             "forward after a batch norm": lambda: kernel.quantize(x, table, folded, affine),
+             "backward after a batch norm": lambda: kernel.gradients(x, dy, table, folded, affine)}
     repeat = 5 if device.type == "cuda" else 1  # launches run ahead of the clock
     times = interleaved(sides, rounds, 3, repeat, clock_of(device))
     rows = []

@@ -36,7 +36,7 @@ class Compiled(NamedTuple):
 
 
 class Launches:
-    """In the place of gpu_kernels: keeps what is launched."""
+    """Takes the place of triton_kernels and records launches."""
 
     def __init__(self, kernels):
         self.kernels, self.seen, self.tl = kernels, [], kernels.tl
@@ -50,11 +50,11 @@ class Launches:
         return Launcher()
 
 
-def launches(made, x: torch.Tensor, dy: torch.Tensor, behind: bool) -> list:
-    """What a quantizer's forward and backward launch for x; `behind` a batch norm."""
+def launches(made, x: torch.Tensor, dy: torch.Tensor, after_norm: bool) -> list:
+    """What a quantizer's forward and backward launch for x, alone or after a batch norm."""
     table, rule = Table(*(t if t is None else t.detach() for t in made.table())), made.rule()
     affine = None
-    if behind:
+    if after_norm:
         affine = Affine(*(torch.ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(4)))
     recorder = Launches(gpu._kernels())
     with mock.patch.object(gpu, "_kernels", lambda: recorder):
@@ -113,13 +113,13 @@ def _longest_loop(code: str) -> int:
     return longest
 
 
-def measure(method: str, bits: int, kind: torch.dtype, behind: bool) -> list[dict]:
+def measure(method: str, bits: int, kind: torch.dtype, after_norm: bool) -> list[dict]:
     x, dy = activation(SHAPE, kind)
     if (made := quantizer(method, bits, x.float())) is None:
         return []
     made.does_relu = lambda: True
-    where, rows = "behind a batch norm" if behind else "alone", []
-    for launch in launches(made, x, dy, behind):
+    where, rows = "after a batch norm" if after_norm else "alone", []
+    for launch in launches(made, x, dy, after_norm):
         if launch[0].__name__ == "finish":  # a loop over programs
             continue
         found = compile_for_sm_90(launch)
@@ -150,8 +150,8 @@ def main(argv: list[str]) -> int:
     print("| method | bits | kernel | instructions an element | registers | spilled bytes |")
     print("|---" * 6 + "|")
     rows = [each for method in arguments.methods for bits in arguments.bits
-            for kind in (torch.float32, torch.bfloat16) for behind in (False, True)
-            for each in measure(method, bits, kind, behind)]
+            for kind in (torch.float32, torch.bfloat16) for after_norm in (False, True)
+            for each in measure(method, bits, kind, after_norm)]
     write_json(arguments.json, rows)
     return 0
 

@@ -2,7 +2,7 @@
 
     python -m bench.kernels COMMIT [--methods nulsq lcq --bits 2 4 --json FILE]
 
-Both are compiled here with the flags of nulsq/quant/op/cpu/kernel.py and called in turn on the same tensors, a batch
+Both are compiled here with the flags of nulsq/quant/op/cpu/build.py and called in turn on the same tensors, a batch
 norm's output of 128 x 16 x 32 x 32, channels last, whose ReLU is left to the quantizer. Ratios are this kernel's time
 over that one's.
 """
@@ -19,6 +19,7 @@ import torch
 from bench.quantizers import METHODS, SHAPE, quantizer
 from bench.timing import add_options, begin, interleaved, scratch, show, table, timed_row, write_json
 from nulsq.errors import InputError, Parser, exit_on_input_error
+from nulsq.quant.op.cpu import build
 from nulsq.quant.op.cpu import kernel as cpu
 
 TENSORS = 8  # in turn: none is in the caches from the round before
@@ -27,21 +28,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def library_of(commit: str, folder: Path) -> ctypes.CDLL:
     """That commit's kernel. Raises InputError where git has no such commit with one, or it is called otherwise."""
-    for source in cpu.SOURCES:
+    for source in build.SOURCES:
         name = f"{commit}:{source.relative_to(ROOT).as_posix()}"
         shown = subprocess.run(["git", "show", name], cwd=ROOT, capture_output=True, text=True)
         if shown.returncode:
             raise InputError(f"COMMIT {commit}: {shown.stderr.strip().splitlines()[0]}")
         (folder / source.name).write_text(shown.stdout)
     theirs, ours = ("".join(source.read_text() for source in sources)
-                    for sources in ([folder / source.name for source in cpu.SOURCES], cpu.SOURCES))
+                    for sources in ([folder / source.name for source in build.SOURCES], build.SOURCES))
     for name in ("Call", "Rule"):
         found = [re.search(rf"^struct {name} {{.*?^}};", text, re.S | re.M) for text in (theirs, ours)]
         if found[0] is None or found[0].group() != found[1].group():
             raise InputError(f"COMMIT {commit}: its kernel is called with another {name} than this one's")
-    with mock.patch.multiple(cpu, SOURCES=[folder / source.name for source in cpu.SOURCES]), \
+    with mock.patch.multiple(build, SOURCES=[folder / source.name for source in build.SOURCES]), \
             mock.patch.dict("os.environ", {"NULSQ_CACHE": str(folder)}):
-        return cpu.loaded(cpu._compiled())
+        return cpu.load_library(build.compiled_library())
 
 
 def measure(library: ctypes.CDLL, methods: list[str], bits: list[int], rounds: int) -> list[dict]:

@@ -16,10 +16,10 @@ import torch
 from nulsq.data import DataSet, Normalize, build_loaders
 from nulsq.errors import InputError, Parser, did_you_mean, exit_on_input_error, require
 from nulsq.inspect import Fidelity, LayerReport, report
+from nulsq.models.trained import trained_network
 from nulsq.quantizers.nulsq import NuLSQ
 from nulsq.run import checkpoint
 from nulsq.run.directory import read_recipe
-from nulsq.models.trained import trained_network
 from nulsq.training.validate import first_batches
 
 BATCHES, BINS = 4, 110

@@ -9,7 +9,7 @@ setting.
 
     compiled      torch.compile, channels last          eager-nchw    eager, contiguous
     eager         channels last                          no-compiler   eager, with no C++ compiler on the machine
-    traced        compiled, with the oracle in the graph in place of the fused operator
+    traced        compiled, with the reference form in the graph in place of the fused operator
     bf16, bf16-eager   under autocast                    preresnet18, preresnet18-eager   32 images of 224 pixels
     memory, memory-eager     bytes that a step allocates at its peak
     cuda-graph, compiled-cuda-graph    eager and compiled, replayed: what it costs the GPU alone (--device cuda)
@@ -86,8 +86,8 @@ class Step:
         stepped = self.model
         if setting in ("compiled", "traced", "bf16", "preresnet18", "memory", "compiled-cuda-graph"):
             stepped = compiled(self.model, device)
-        plain = "eager" if device.type == "cpu" else "oracle"  # what is chosen where there is no kernel
-        self.form = {"no-compiler": plain, "traced": "oracle"}.get(setting)
+        plain = "eager" if device.type == "cpu" else "reference"  # what is chosen where there is no kernel
+        self.form = {"no-compiler": plain, "traced": "reference"}.get(setting)
         alone = Ranks(0, 1, device)
         self.state = TrainState(self.model, Optimizers(self.model, self.recipe.optim), Counters(device),
                                 DivergenceGuard(self.recipe.guard, classes, alone))

@@ -2,7 +2,7 @@
 
 Like a graph it computes nothing while recording (what was changed is put back, and what will be computed holds NaN
 until then), refuses to read a number, and knows of no Python between the operations. What reaches kernels around
-torch's dispatcher it does not see: quantizers have to take the form "oracle".
+torch's dispatcher it does not see: quantizers have to take the form "reference".
 """
 
 import contextlib
@@ -87,5 +87,5 @@ def on_the_cpu(monkeypatch):
     recorded = note(monkeypatch, "cpu", record)
     monkeypatch.setitem(cuda_graph.WARM_UPS, "cpu", lambda function, arguments: function(*arguments))
     monkeypatch.setattr(cpu, "moments", torch.ops.nulsq.moments)
-    with force("oracle"):
+    with force("reference"):
         yield recorded

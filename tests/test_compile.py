@@ -1,4 +1,4 @@
-"""Compiled steps: paid once between processes, none where nothing can compile; the same training as the oracle's."""
+"""Compiled steps: paid once between processes, none where nothing can compile; the same training as the reference's."""
 
 import copy
 import os
@@ -79,7 +79,7 @@ def test_steps_take_their_memory_again_without_page_faults():
     assert int(faults) < 1000
 
 
-# ---- training with the fused form is training with the oracle
+# ---- training with the fused form is training with the reference
 
 
 def losses(recipe, images, labels, form, *, kind=torch.float32, compiled=False, steps=10):
@@ -112,17 +112,17 @@ def batches(digits):
 
 @pytest.mark.parametrize("method", ["nulsq", *(pytest.param(each, marks=pytest.mark.slow)
                                                for each in ("lsq", "lcq", "apot", "uniq"))])
-def test_the_first_ten_losses_equal_the_oracles(short, batches, method):
+def test_the_first_ten_losses_equal_the_reference(short, batches, method):
     recipe = short("losses", quant__weight__quantizer=method, quant__activation__quantizer=method)
-    wanted, found = (losses(recipe, *batches, form) for form in ("oracle", "fused"))
+    wanted, found = (losses(recipe, *batches, form) for form in ("reference", "fused"))
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
 @pytest.mark.slow
-def test_the_first_ten_losses_of_a_compiled_network_equal_the_oracles_in_float64(short, batches):
+def test_the_first_ten_losses_of_a_compiled_network_equal_the_reference_in_float64(short, batches):
     """In float32 a compiled batch norm rounds otherwise, and what lies at a threshold falls to the other side."""
     recipe = short("losses")
-    wanted = losses(recipe, *batches, "oracle", kind=torch.float64)
+    wanted = losses(recipe, *batches, "reference", kind=torch.float64)
     found = losses(recipe, *batches, "fused", kind=torch.float64, compiled=True)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
@@ -194,8 +194,8 @@ def test_a_folded_batch_norm_is_two_kernels_of_a_compiled_step(frozen, device):
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
     code = "".join(code)
-    # the images' quantizer, behind no batch norm, is comparisons forward
+    # the images' quantizer, which is after no batch norm, is comparisons forward
     assert code.count("ops.nulsq.quantize.default(") == 3 and code.count("ops.nulsq.gradients.default(") == 1
-    assert code.count("ops.nulsq.gradients_behind.default(") == 2
+    assert code.count("ops.nulsq.gradients_after_norm.default(") == 2
     assert code.count("ops.nulsq.moments.default(") == (0 if frozen else 1)
     assert [each.dtype for each in kept if each.shape == (2, 4, 7, 7)] == [torch.float64] * 2

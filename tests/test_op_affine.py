@@ -45,8 +45,8 @@ def outcome(quantizer, x, dy, affine, form, relu=True):
     return y.detach(), torch.autograd.grad(y, wanted, dy)
 
 
-def assert_equal_to_oracle(quantizer, x, dy, affine, tolerance, relu=True):
-    (y, found), (wanted_y, wanted) = (outcome(quantizer, x, dy, affine, form, relu) for form in ("fused", "oracle"))
+def assert_equal_to_reference(quantizer, x, dy, affine, tolerance, relu=True):
+    (y, found), (wanted_y, wanted) = (outcome(quantizer, x, dy, affine, form, relu) for form in ("fused", "reference"))
     assert torch.equal(y, wanted_y) and y.stride() == x.stride() and y.dtype == x.dtype
     assert found[0].stride() == x.stride() and found[0].dtype == x.dtype
     for mine, theirs in zip(found, wanted, strict=True):
@@ -56,13 +56,13 @@ def assert_equal_to_oracle(quantizer, x, dy, affine, tolerance, relu=True):
 @pytest.mark.parametrize("memory", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_equals_the_oracle_on_every_shape(name, shape, memory):
+def test_every_method_equals_the_reference_on_every_shape(name, shape, memory):
     """Levels bit for bit: kernel and plain PyTorch map x by the same multiplication and the same addition."""
     for bits in (2, 3, 4):
         for kind, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-12), (torch.bfloat16, 2**-7)):
             quantizer, affine = ready(name, bits), lines(shape[1], torch.promote_types(kind, torch.float32))
             quantizer = quantizer.double() if kind == torch.float64 else quantizer
-            assert_equal_to_oracle(quantizer, *tensors(shape, memory, kind), affine, tolerance)
+            assert_equal_to_reference(quantizer, *tensors(shape, memory, kind), affine, tolerance)
 
 
 @pytest.mark.parametrize("ste", ["clip", "clip_open", "half", "none"])
@@ -72,7 +72,7 @@ def test_every_straight_through_rule_with_and_without_a_relu(ste, signed):
         quantizer = ready("nulsq", 3, signed).double()
         quantizer.ste = ste
         x, dy = tensors((3, 19, 31, 29), torch.channels_last, torch.float64)
-        assert_equal_to_oracle(quantizer, x, dy, lines(19, torch.float64), 1e-12, relu)
+        assert_equal_to_reference(quantizer, x, dy, lines(19, torch.float64), 1e-12, relu)
 
 
 def test_an_empty_batch_has_no_gradients():
@@ -88,7 +88,7 @@ def test_the_number_of_threads_changes_no_bit():
     for threads in (1, 3):
         torch.set_num_threads(threads)
         y, gradients = outcome(quantizer, x, dy, affine, "fused")
-        own, mean, var = batch_affine(x, affine.scale, affine.shift, 1e-5)
+        own, mean, var = batch_affine(x, affine.scale, affine.bias, 1e-5)
         found.append([y, *gradients, mean, var, *outcome(quantizer, x, dy, own, "fused")[1]])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -155,7 +155,7 @@ def test_a_compilers_gradients_are_the_kernels(name, ste, memory):
 @pytest.mark.parametrize("memory", LAYOUTS)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != (40, 33, 1, 1)], ids=str)
 @pytest.mark.parametrize("name", METHODS)
-def test_behind_a_batch_norm_every_method_equals_the_oracle(name, shape, memory, own):
+def test_after_a_batch_norm_every_method_equals_the_reference(name, shape, memory, own):
     """With what goes through the statistics, every straight-through rule."""
     cases = itertools.product((2, 3, 4), ((True, False), (True, True), (False, True)))
     for (bits, (relu, signed)), ste in zip(cases, itertools.cycle(["clip", "none"]), strict=False):
@@ -164,19 +164,19 @@ def test_behind_a_batch_norm_every_method_equals_the_oracle(name, shape, memory,
             quantizer, (x, dy) = ready(name, bits, signed).to(computed), tensors(shape, memory, kind)
             quantizer.ste, affine = ste, lines(shape[1], computed)
             if own:
-                affine, *_ = batch_affine(x, affine.scale, affine.shift, 1e-5)
-            assert_gradients_equal_to_the_oracles(quantizer, x, dy, affine, relu, tolerance)
+                affine, *_ = batch_affine(x, affine.scale, affine.bias, 1e-5)
+            assert_gradients_equal_to_the_reference(quantizer, x, dy, affine, relu, tolerance)
 
 
-def assert_gradients_equal_to_the_oracles(quantizer, x, dy, affine, relu, tolerance):
-    wanted = outcome(quantizer, x, dy, affine, "oracle", relu)[1]
+def assert_gradients_equal_to_the_reference(quantizer, x, dy, affine, relu, tolerance):
+    wanted = outcome(quantizer, x, dy, affine, "reference", relu)[1]
     given = [None if each is None else each.detach() for each in affine]
-    wanted_dx, wanted_lines = wanted[0], wanted[1:3 if affine.inverse is not None else 4]
+    wanted_dx, wanted_lines = wanted[0], wanted[1:3 if affine.rstd is not None else 4]
     arguments = (Table(*(None if each is None else each.detach() for each in quantizer.table())),
                  quantizer.rule()._replace(relu=relu), Affine(*given))
     dx, *sums = cpu.gradients(x, dy, *arguments)
     torch.testing.assert_close(dx, wanted_dx, rtol=tolerance, atol=tolerance * float(wanted_dx.abs().max()))
-    lines_found = sums[3:] if affine.inverse is not None else (-affine.scale * sums[4], *sums[3:])
+    lines_found = sums[3:] if affine.rstd is not None else (-affine.scale * sums[4], *sums[3:])
     for mine, theirs in zip(lines_found, wanted_lines, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 
@@ -202,12 +202,12 @@ def test_the_operators_keep_torchs_contract():
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     for name, inverse in itertools.product(METHODS, (None, torch.rand(19))):
         quantizer = ready(name, 3)
-        behind = torch.ops.nulsq.gradients_behind
+        gradients = torch.ops.nulsq.gradients_after_norm
         with torch.no_grad():
             arguments = quantizer.table(), quantizer.rule(), Affine(*affine[:3], inverse)
         rest = [each for part in arguments for each in part]
-        torch.library.opcheck(behind.default, (x, dy, *rest), **checks)
-        assert_told(behind(x, dy, *rest), cpu.gradients(x, dy, *arguments))
+        torch.library.opcheck(gradients.default, (x, dy, *rest), **checks)
+        assert_told(gradients(x, dy, *rest), cpu.gradients(x, dy, *arguments))
 
 
 def assert_told(operators, functions):
@@ -221,7 +221,7 @@ def test_a_gradient_that_somebody_holds_is_not_written_over():
     weight, bias, held = torch.ones(16, requires_grad=True), torch.zeros(16, requires_grad=True), dy.clone()
     x.requires_grad_()
     seen, gradients = [], []
-    for form in ("fused", "oracle"):
+    for form in ("fused", "reference"):
         affine, *_ = batch_affine(x, weight, bias, 1e-5)
         y = fake_quantize(x, quantizer.table(), quantizer.rule(), form, affine)
         y.register_hook(seen.append)

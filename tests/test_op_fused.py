@@ -1,4 +1,4 @@
-"""The fused form: equal to the oracle in every corner, and through everything that torch does to an operation."""
+"""The fused form: equal to the reference in every corner, and through everything that torch does to an operation."""
 
 import contextlib
 import os
@@ -16,6 +16,7 @@ import nulsq
 from bench.counts import Waits
 from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.op import FORMS, available, encode, fake_quantize, force, requantized
+from nulsq.quant.op.cpu import build
 from nulsq.quant.op.cpu import kernel as cpu
 from nulsq.quant.op.reference import Rule, Table
 
@@ -44,28 +45,28 @@ def run(quantizer, x, dy, form=None):
     return y.detach(), x.grad, [p.grad.clone() for p in quantizer.parameters()]
 
 
-def assert_equal_to_oracle(quantizer, x, dy, tolerance=1e-5):
-    (y, dx, ds), (wanted_y, wanted_dx, wanted_ds) = run(quantizer, x, dy, "fused"), run(quantizer, x, dy, "oracle")
+def assert_equal_to_reference(quantizer, x, dy, tolerance=1e-5):
+    (y, dx, ds), (wanted_y, wanted_dx, wanted_ds) = run(quantizer, x, dy, "fused"), run(quantizer, x, dy, "reference")
     assert torch.equal(y, wanted_y) and torch.equal(dx, wanted_dx)
     assert y.stride() == x.stride() and y.dtype == x.dtype
     for a, b in zip(ds, wanted_ds, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
-# ---- equal to the oracle
+# ---- equal to the reference
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_type_and_width_equals_the_oracle(name, bits, kind):
+def test_every_method_type_and_width_equals_the_reference(name, bits, kind):
     """Tensors of several pieces: beyond 32 levels the kernel looks up by buckets where a tensor is large enough."""
     try:
         quantizer = ready(name, bits)
     except ValueError:
         pytest.skip(f"{name} has no {bits} bits")
     x, dy = tensors(3, 7, 31, 29, dtype=kind)
-    assert_equal_to_oracle(quantizer.double() if kind == torch.float64 else quantizer, x, dy)
+    assert_equal_to_reference(quantizer.double() if kind == torch.float64 else quantizer, x, dy)
 
 
 @pytest.mark.parametrize(("x_type", "table_type"), [
@@ -75,7 +76,7 @@ def test_every_method_type_and_width_equals_the_oracle(name, bits, kind):
 def test_a_table_of_another_type_than_x(name, x_type, table_type):
     """16-bit numbers are never computed with: a network in bfloat16 has levels in float32."""
     quantizer, (x, dy) = ready(name, 3).to(table_type), tensors(3, 7, 31, 29, dtype=x_type)
-    assert_equal_to_oracle(quantizer, x, dy, tolerance=2**-7 if table_type == torch.bfloat16 else 1e-5)
+    assert_equal_to_reference(quantizer, x, dy, tolerance=2**-7 if table_type == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -106,16 +107,16 @@ def test_the_relu_before_a_quantizer_can_be_left_to_it(name, signed, form):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_weights_with_a_table_for_each_channel_equal_the_oracle(name):
+def test_weights_with_a_table_for_each_channel_equal_the_reference(name):
     x, dy = tensors(6, 5, 3, 3)
     for memory in (torch.contiguous_format, torch.channels_last):
         quantizer = ready(name, 3, "weight", channels=6)
-        assert_equal_to_oracle(quantizer, x.contiguous(memory_format=memory), dy.contiguous(memory_format=memory))
+        assert_equal_to_reference(quantizer, x.contiguous(memory_format=memory), dy.contiguous(memory_format=memory))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", METHODS)
-def test_numbers_at_thresholds_ends_and_beyond_equal_the_oracle(name, bits):
+def test_numbers_at_thresholds_ends_and_beyond_equal_the_reference(name, bits):
     try:
         quantizer = ready(name, bits, signed=True)
     except ValueError:
@@ -124,14 +125,14 @@ def test_numbers_at_thresholds_ends_and_beyond_equal_the_oracle(name, bits):
     away = torch.full_like(marks, torch.inf)
     x = torch.cat([marks, torch.nextafter(marks, away), torch.nextafter(marks, -away), marks * 2,
                    torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-45, 3e38])]).repeat(29)  # enough for buckets
-    assert_equal_to_oracle(quantizer, x, torch.randn(x.shape, generator=torch.Generator().manual_seed(3)))
+    assert_equal_to_reference(quantizer, x, torch.randn(x.shape, generator=torch.Generator().manual_seed(3)))
     assert quantizer(torch.tensor([torch.nan, 0.0]).repeat(5000)).isnan().sum() == 5000
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (), (3, 1, 5), (2, 0, 4), (8193,)])
 def test_any_shape(shape):
     quantizer = ready("nulsq", 2)
-    assert_equal_to_oracle(quantizer, torch.randn(shape), torch.randn(shape))
+    assert_equal_to_reference(quantizer, torch.randn(shape), torch.randn(shape))
 
 
 def test_input_and_gradient_with_gaps_in_memory():
@@ -175,10 +176,10 @@ def test_frozen_parameters_cost_no_sums():
 def test_force_takes_the_named_form_and_refuses_others():
     x = torch.randn(100, requires_grad=True)
     quantizer = ready("nulsq", 2)
-    for form, node in (("oracle", "Oracle"), ("eager", "Eager"), ("fused", "Fused"), (None, "Fused")):
+    for form, node in (("reference", "Reference"), ("eager", "Eager"), ("fused", "Fused"), (None, "Fused")):
         with force(form):
             assert type(quantizer(x).grad_fn).__name__ == node + "Backward"
-    with pytest.raises(ValueError, match="form = 'fast', allowed: oracle, eager, fused"), force("fast"):
+    with pytest.raises(ValueError, match="form = 'fast', allowed: reference, eager, fused"), force("fast"):
         pass
 
 
@@ -265,7 +266,7 @@ def test_activation_checkpointing():
         same(gradients_of(net, lambda n: checkpoint(n, x.clone().requires_grad_(), use_reentrant=reentrant)), wanted)  # noqa: B023
 
 
-@pytest.mark.parametrize("form", ["oracle", "fused"])
+@pytest.mark.parametrize("form", ["reference", "fused"])
 def test_functional_transforms(form):
     net, x = nn.Sequential(network()[2]), torch.randn(4, 8, 12, 12)  # without the edges, which write their ranges
     wanted = gradients_of(net, lambda n: n(x))
@@ -351,9 +352,9 @@ def test_a_compiler_that_fails_says_why(no_library, monkeypatch):
 
 
 def test_the_compiled_kernel_is_kept(tmp_path, monkeypatch):
-    first = cpu._compiled()
+    first = build.compiled_library()
     monkeypatch.setattr(subprocess, "run", lambda command, **options: _only_version(command, options))
-    assert cpu._compiled() == first
+    assert build.compiled_library() == first
 
 
 def _only_version(command, options, run=subprocess.run):
@@ -366,14 +367,14 @@ def _only_version(command, options, run=subprocess.run):
 @pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx2"])
 def test_a_processor_with_narrower_vectors_gives_the_same(without, no_library, monkeypatch):
     """Compiled for an older one than this."""
-    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, without))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, without))
     assert cpu.available()
     for name in METHODS:
         for bits in (2, 3, 4):
-            test_numbers_at_thresholds_ends_and_beyond_equal_the_oracle(name, bits)
+            test_numbers_at_thresholds_ends_and_beyond_equal_the_reference(name, bits)
             quantizer = ready(name, bits)
-            assert_equal_to_oracle(quantizer, *tensors(3, 20_001, seed=bits))
-            assert_equal_to_oracle(quantizer, *tensors(3, 20_001, seed=bits, dtype=torch.float64))
+            assert_equal_to_reference(quantizer, *tensors(3, 20_001, seed=bits))
+            assert_equal_to_reference(quantizer, *tensors(3, 20_001, seed=bits, dtype=torch.float64))
     assert list(no_library.glob("*.so"))
 
 
@@ -385,7 +386,7 @@ def test_the_smallest_table_there_is():
     assert y.tolist() == [0, 0, 1]
 
 
-def test_next_to_every_tie_the_kernel_rounds_as_the_oracle_does():
+def test_next_to_every_tie_the_kernel_rounds_as_the_reference_does():
     """A product with the step's reciprocal in place of the division would fall to the other side here and there."""
     draw = torch.Generator().manual_seed(0)
     for bits, signed in ((2, False), (3, True), (4, False), (8, True)):
@@ -402,4 +403,4 @@ def test_next_to_every_tie_the_kernel_rounds_as_the_oracle_does():
                     beside.append(moved)
             x = torch.cat([x, *beside, step * torch.randn(4096, generator=draw) * high,
                            torch.tensor([torch.inf, -torch.inf, 3e38, -3e38, 1e-30, 0.0])])
-            assert_equal_to_oracle(quantizer, x, torch.ones_like(x))
+            assert_equal_to_reference(quantizer, x, torch.ones_like(x))

@@ -1,4 +1,4 @@
-"""The GPU form: equal to the oracle in Triton's interpreter or on a GPU, and compiled for sm_90 without one."""
+"""The GPU form: equal to the reference in Triton's interpreter or on a GPU, and compiled for sm_90 without one."""
 
 import copy
 import functools
@@ -13,13 +13,11 @@ import torch
 
 from bench import instructions
 from nulsq.quant.fold import fold_
-from nulsq.quant.op import force
-from nulsq.quant.op import reference as oracle
+from nulsq.quant.op import force, kernels, reference
 from nulsq.quant.op.gpu import kernel as gpu
 from nulsq.quant.op.reference import Affine, Table
 from tests import test_fold, test_op_fused
 
-fused = sys.modules["nulsq.quant.op.fused"]  # the package's name of it is the function
 ready = functools.partial(test_op_fused.ready, rows=1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -36,16 +34,17 @@ def test_in_tritons_interpreter():
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 40
 
 
-def assert_equal_to_oracle(quantizer, x, dy):
+def assert_equal_to_reference(quantizer, x, dy):
     table = Table(*(None if t is None else t.detach() for t in quantizer.table()))
     rule = quantizer.rule()
-    wanted, found = oracle.quantize(x, table, rule)[0].to(x.dtype), gpu.quantize(x, table, rule)
+    wanted = reference.quantize(x, table, rule)[0].to(x.dtype)
+    found = gpu.quantize(x, table, rule)
     assert found.dtype == x.dtype and found.stride() == x.stride()
     if INTERPRETED and x.dtype == torch.bfloat16:  # the interpreter cuts what a GPU rounds to nearest
         torch.testing.assert_close(found, wanted, rtol=2**-7, atol=0)
     else:
         assert torch.equal(found, wanted)
-    wanted, found = oracle.gradients(x, dy, table, rule), gpu.gradients(x, dy, table, rule)
+    wanted, found = reference.gradients(x, dy, table, rule), gpu.gradients(x, dy, table, rule)
     assert torch.equal(found[0], wanted[0]) and found[0].stride() == x.stride()
     for a, b in zip(found[1:], wanted[1:], strict=True):
         if b is None:
@@ -65,7 +64,8 @@ def tensors(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("name", ["lsq", "nulsq", "apot", "lcq", "uniq"])
 def test_kernel_of_every_method_width_and_type(name, bits, dtype):
     quantizer = ready(name, bits).to(DEVICE)
-    assert_equal_to_oracle(quantizer.double() if dtype == torch.float64 else quantizer, *tensors(5, 7, 11, dtype=dtype))
+    quantizer = quantizer.double() if dtype == torch.float64 else quantizer
+    assert_equal_to_reference(quantizer, *tensors(5, 7, 11, dtype=dtype))
 
 
 @kernel
@@ -73,7 +73,7 @@ def test_kernel_of_every_method_width_and_type(name, bits, dtype):
 def test_kernel_of_the_narrowest_and_the_widest(bits):
     for name in ("minmax", "nulsq"):
         signed = bits > 1
-        assert_equal_to_oracle(ready(name, bits, signed=signed).to(DEVICE), *tensors(5, 7))
+        assert_equal_to_reference(ready(name, bits, signed=signed).to(DEVICE), *tensors(5, 7))
 
 
 @kernel
@@ -84,7 +84,7 @@ def test_kernel_at_thresholds_and_ends(ste):
         marks = torch.cat([quantizer.levels(), quantizer.thresholds()])
         x = torch.cat([marks, torch.nextafter(marks, marks + 1), torch.nextafter(marks, marks - 1),
                        torch.tensor([0.0, -0.0, torch.inf, -torch.inf])]).to(DEVICE)
-        assert_equal_to_oracle(quantizer.to(DEVICE), x, torch.ones_like(x))
+        assert_equal_to_reference(quantizer.to(DEVICE), x, torch.ones_like(x))
         table, rule = quantizer.table(), quantizer.rule()
         assert gpu.quantize(torch.tensor([torch.nan], device=DEVICE), table, rule).isnan().all()
 
@@ -94,8 +94,8 @@ def test_kernel_at_thresholds_and_ends(ste):
 def test_kernel_with_a_table_for_each_channel(name):
     quantizer = ready(name, 3, "weight", channels=6).to(DEVICE)
     x, dy = tensors(6, 5, 3, 3)
-    assert_equal_to_oracle(quantizer, x, dy)
-    assert_equal_to_oracle(quantizer, *(t.contiguous(memory_format=torch.channels_last) for t in (x, dy)))
+    assert_equal_to_reference(quantizer, x, dy)
+    assert_equal_to_reference(quantizer, *(t.contiguous(memory_format=torch.channels_last) for t in (x, dy)))
 
 
 @kernel
@@ -103,7 +103,7 @@ def test_kernel_with_a_table_for_each_channel(name):
                                                     (torch.float64, torch.float32)])
 def test_kernel_with_a_table_of_another_type(x_type, table_type):
     for name in ("lsq", "nulsq", "lcq"):
-        assert_equal_to_oracle(ready(name, 3).to(DEVICE, table_type), *tensors(5, 7, 11, dtype=x_type))
+        assert_equal_to_reference(ready(name, 3).to(DEVICE, table_type), *tensors(5, 7, 11, dtype=x_type))
 
 
 @kernel
@@ -114,20 +114,20 @@ def test_kernel_with_the_relu_before_it(name):
         quantizer.does_relu = lambda: True
         x, dy = tensors(5, 7, 11)
         x[0, 0, :4] = torch.tensor([0.0, -0.0, 1e-30, -torch.inf])
-        assert_equal_to_oracle(quantizer, x, dy)
+        assert_equal_to_reference(quantizer, x, dy)
 
 
 @kernel
 def test_kernel_over_several_blocks_of_a_program_and_empty_tensors():
-    assert_equal_to_oracle(ready("nulsq", 2).to(DEVICE), *tensors(23, 1000))
-    assert_equal_to_oracle(ready("nulsq", 2).to(DEVICE), *tensors(0, 4))
+    assert_equal_to_reference(ready("nulsq", 2).to(DEVICE), *tensors(23, 1000))
+    assert_equal_to_reference(ready("nulsq", 2).to(DEVICE), *tensors(0, 4))
 
 
 def test_the_grid_is_long_in_its_first_dimension_only():
     """CUDA's others end at 65,535: the gradients of each sample make a table for each of them."""
     for shape in ((100_000, 3), (3, 10_000_000)):
-        lanes, programs = gpu.tiles(torch.empty(shape, device="meta"), shape[0], None, 1024).grid(torch.device("cpu"))
-        assert lanes == shape[0] and 1 <= programs < 65_536
+        groups, programs = gpu.tiles(torch.empty(shape, device="meta"), shape[0], None, 1024).grid(torch.device("cpu"))
+        assert groups == shape[0] and 1 <= programs < 65_536
 
 
 def test_tiles_across_channels_leave_little_empty():
@@ -135,21 +135,21 @@ def test_tiles_across_channels_leave_little_empty():
     for channels in (16, 24, 64, 96, 130, 192, 512):
         x = torch.empty(2, channels, 5, 7, device="meta").contiguous(memory_format=torch.channels_last)
         walk = gpu.tiles(x, 1, Affine(*[torch.empty(channels)] * 3), 512)
-        found[channels] = walk.lanes, walk.constants["COLS"]
+        found[channels] = walk.groups, walk.constants["COLS"]
     assert found == {16: (1, 16), 24: (1, 32), 64: (1, 64), 96: (3, 32), 130: (5, 32), 192: (3, 64),
                      512: (4, 128)}
 
 
-# ---- behind a batch norm
+# ---- after a batch norm
 
 
-def assert_behind_equal_to_oracle(quantizer, x, dy, affine, tolerance):
+def assert_after_norm_equal_to_reference(quantizer, x, dy, affine, tolerance):
     """The kernels beside autograd through the map in plain PyTorch; levels bit for bit."""
     table, rule = Table(*(None if t is None else t.detach() for t in quantizer.table())), quantizer.rule()
     leaves = [x.detach().requires_grad_(), *(each.requires_grad_() for each in affine[1:3])]
-    mapped = affine._replace(scale=leaves[1], shift=leaves[2]).of(leaves[0])
-    wanted_y = oracle.quantize(mapped, table, rule)[0].to(x.dtype)
-    dmapped, *sums = oracle.gradients(mapped.detach(), dy, table, rule)
+    mapped = affine._replace(scale=leaves[1], bias=leaves[2]).of(leaves[0])
+    wanted_y = reference.quantize(mapped, table, rule)[0].to(x.dtype)
+    dmapped, *sums = reference.gradients(mapped.detach(), dy, table, rule)
     dx, dscale, dshift = torch.autograd.grad(mapped, leaves, dmapped)
     wanted = [dx, *sums, dscale, dshift]
 
@@ -169,12 +169,12 @@ def assert_behind_equal_to_oracle(quantizer, x, dy, affine, tolerance):
 def affine_of(x, own):
     """A map for each channel of x, by the batch's own statistics or any."""
     kind, draw = torch.promote_types(x.dtype, torch.float32), torch.Generator().manual_seed(2)
-    weight, bias, center = (torch.randn(x.shape[1], generator=draw).to(DEVICE, kind) for _ in range(3))
+    weight, bias, mean = (torch.randn(x.shape[1], generator=draw).to(DEVICE, kind) for _ in range(3))
     if not own:
-        return Affine(center, weight, bias)
+        return Affine(mean, weight, bias)
     var, mean = torch.var_mean(x.to(kind), (0, 2, 3), correction=0)
-    inverse = (var + 1e-5).rsqrt()
-    return Affine(mean, weight * inverse, bias, inverse)
+    rstd = (var + 1e-5).rsqrt()
+    return Affine(mean, weight * rstd, bias, rstd)
 
 
 # a row of channels in one tile and in several lanes; planes in one tile and in several; several tiles of a program
@@ -184,46 +184,46 @@ ALL = [(4, 3, 5, 7), (2, 16, 9, 9), (5, 1, 8, 8), (9, 33, 1, 1), (3, 2, 40, 41)]
 @kernel
 @pytest.mark.parametrize(("shape", "memory"), [(shape, torch.contiguous_format) for shape in ALL]
                          + [(shape, torch.channels_last) for shape in [*ALL, (3, 130, 3, 2)]], ids=str)
-def test_kernel_behind_a_batch_norm_on_every_shape(shape, memory):
+def test_kernel_after_a_batch_norm_on_every_shape(shape, memory):
     x, dy = (t.contiguous(memory_format=memory) for t in tensors(*shape))
     several = shape == ALL[-1]
     for name, cases in {"nulsq": [False, True], "lsq": [True], "lcq": [] if several else [True]}.items():
         quantizer = ready(name, 3, signed=False).to(DEVICE)
         quantizer.does_relu = lambda: True
         for own in cases:
-            assert_behind_equal_to_oracle(quantizer, x, dy, affine_of(x, own), 1e-4)
+            assert_after_norm_equal_to_reference(quantizer, x, dy, affine_of(x, own), 1e-4)
 
 
 @kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("name", ["lsq", "nulsq", "apot", "lcq", "uniq"])
-def test_kernel_behind_a_batch_norm_of_every_method_width_and_type(name, bits, dtype):
+def test_kernel_after_a_batch_norm_of_every_method_width_and_type(name, bits, dtype):
     for signed in (False, True) if dtype == torch.float32 else (bits == 3,):
         quantizer = ready(name, bits, signed=signed).to(DEVICE)
         quantizer.does_relu = lambda unsigned=not signed: unsigned
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in tensors(4, 6, 5, 7, dtype=dtype))
         tolerance = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float64: 1e-10}[dtype]
         quantizer = quantizer.double() if dtype == torch.float64 else quantizer
-        assert_behind_equal_to_oracle(quantizer, x, dy, affine_of(x, own=True), tolerance)
+        assert_after_norm_equal_to_reference(quantizer, x, dy, affine_of(x, own=True), tolerance)
 
 
 @kernel
 @pytest.mark.parametrize("ste", ["clip", "none"])
-def test_kernel_behind_a_batch_norm_by_every_straight_through_rule(ste):
+def test_kernel_after_a_batch_norm_by_every_straight_through_rule(ste):
     for name in ("lsq", "nulsq"):
         quantizer = ready(name, 2, signed=True, ste=ste).to(DEVICE).double()
         x, dy = tensors(4, 6, 5, 7, dtype=torch.float64)
         x[0, :, 0, 0] = torch.cat([quantizer.levels()[:4], torch.tensor([0.0, torch.inf]).to(x)])
         plain = Affine(*(torch.full((6,), value, dtype=torch.float64, device=DEVICE) for value in (0, 1, 0)))
         with torch.no_grad():
-            assert_behind_equal_to_oracle_without_sums(quantizer, x, dy, plain)
+            assert_after_norm_equal_to_reference_without_sums(quantizer, x, dy, plain)
 
 
-def assert_behind_equal_to_oracle_without_sums(quantizer, x, dy, affine):
+def assert_after_norm_equal_to_reference_without_sums(quantizer, x, dy, affine):
     table, rule = Table(*(None if t is None else t.detach() for t in quantizer.table())), quantizer.rule()
     rule = rule._replace(reduction="none")
-    found, wanted = gpu.gradients(x, dy, table, rule, affine), oracle.gradients(x, dy, table, rule)
+    found, wanted = gpu.gradients(x, dy, table, rule, affine), reference.gradients(x, dy, table, rule)
     assert torch.equal(found[0], wanted[0])
     assert found[1:4] == (None,) * 3
     torch.testing.assert_close(found[5], wanted[0].sum((0, 2, 3)), rtol=1e-12, atol=1e-12)
@@ -233,7 +233,7 @@ def assert_behind_equal_to_oracle_without_sums(quantizer, x, dy, affine):
 def test_kernel_in_a_network(monkeypatch):
     """A folded network on the GPU's kernels, where the interpreter has them also for what lies on the CPU, beside the
     network as it was: in training and in evaluation, running statistics too."""
-    monkeypatch.setitem(fused.KERNELS, DEVICE, gpu)
+    monkeypatch.setitem(kernels.KERNELS, DEVICE, gpu)
     monkeypatch.setattr(gpu, "available", lambda: True)
     model, images = test_fold.normed(memory=torch.channels_last, device=DEVICE)
     folded = copy.deepcopy(model)
@@ -252,15 +252,16 @@ def test_kernel_in_a_network(monkeypatch):
     ("nulsq", 4, torch.float32, 90), ("nulsq", 4, torch.bfloat16, 90), ("nulsq", 6, torch.float32, 290),
     ("lcq", 4, torch.float32, 200)])
 def test_compiled_for_sm_90_nothing_spills(name, bits, kind, most):
-    """What training launches, alone and behind a batch norm in both orders of memory; within `most` instructions an
+    """What training launches, alone and after a batch norm in both orders of memory; within `most` instructions an
     element. An H200 can issue about 100 of them in the time that bench.bandwidth's targets leave at 4 bits."""
     quantizer = ready(name, bits, signed=False)
     quantizer.does_relu = lambda: True
     cases = [(torch.channels_last, False), (torch.channels_last, True), (torch.contiguous_format, True)]
-    for memory, behind in cases if (name, bits) == ("nulsq", 4) else cases[:2]:
+    for memory, after_norm in cases if (name, bits) == ("nulsq", 4) else cases[:2]:
         x, dy = (torch.randn(4, 16, 32, 32).to(kind).contiguous(memory_format=memory) for _ in range(2))
-        launched = instructions.launches(quantizer, x, dy, behind)
-        assert [each[0].__name__ for each in launched] == ["quantize", "gradients", "finish"] + ["passed_on"] * behind
+        launched = instructions.launches(quantizer, x, dy, after_norm)
+        names = ["quantize", "gradients", "finish"] + ["norm_backward"] * after_norm
+        assert [kernel.__name__ for kernel, *_ in launched] == names
         for launch in launched:
             try:
                 found = instructions.compile_for_sm_90(launch)
@@ -311,6 +312,6 @@ class TestOnAGPU:
         found = [x.grad.clone(), quantizer.steps.grad.clone()]
         quantizer.zero_grad()
         x.grad = None
-        with force("oracle"):
+        with force("reference"):
             quantizer(x).backward(dy)
         torch.testing.assert_close(found, [x.grad, quantizer.steps.grad], rtol=1e-5, atol=1e-5)

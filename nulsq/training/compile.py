@@ -1,8 +1,8 @@
-"""Compiling the network of a training step: paid once a machine, and never the end of a run.
+"""torch.compile for the network of a training step.
 
-What torch.compile makes is kept in a folder (`$TORCHINDUCTOR_CACHE_DIR`, else torch's own, one for each user), so the
-next process with the same network, method, bits and batch, another trial of a search say, loads it instead of compiling
-again. Where nothing can be compiled the run goes on without, with one warning.
+Compiled code is kept in a folder (`$TORCHINDUCTOR_CACHE_DIR`, else torch's own, one for each user). The next process
+with the same network, method, bits and batch, for example another trial of a search, loads it instead of compiling
+again. On a machine that cannot compile, the run continues without it after one warning.
 """
 
 import operator
@@ -17,8 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from nulsq.quant.op import inline_forward
 
-BEHIND = torch.ops.nulsq.gradients_behind.default  # behind a batch norm
-GRADIENTS = (torch.ops.nulsq.gradients.default, BEHIND)
+GRADIENTS = torch.ops.nulsq.gradients.default
+GRADIENTS_AFTER_NORM = torch.ops.nulsq.gradients_after_norm.default
 
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
@@ -28,81 +28,88 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
                       f"slower): {reason}", stacklevel=2)
         return model
     inline_forward()
-    return torch.compile(model, options={"joint_custom_pre_pass": _InputsMadeAgain()})
+    return torch.compile(model, options={"joint_custom_pre_pass": _RecomputeInputs()})
 
 
-class _Pass(CustomGraphPass):
-    """Part of the key under which compiled graphs are kept: they are made again when this file changes, or one that
-    says what the operation's nodes mean. To torch an operator is its name."""
+class _RecomputeInputs(CustomGraphPass):
+    """Recomputes the inputs of quantizers in backward instead of keeping them, where that takes elementwise operations.
+
+    Otherwise the partitioner keeps such an input, next to the input of the operation before it and the input of the
+    convolution after it: three tensors of an activation's size, where a float network keeps two. Forward then need not
+    write the input at all. If two convolutions read one activation through quantizers of their own, the quantized
+    input of one of them (the one that backward reaches later) is recomputed too. After a batch norm that the quantizer
+    includes, the quantizer's input is a convolution's output and is kept; only the second quantized input is
+    recomputed.
+
+    CustomGraphPass and the option joint_custom_pre_pass are private to Inductor. The public selective checkpointing of
+    `torch.utils.checkpoint` decides by operator within a region, not by which operation reads a tensor.
+    """
 
     def uuid(self) -> bytes:
+        """Part of the key of compiled graphs: they are compiled again if this file or one of the operation's changes.
+
+        To torch an operator is only its name.
+        """
         operation = Path(__file__).parents[1] / "quant" / "op"
         return get_hash_for_files((__file__, *map(str, sorted(operation.rglob("*.py")))))
 
-
-class _InputsMadeAgain(_Pass):
-    """What a quantizer takes is not kept for backward but made again there, where that is a matter of elements.
-
-    The partition keeps it otherwise, beside what the operation before took and what the convolution takes: three
-    tensors of an activation's size where a float network keeps two. Forward then never writes it either. Where two
-    convolutions read one activation, each through a quantizer of its own, what one of them takes (the one that backward
-    meets later) is made again, too; also where the quantizers do a batch norm's work, and take what a convolution gave.
-    """
-
     def __call__(self, graph: torch.fx.Graph) -> None:
-        met = set()
-        for node in graph.nodes:  # in order
-            if node.target not in GRADIENTS:
+        seen = set()
+        for node in graph.nodes:  # in order of execution
+            if node.target not in (GRADIENTS, GRADIENTS_AFTER_NORM):
                 continue
-            source, taken = node.args[0], _convolved(node.args[1])
-            if node.target is BEHIND:
-                again = {taken} if taken is not None and taken.target is torch.ops.nulsq.quantize.default else set()
-            elif _pointwise(source):  # else dear to make again
+            source, convolution_input = node.args[0], _convolution_input(node.args[1])
+            if node.target is GRADIENTS_AFTER_NORM:
+                is_quantized = (convolution_input is not None
+                                and convolution_input.target is torch.ops.nulsq.quantize.default)
+                recomputed = {convolution_input} if is_quantized else set()
+            elif _is_pointwise(source):  # anything else is expensive to recompute
                 source.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-                again = _between(source, taken)  # or the comparisons are kept in its place
+                recomputed = _between(source, convolution_input)  # or the comparisons are kept instead
             else:
                 continue
-            for each in again if source in met else ():
-                each.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-            met.add(source)
+            if source in seen:
+                for recomputed_node in recomputed:
+                    recomputed_node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            seen.add(source)
 
 
-def _pointwise(node: torch.fx.Node) -> bool:
+def _is_pointwise(node: torch.fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
-def _between(source: torch.fx.Node, taken: torch.fx.Node | None) -> set[torch.fx.Node]:
-    """`taken` and what it is made of, element by element, from `source`."""
-    found, left = set(), [taken]
-    while left:
-        node = left.pop()
-        if node is None or node is source or not _pointwise(node):
+def _between(source: torch.fx.Node, target: torch.fx.Node | None) -> set[torch.fx.Node]:
+    """`target` and the elementwise operations on tensors of source's shape that lead to it from `source`."""
+    nodes, remaining = set(), [target]
+    while remaining:
+        node = remaining.pop()
+        if node is None or node is source or not _is_pointwise(node):
             continue
-        if node not in found and statically_known_true(sym_eq(node.meta["val"].shape, source.meta["val"].shape)):
-            found.add(node)
-            left += node.all_input_nodes
-    return found
+        if node not in nodes and statically_known_true(sym_eq(node.meta["val"].shape, source.meta["val"].shape)):
+            nodes.add(node)
+            remaining += node.all_input_nodes
+    return nodes
 
 
-def _convolved(gradient: torch.fx.Node) -> torch.fx.Node | None:
-    """What the convolution took that this is the input's gradient of; None where it is another operation's."""
+def _convolution_input(gradient: torch.fx.Node) -> torch.fx.Node | None:
+    """The input of the convolution whose input gradient this is; None if it comes from another operation."""
     if gradient.target is not operator.getitem or gradient.args[1] != 0:
         return None
-    found = gradient.args[0]
-    return found.args[1] if found.target is torch.ops.aten.convolution_backward.default else None
+    backward = gradient.args[0]
+    return backward.args[1] if backward.target is torch.ops.aten.convolution_backward.default else None
 
 
 def why_not(device: torch.device) -> str:
-    """"" if torch.compile works for this device, else the reason.
+    """The reason why torch.compile does not work for this device; "" if it works.
 
-    Found by compiling one addition. Asking for a compiler by name is not enough, since headers can be missing too; and
-    a failure in the first step would come when half of it is done.
+    Compiles one addition. Looking for a compiler by name is not enough, since headers can be missing too, and a failure
+    in the first training step would come after half of the step.
     """
-    def add(x):
+    def add(x: torch.Tensor) -> torch.Tensor:
         return x + 1
 
     try:
         torch.compile(add)(torch.zeros(2, device=device))
-    except Exception as error:  # whatever the compiler's parts raise
+    except Exception as error:  # parts of the compiler raise their own types
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:300]
     return ""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nulsq.config import Recipe
 from nulsq.distributed import Ranks
 from nulsq.quant.oscillation import Oscillations
-from nulsq.training.cuda_graph import RECORDERS, Recording, kind, warmed_up
+from nulsq.training.cuda_graph import RECORDERS, Recording, signature, warmed_up
 from nulsq.training.divergence import gradient_norm
 from nulsq.training.loss import TaskLoss, backward
 from nulsq.training.state import TrainState
@@ -88,14 +88,14 @@ class GraphedStep(TrainingStep):
 
     def state_was_loaded(self) -> None:
         self.plain_steps = 0
-        self.argument_kinds: dict[str, Any] = {}
+        self.signatures: dict[str, Any] = {}
         self.recordings: dict[str, Recording] = {}
 
     def _run(self, half: Callable[..., Any], *values: Any) -> Any:
-        name, own_kind = half.__name__, kind(values)
-        if self.argument_kinds.setdefault(name, own_kind) != own_kind:
+        name, own_signature = half.__name__, signature(values)
+        if self.signatures.setdefault(name, own_signature) != own_signature:
             self.state_was_loaded()
-            self.argument_kinds[name] = own_kind
+            self.signatures[name] = own_signature
         if name not in self.recordings:
             if not self._is_to_be_recorded(name):
                 return warmed_up(half, values, self.device)

@@ -1,38 +1,40 @@
-"""How the kernels want their arguments: memory without gaps, channels outermost, one type to compute in."""
+"""Tensors as the kernels take them: dense memory, table rows outermost, one computation type."""
 
 import torch
 from torch import Tensor
 
-from nulsq.quant.op.reference import Rule, Table, computed_in
+from nulsq.quant.op.reference import Rule, Table, compute_dtype
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself where its elements lie without gaps, in order or channels last; else a copy in order."""
+    """x itself if its elements have no gaps in memory, contiguous or channels last; else a contiguous copy."""
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     return x.contiguous()
 
 
-def laid_out(x: Tensor, table: Table, narrow: tuple[torch.dtype, ...]) -> tuple[Tensor, Table, int]:
-    """x dense, the table row by row, and how many rows: channels. Both in the type that is computed in, except that x
-    stays in one of the types `narrow` where that is float32: the kernel widens those as it reads.
+def prepare_layout(x: Tensor, table: Table, narrow: tuple[torch.dtype, ...]) -> tuple[Tensor, Table, int]:
+    """Dense x, a contiguous table, and the number of table rows.
+
+    Both are in the computation type, except that x keeps a type of `narrow` where the computation is in float32: the
+    kernel widens it while reading.
     """
-    kind = computed_in(x, table)
+    dtype = compute_dtype(x, table)
     x = dense(x)
-    if x.dtype != kind and not (kind == torch.float32 and x.dtype in narrow):
-        x = x.to(kind)
-    table = Table(*(t if t is None or t.dtype == kind and t.is_contiguous() else t.to(kind).contiguous()
+    if x.dtype != dtype and not (dtype == torch.float32 and x.dtype in narrow):
+        x = x.to(dtype)
+    table = Table(*(t if t is None or t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous()
                     for t in table))
     return x, table, table.gaps.shape[0] if table.gaps.dim() == 2 else 1
 
 
-def laid_like(dy: Tensor, x: Tensor) -> Tensor:
-    """dy in the type and the order of memory of x, which is dense."""
-    return dy if dy.dtype == x.dtype and dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+def match_layout(grad: Tensor, x: Tensor) -> Tensor:
+    """A gradient in the type and memory order of x, which is dense. A copy only where they differ."""
+    return grad if grad.dtype == x.dtype and grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
 
 
 def gradient_buffers(table: Table, rule: Rule) -> list[Tensor | None]:
-    """Room for the gradients of gaps, offset and slope; None where the rule's reduction has none."""
-    wanted = rule.reduction != "none", rule.reduction == "per_cell", rule.reduction == "per_cell"
-    return [torch.empty_like(each) if asked else None
-            for each, asked in zip((table.gaps, table.offset, table.slope), wanted, strict=True)]
+    """Empty tensors for the gradients of gaps, offset and slope; None where the rule's reduction has none."""
+    sizes = ((table.gaps, rule.reduction != "none"), (table.offset, rule.reduction == "per_cell"),
+             (table.slope, rule.reduction == "per_cell"))
+    return [torch.empty_like(tensor) if tensor is not None and needed else None for tensor, needed in sizes]

@@ -1,1 +1,1 @@
-"""The CPU form of the operation: a C++ kernel, compiled where it runs."""
+"""The CPU kernel of the operation, in C++."""

@@ -1,220 +1,234 @@
-// The CPU form of the fake-quantize operation: one pass over memory forward, one backward with all sums in it; behind a
-// batch norm a second one for dx, which the sums have part in.
+// The CPU kernel of the fake-quantize operation. Forward is one pass over memory. Backward is one pass that also adds
+// up all sums; after a batch norm in training a second pass follows, because the input gradient depends on the sums.
 //
-// oracle.py defines what is computed; cpu.py compiles this file and calls it. Written with the vector types that GCC
-// and Clang share: one text for AVX2, AVX-512 and NEON. What makes it quick:
+// reference.py defines what is computed. build.py compiles this file, kernel.py calls it.
 //
-//   kinds.h   what is done with a vector
-//   lines.h   how memory is gone over, and the batch norm on the way
-//   order     pieces of PIECE elements are summed in the type of computation, the pieces in double and in order: the
-//             same numbers for any number of threads
+//   vector.h      SIMD vectors: one source for AVX2, AVX-512 and NEON
+//   rules.h       Rule and Table: what a quantizer declares
+//   quantizers.h  level and gradient of one vector, for each type of quantizer
+//   traversal.h   the order in which memory is visited, and the batch norm before the quantizer
+//
+// Sums are added up in the computation type within pieces of PIECE elements. The pieces are then added in double and in
+// order, so the result does not depend on the number of threads.
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <vector>
 
-#include "kinds.h"
-#include "lanes.h"
-#include "lines.h"
-#include "table.h"
+#include "quantizers.h"
+#include "rules.h"
+#include "traversal.h"
+#include "vector.h"
 
 namespace {
 
-// The ReLU before a kind that does not do its work, where there is one.
-template <class Kind, class C> struct BehindRelu {
+// Applies the ReLU before a quantizer that does not include it (Quantizer::RELU).
+template <class Quantizer, class C> struct AfterRelu {
     Real<C> floor;
 
-    explicit BehindRelu(const Rule& rule) {                    // nothing is below a NaN
+    explicit AfterRelu(const Rule& rule) {                     // without a ReLU: NaN, which no value is <= to
         floor = all<C>(rule.relu ? C(0) : std::numeric_limits<C>::quiet_NaN());
     }
-    INLINED Real<C> level(const Kind& kind, Real<C> x) const {
-        return kind.level(Kind::RELU ? x : x <= floor ? floor : x);
+    INLINED Real<C> level(const Quantizer& quantizer, Real<C> x) const {
+        return quantizer.level(Quantizer::RELU ? x : x <= floor ? floor : x);
     }
-    template <class K> INLINED Real<C> gradient(K& kind, Real<C> x, Real<C> dy) const {
-        if constexpr (Kind::RELU) return kind.gradient(x, dy);
+    template <class Q> INLINED Real<C> gradient(Q& quantizer, Real<C> x, Real<C> grad_output) const {
+        if constexpr (Quantizer::RELU) return quantizer.gradient(x, grad_output);
         x = x <= floor ? floor : x;
-        const Real<C> dx = kind.gradient(x, dy);
-        return x == floor ? Real<C>{} : dx;
+        const Real<C> grad_input = quantizer.gradient(x, grad_output);
+        return x == floor ? Real<C>{} : grad_input;
     }
 };
 
-// y (FORWARD) or dx and the sums of one piece, the elements from `start` on.
-template <bool FORWARD, class Kind, class S, class C>
-void piece(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64_t start, int64_t count, const S* x,
-           const S* dy, S* out, double* total, double* line_total) {
-    constexpr bool COPIED = !FORWARD && Kind::SMALL;           // a walk's own sums lie in registers
-    using Own = std::conditional_t<COPIED, Kind, Kind&>;
-    Kind kind(rule, table);
-    const BehindRelu<Kind, C> behind(rule);
-    auto found = [=](auto& kind, Real<C> at, const S* dy) INLINED {  // y or dx
-        if constexpr (FORWARD) return behind.level(kind, at);
-        else return behind.gradient(kind, at, load(dy));
+// Quantizes one piece (FORWARD), or computes its input gradient and sums. `output` is null where a second pass writes
+// the input gradient. sums: [slots]; norm_sums: [2, channels], for scale and bias of the batch norm.
+template <bool FORWARD, class Quantizer, class S, class C>
+void process_piece(const Rule& rule, const Table<C>& table, const Norm<C>& norm, int64_t start, int64_t count,
+                   const S* x, const S* grad_output, S* output, double* sums, double* norm_sums) {
+    constexpr bool COPIED = !FORWARD && Quantizer::SMALL;      // a local copy keeps its sums in registers
+    using Local = std::conditional_t<COPIED, Quantizer, Quantizer&>;
+    Quantizer quantizer(rule, table);
+    const AfterRelu<Quantizer, C> after_relu(rule);
+    auto compute = [=](auto& quantizer, Real<C> x, const S* grad_output) INLINED {  // output or input gradient
+        if constexpr (FORWARD) return after_relu.level(quantizer, x);
+        else return after_relu.gradient(quantizer, x, load(grad_output));
     };
-    if (!lines.features) {
-        auto go = [&](int64_t i, const Walk& walk) {
-            Own own = kind;
-            auto step = [&](const S* x, const S* dy, S* out) INLINED { store(out, found(own, load(x), dy)); };
-            vectors<FORWARD, C>(x + i, along(dy, i), out + i, walk, step);
-            if constexpr (COPIED) kind = own;
+    if (!norm.channels) {
+        auto run = [&](int64_t i, const Walk& walk) {
+            Local local = quantizer;
+            auto step = [&](const S* x, const S* grad_output, S* output) INLINED {
+                store(output, compute(local, load(x), grad_output));
+            };
+            vectors<FORWARD, C>(x + i, offset_by(grad_output, i), output + i, walk, step);
+            if constexpr (COPIED) quantizer = local;
         };
         const int64_t rest = count % WIDTH<C>, full = count - rest;
-        go(0, Walk{count / WIDTH<C>, WIDTH<C>, WIDTH<C>, AHEAD});
-        if (rest) go(full, Walk{1, WIDTH<C>, rest, AHEAD});
+        run(0, Walk{count / WIDTH<C>, WIDTH<C>, WIDTH<C>, AHEAD});
+        if (rest) run(full, Walk{1, WIDTH<C>, rest, AHEAD});
     } else {
-        lines.stretches(start, count, [&](int64_t i, const Walk& walk, int64_t channel) {
-            const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
-                          shift = lines.of(lines.shift, channel) - center * scale;
-            Real<C> turned{}, moved{};                         // what the lines' scale and shift get
-            Own own = kind;
-            auto step = [&](const S* x, const S* dy, S* out) INLINED {
-                const Real<C> taken = load(x), given = found(own, taken * scale + shift, dy);
-                if constexpr (FORWARD) store(out, given);
+        norm.stretches(start, count, [&](int64_t i, const Walk& walk, int64_t channel) {
+            const Real<C> mean = norm.of(norm.mean, channel), scale = norm.of(norm.scale, channel),
+                          offset = norm.of(norm.bias, channel) - mean * scale;
+            Real<C> grad_scale_sum{}, grad_bias_sum{};
+            Local local = quantizer;
+            auto step = [&](const S* x_at, const S* grad_output, S* output) INLINED {
+                const Real<C> x = load(x_at), result = compute(local, x * scale + offset, grad_output);
+                if constexpr (FORWARD) store(output, result);
                 else {
-                    turned += given * (taken - center);
-                    moved += given;
-                    if (out) store(out, given * scale);
+                    grad_scale_sum += result * (x - mean);
+                    grad_bias_sum += result;
+                    if (output) store(output, result * scale);
                 }
             };
-            vectors<FORWARD, C>(x + i, along(dy, i), along(out, i), walk, step);
+            vectors<FORWARD, C>(x + i, offset_by(grad_output, i), offset_by(output, i), walk, step);
             if constexpr (!FORWARD) {
-                if constexpr (COPIED) kind = own;
-                lines.add(line_total, channel, turned);
-                lines.add(line_total + lines.features, channel, moved);
+                if constexpr (COPIED) quantizer = local;
+                norm.add(norm_sums, channel, grad_scale_sum);
+                norm.add(norm_sums + norm.channels, channel, grad_bias_sum);
             }
         });
     }
-    if constexpr (!FORWARD) kind.add_to(total);
+    if constexpr (!FORWARD) quantizer.add_to(sums);
 }
 
-// dx of one piece, with what goes through the batch's own statistics, once all sums are known.
-template <class Kind, class S, class C>
-void passed_on(const Rule& rule, const Table<C>& table, const Lines<C>& lines, int64_t start, int64_t count,
-               const S* x, const S* dy, S* out) {
-    const Kind kind(rule, table);
-    const BehindRelu<Kind, C> behind(rule);
-    lines.stretches(start, count, [&](int64_t i, const Walk& walk, int64_t channel) {
-        const Real<C> center = lines.of(lines.center, channel), scale = lines.of(lines.scale, channel),
-                      shift = lines.of(lines.shift, channel) - center * scale,
-                      slope = lines.of(lines.slope, channel),
-                      rise = lines.of(lines.rise, channel);
-        auto step = [&](const S* x, const S* dy, S* out) INLINED {
-            const Real<C> taken = load(x);
-            const Real<C> dx = behind.gradient(kind, taken * scale + shift, load(dy)) * scale;
-            store(out, dx + ((taken - center) * slope + rise));
+// The second pass of backward after a batch norm in training: the input gradient of one piece, with the part that goes
+// through the statistics of the batch.
+template <class Quantizer, class S, class C>
+void norm_backward(const Rule& rule, const Table<C>& table, const Norm<C>& norm, int64_t start, int64_t count,
+                   const S* x, const S* grad_output, S* grad_input) {
+    const Quantizer quantizer(rule, table);
+    const AfterRelu<Quantizer, C> after_relu(rule);
+    norm.stretches(start, count, [&](int64_t i, const Walk& walk, int64_t channel) {
+        const Real<C> mean = norm.of(norm.mean, channel), scale = norm.of(norm.scale, channel),
+                      offset = norm.of(norm.bias, channel) - mean * scale,
+                      through_var = norm.of(norm.through_var, channel),
+                      through_mean = norm.of(norm.through_mean, channel);
+        auto step = [&](const S* x_at, const S* grad_output, S* grad_input) INLINED {
+            const Real<C> x = load(x_at);
+            const Real<C> direct = after_relu.gradient(quantizer, x * scale + offset, load(grad_output)) * scale;
+            store(grad_input, direct + ((x - mean) * through_var + through_mean));
         };
-        vectors<false, C>(x + i, dy + i, out + i, walk, step);
+        vectors<false, C>(x + i, grad_output + i, grad_input + i, walk, step);
     });
 }
 
-template <class S, class C, bool FROM_ZERO> auto choose_ends(const Rule& rule) {
-    return rule.uniform ? passed_on<Ends<C, true, FROM_ZERO>, S, C> : passed_on<Ends<C, false, FROM_ZERO>, S, C>;
+// ---- the template instance for a rule
+
+template <class S, class C, bool FROM_ZERO> auto choose_norm_backward(const Rule& rule) {
+    return rule.uniform ? norm_backward<InputGradient<C, true, FROM_ZERO>, S, C>
+                        : norm_backward<InputGradient<C, false, FROM_ZERO>, S, C>;
 }
 
-template <bool FORWARD, class S, class C, int COUNT, bool FROM_ZERO> auto choose_kind(const Rule& rule) {
+template <bool FORWARD, class S, class C, int COUNT, bool FROM_ZERO> auto choose_sums(const Rule& rule) {
     if constexpr (!FORWARD) {
         if (rule.reduction == PER_GAP) {
-            if constexpr (COUNT == 0 || COUNT > MASKED<C>) return piece<FORWARD, Scattered<C, COUNT, PER_GAP>, S, C>;
+            if constexpr (COUNT == 0 || COUNT > MASKED<C>)
+                return process_piece<FORWARD, ScatteredSums<C, COUNT, PER_GAP>, S, C>;
             else {
                 if constexpr (COUNT > 3)
-                    if (rule.low == 0) return piece<FORWARD, Packed<C, COUNT, FROM_ZERO>, S, C>;
-                return piece<FORWARD, Masked<C, COUNT, COUNT, FROM_ZERO>, S, C>;
+                    if (rule.low == 0) return process_piece<FORWARD, PackedSums<C, COUNT, FROM_ZERO>, S, C>;
+                return process_piece<FORWARD, MaskedSums<C, COUNT, COUNT, FROM_ZERO>, S, C>;
             }
         }
-        if (rule.reduction == PER_CELL) return piece<FORWARD, Scattered<C, COUNT, PER_CELL>, S, C>;
+        if (rule.reduction == PER_CELL) return process_piece<FORWARD, ScatteredSums<C, COUNT, PER_CELL>, S, C>;
     }
-    return piece<FORWARD, Masked<C, COUNT, 1, FROM_ZERO>, S, C>;
+    return process_piece<FORWARD, MaskedSums<C, COUNT, 1, FROM_ZERO>, S, C>;
 }
 
-template <bool FORWARD, class S, class C, bool FROM_ZERO> auto choose_range(const Rule& rule) {
-    if (rule.uniform) return piece<FORWARD, Uniform<C, FROM_ZERO>, S, C>;
-    switch (rule.thresholds) {                                 // all thresholds of 1, 2, 3 and 4 bits in registers
-        case 1: return choose_kind<FORWARD, S, C, 1, FROM_ZERO>(rule);
-        case 3: return choose_kind<FORWARD, S, C, 3, FROM_ZERO>(rule);
-        case 7: return choose_kind<FORWARD, S, C, 7, FROM_ZERO>(rule);
-        case 15: return choose_kind<FORWARD, S, C, 15, FROM_ZERO>(rule);
-        default: return choose_kind<FORWARD, S, C, 0, FROM_ZERO>(rule);
+template <bool FORWARD, class S, class C, bool FROM_ZERO> auto choose_quantizer(const Rule& rule) {
+    if (rule.uniform) return process_piece<FORWARD, UniformGrid<C, FROM_ZERO>, S, C>;
+    switch (rule.thresholds) {                                 // the thresholds of 1 to 4 bits stay in registers
+        case 1: return choose_sums<FORWARD, S, C, 1, FROM_ZERO>(rule);
+        case 3: return choose_sums<FORWARD, S, C, 3, FROM_ZERO>(rule);
+        case 7: return choose_sums<FORWARD, S, C, 7, FROM_ZERO>(rule);
+        case 15: return choose_sums<FORWARD, S, C, 15, FROM_ZERO>(rule);
+        default: return choose_sums<FORWARD, S, C, 0, FROM_ZERO>(rule);
     }
 }
 
 template <bool FORWARD, class S, class C> auto choose(const Rule& rule, bool from_zero) {
-    return from_zero ? choose_range<FORWARD, S, C, true>(rule) : choose_range<FORWARD, S, C, false>(rule);
+    return from_zero ? choose_quantizer<FORWARD, S, C, true>(rule) : choose_quantizer<FORWARD, S, C, false>(rule);
 }
+
+// ---- a call: S is the storage type of x and of all tensors of its shape, C the computation type
 
 template <class S, class C> void run(const Call& call) {
     const Rule& rule = call.rule;
-    Lines<C> lines(call);
-    const int64_t channels = call.channels, elements = call.elements, pieces = lines.pieces(elements);
-    const int slots = call.dy ? slots_of(rule) : 0, line_slots = call.dy ? 2 * call.features : 0;
-    std::vector<Table<C>> tables(channels);
+    Norm<C> norm(call);
+    const int64_t rows = call.table_rows, elements = call.elements, pieces = norm.pieces(elements);
+    const int slots = call.grad_output ? slots_of(rule) : 0, norm_slots = call.grad_output ? 2 * call.channels : 0;
+    std::vector<Table<C>> tables(rows);
     bool from_zero = rule.relu && (!rule.uniform || rule.low + rule.shift == 0);
-    for (int64_t c = 0; c < channels; c++) {
-        tables[c].read(rule, (const C*)call.gaps + c * call.gap_count,
-                       (const C*)call.levels + c * (rule.thresholds + 1),
-                       (const C*)call.thresholds + c * rule.thresholds, call.ties_up);
-        from_zero = from_zero && (rule.uniform || tables[c].levels[0] == 0);
-        if (by_halves<C>(tables[c].count)) tables[c].sort_into_halves();
-        if (tables[c].count > CHAIN && elements > 4 * Table<C>::BUCKETS) tables[c].sort_into_buckets();
+    for (int64_t r = 0; r < rows; r++) {
+        tables[r].read(rule, (const C*)call.gaps + r * call.gap_count,
+                       (const C*)call.levels + r * (rule.thresholds + 1),
+                       (const C*)call.thresholds + r * rule.thresholds, call.ties_up);
+        from_zero = from_zero && (rule.uniform || tables[r].levels[0] == 0);
+        if (by_halves<C>(tables[r].count)) tables[r].sort_into_halves();
+        if (tables[r].count > CHAIN && elements > 4 * Table<C>::BUCKETS) tables[r].sort_into_buckets();
     }
-    std::vector<double> partial(channels * pieces * slots, 0.0), line_partial(pieces * line_slots, 0.0);
-    const auto work = call.dy ? choose<false, S, C>(rule, from_zero) : choose<true, S, C>(rule, from_zero);
-    const S *x = (const S*)call.x, *dy = (const S*)call.dy;
-    S* out = (S*)call.out;
-    const bool twice = call.dy && call.inverse;  // dx needs the sums of the first pass
-    by_pieces(call, lines, [&](int64_t task, int64_t start, int64_t count) {
-        const int64_t c = task / pieces, at = c * elements + start;
-        work(rule, tables[c], lines, start, count, x + at, along(dy, at), twice ? nullptr : out + at,
-             partial.data() + task * slots, line_partial.data() + task * line_slots);
+    std::vector<double> partial(rows * pieces * slots, 0.0), norm_partial(pieces * norm_slots, 0.0);
+    const auto process = call.grad_output ? choose<false, S, C>(rule, from_zero) : choose<true, S, C>(rule, from_zero);
+    const S *x = (const S*)call.x, *grad_output = (const S*)call.grad_output;
+    S* output = (S*)call.output;
+    const bool second_pass = call.grad_output && call.rstd;
+    by_pieces(call, norm, [&](int64_t task, int64_t start, int64_t count) {
+        const int64_t r = task / pieces, at = r * elements + start;
+        process(rule, tables[r], norm, start, count, x + at, offset_by(grad_output, at),
+                second_pass ? nullptr : output + at, partial.data() + task * slots,
+                norm_partial.data() + task * norm_slots);
     });
-    for (int64_t s = 0; s < line_slots; s++) {
+    for (int64_t s = 0; s < norm_slots; s++) {
         double total = 0;
-        for (int64_t piece = 0; piece < pieces; piece++) total += line_partial[piece * line_slots + s];
-        if (s < call.features) ((C*)call.dscale)[s] = total;
-        else ((C*)call.dshift)[s - call.features] = total;
+        for (int64_t piece = 0; piece < pieces; piece++) total += norm_partial[piece * norm_slots + s];
+        if (s < call.channels) ((C*)call.grad_scale_sum)[s] = total;
+        else ((C*)call.grad_bias_sum)[s - call.channels] = total;
     }
-    if (twice) {
-        const auto rest = from_zero ? choose_ends<S, C, true>(rule) : choose_ends<S, C, false>(rule);
-        lines.pass_on(call);
-        by_pieces(call, lines, [&](int64_t, int64_t start, int64_t count) {
-            rest(rule, tables[0], lines, start, count, x + start, dy + start, out + start);
+    if (second_pass) {
+        const auto backward = from_zero ? choose_norm_backward<S, C, true>(rule)
+                                        : choose_norm_backward<S, C, false>(rule);
+        norm.prepare_backward(call);
+        by_pieces(call, norm, [&](int64_t, int64_t start, int64_t count) {
+            backward(rule, tables[0], norm, start, count, x + start, grad_output + start, output + start);
         });
     }
     if (!slots) return;
 
-    C *dgaps = (C*)call.dgaps, *doffset = (C*)call.doffset, *dslope = (C*)call.dslope;
+    C *grad_gaps = (C*)call.grad_gaps, *grad_offset = (C*)call.grad_offset, *grad_slope = (C*)call.grad_slope;
     const int gap_count = call.gap_count;
     const C* gaps = (const C*)call.gaps;
     const int cells = rule.thresholds + rule.segments;
     const int last = rule.reduction == TOTAL ? 2 : rule.reduction == PER_GAP ? rule.thresholds + 1 : cells + 1;
-    for (int64_t c = 0; c < channels; c++) {
+    for (int64_t r = 0; r < rows; r++) {
         std::vector<double> total(slots, 0.0);
         for (int64_t piece = 0; piece < pieces; piece++)
-            for (int s = 0; s < slots; s++) total[s] += partial[(c * pieces + piece) * slots + s];
+            for (int s = 0; s < slots; s++) total[s] += partial[(r * pieces + piece) * slots + s];
         const double below = total[0], above = total[last];
-        if (rule.reduction == PER_GAP) {                       // an end is the sum of the gaps from zero to there
+        if (rule.reduction == PER_GAP) {                       // an end level is the sum of the gaps from zero to it
             for (int k = 0; k < gap_count; k++)
-                dgaps[c * gap_count + k] = total[1 + k] / gaps[c * gap_count + k] + (k < -rule.low ? -below : above);
+                grad_gaps[r * gap_count + k] = total[1 + k] / gaps[r * gap_count + k]
+                                             + (k < -rule.low ? -below : above);
             continue;
         }
-        if (rule.uniform) {                                    // in steps already
-            dgaps[c] = total[1] + total[2];
+        if (rule.uniform) {                                    // UniformGrid adds up in units of the step
+            grad_gaps[r] = total[1] + total[2];
             continue;
         }
-        const double unit = gaps[c];
-        dgaps[c] = (tables[c].levels[0] * below + tables[c].levels[rule.thresholds] * above) / unit;
-        if (rule.reduction == TOTAL) dgaps[c] += total[1] / unit;
+        const double unit = gaps[r];
+        grad_gaps[r] = (tables[r].levels[0] * below + tables[r].levels[rule.thresholds] * above) / unit;
+        if (rule.reduction == TOTAL) grad_gaps[r] += total[1] / unit;
         else for (int m = 0; m < cells; m++) {
-            doffset[c * cells + m] = total[1 + m];
-            dslope[c * cells + m] = total[cells + 3 + m];
+            grad_offset[r * cells + m] = total[1 + m];
+            grad_slope[r * cells + m] = total[cells + 3 + m];
         }
     }
 }
 
 }  // namespace
 
-// by what x and all that has its shape are stored in
-#define FOR_EACH_STORAGE(name, function)                             \
-    extern "C" void name(const Call* call) {                         \
+#define FOR_EACH_STORAGE(name, function)                               \
+    extern "C" void name(const Call* call) {                           \
         if (call->storage == 0) function<float, float>(*call);         \
         else if (call->storage == 1) function<BFloat16, float>(*call); \
         else function<double, double>(*call);                          \

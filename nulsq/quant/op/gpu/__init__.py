@@ -1,1 +1,1 @@
-"""The GPU form of the operation: Triton kernels."""
+"""The GPU kernels of the operation, in Triton."""

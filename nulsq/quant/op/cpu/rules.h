@@ -1,4 +1,4 @@
-// What a quantizer declares, as the kernels of cpu.cpp want it: `Rule` and `Table` of oracle.py.
+// What a quantizer declares, as the kernels of cpu.cpp use it: `Rule` and `Table` of reference.py.
 #pragma once
 
 #include <algorithm>
@@ -7,14 +7,14 @@
 #include <limits>
 #include <vector>
 
-#include "lanes.h"
+#include "vector.h"
 
 namespace {
 
-constexpr int CHAIN = 31;   // thresholds that are compared one after the other
-constexpr int MOST = 256;   // levels
+constexpr int CHAIN = 31;   // most thresholds that are compared one after the other
+constexpr int MOST = 256;   // most levels
 
-enum Ste { CLIP, PASS_ALL };
+enum Ste { CLIP, PASS_ALL };                                   // kernel.py numbers them
 enum Reduction { NO_SUMS, TOTAL, PER_GAP, PER_CELL };
 
 struct Rule {
@@ -22,17 +22,17 @@ struct Rule {
     double shift;
 };
 
-// Levels and thresholds of one channel, as the kernels want them.
+// Step, or levels and thresholds, of one row of the table.
 template <class C> struct Table {
-    int count = 0;                                             // thresholds
+    int count = 0;                                             // number of thresholds
     C step = 0, thresholds[MOST], levels[MOST];
-    C inverse = 0;                                             // buckets per unit of x
-    int inside = 0;                                            // most thresholds in one bucket
-    std::vector<uint8_t> below;                                // empty: no buckets
+    C buckets_per_unit = 0;                                    // of x
+    int inside = 0;                                            // largest number of thresholds in a bucket
+    std::vector<uint8_t> below;                                // thresholds below each bucket; empty: no buckets
     static constexpr int BUCKETS = 4 * MOST;
-    Real<C> middle[3], low_levels, high_levels;                // for the search by halves: 7 or 15 thresholds
+    Real<C> middle[3], low_levels, high_levels;                // for binary search: 7 or 15 thresholds
 
-    Table() {}                                                 // leaves the arrays as they are
+    Table() {}                                                 // does not initialize the arrays
 
     void read(const Rule& rule, const C* gaps, const C* all_levels, const C* all_thresholds, const uint8_t* ties_up) {
         step = gaps[0];
@@ -44,8 +44,8 @@ template <class C> struct Table {
         for (int k = 0; k < count + (rule.uniform ? 0 : 1); k++) levels[k] = all_levels[k];
     }
 
-    // middle[d]: the thresholds in the middle of the two, four and eight parts that have been told apart. Levels in one
-    // vector where it holds them all, else in two.
+    // middle[d]: the thresholds in the middle of the two, four or eight parts at depth d of the search. The levels are
+    // in one vector if it holds all of them, else in two.
     void sort_into_halves() {
         const int half = (count + 1) / 2;
         for (int d = 0; 2 << d <= half; d++)
@@ -58,16 +58,16 @@ template <class C> struct Table {
     }
 
     Int<C> bucket(Real<C> x) const {
-        Real<C> at = (x - thresholds[0]) * inverse;
-        at = at > C(0) ? at : Real<C>{};                       // NaN goes to the first
+        Real<C> at = (x - thresholds[0]) * buckets_per_unit;
+        at = at > C(0) ? at : Real<C>{};                       // NaN goes to the first bucket
         at = at < C(BUCKETS - 1) ? at : all<C>(BUCKETS - 1);
         return __builtin_convertvector(at, Int<C>);
     }
 
     void sort_into_buckets() {
         below.resize(BUCKETS);
-        inverse = BUCKETS / (thresholds[count - 1] - thresholds[0]);
-        if (!std::isfinite(inverse)) inverse = 0;
+        buckets_per_unit = BUCKETS / (thresholds[count - 1] - thresholds[0]);
+        if (!std::isfinite(buckets_per_unit)) buckets_per_unit = 0;
         thresholds[count] = std::numeric_limits<C>::infinity();
         int k = 0;
         for (int b = 0; b < BUCKETS; b++) {
