@@ -1,11 +1,13 @@
 """Recipes and command lines: what is wrong is named, with its key, what is allowed and the near miss."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from nulsq.config import Recipe, flatten, load, load_recipe, to_yaml
 from nulsq.config.command_line import parse, parser
+from nulsq.config.holdout import Holdout, parse_holdout
 from nulsq.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +112,8 @@ def test_help_lists_every_setting():
     ("quant.activation.init=nmsee", "quant.activation.init = 'nmsee'. Did you mean 'nmse'"),
     ("quant.rules.edges.weight.ste=clipp", "quant.rules.edges.weight.ste = 'clipp'. Did you mean 'clip'"),
     ("quant.weight.grad_scale=paper", "quant.weight.grad_scale = 'paper'. Allowed: none, lsq, channels"),
-    ("data.holdout=random:0.1", "data.holdout = 'random:0.1', allowed: stratified:SHARE"),
+    ("data.holdout=random:0.1", "data.holdout = 'random:0.1'. Allowed: stratified:SHARE"),
+    ("data.holdout=strat:0.1", "data.holdout = 'strat:0.1'. Did you mean 'stratified'"),
     ("optim.warmup_epochs=6", "optim.warmup_epochs = 6.0, allowed: below optim.epochs = 6"),
 ])
 def test_names_and_pairs_are_checked_before_anything_is_read(override, message):
@@ -118,3 +121,39 @@ def test_names_and_pairs_are_checked_before_anything_is_read(override, message):
         load_recipe(W2A2, ["data.path=/nowhere", override])
     with pytest.raises(InputError, match="needs optim.momentum above 0"):
         load_recipe(W2A2, ["optim.nesterov=true", "optim.momentum=0"])
+
+
+@pytest.mark.parametrize(("text", "holdout"), [
+    ("stratified:0.1", Holdout("stratified", share=0.1)),
+    ("stratified:1e-1", Holdout("stratified", share=0.1)),
+    ("stratified : .1", Holdout("stratified", share=0.1)),
+    ("last:5", Holdout("last", count=5)),
+    ("last: 5", Holdout("last", count=5)),
+    (" last:+5 ", Holdout("last", count=5)),
+    ("none", Holdout("none")),
+])
+def test_a_holdout_reads_the_same_in_files_overrides_and_on_the_command_line(text, holdout, tmp_path):
+    import numpy as np
+
+    from nulsq.data.order import split
+    (tmp_path / "r.yaml").write_text(f"data: {{holdout: {json.dumps(text)}}}\n")
+    recipes = [load_recipe(tmp_path / "r.yaml"), load_recipe(W2A2, {"data.holdout": text}),
+               parse(parser("x", ""), [str(W2A2), f"data.holdout={text}"])[1]]
+    for recipe in recipes:
+        assert parse_holdout(recipe.data.holdout) == holdout
+        train, val = split(np.arange(40) % 2, recipe.data.holdout, 0)
+        assert len(val) == {"stratified": 4, "last": 5, "none": 0}[holdout.form] and len(train) + len(val) == 40
+
+
+@pytest.mark.parametrize("text", ["last:0", "last:-5", "last:5.0", "last:", "last", "stratified:0", "stratified:1",
+                                  "stratified:nan", "stratified:inf", "none:", "none:3", "random:0.1", "", "5"])
+def test_another_holdout_is_one_clear_message(text):
+    with pytest.raises(InputError, match="data.holdout = .*Allowed: stratified:SHARE with .*, last:N .*, or none"):
+        load_recipe(W2A2, {"data.holdout": text})
+
+
+def test_a_text_setting_takes_a_colon_and_a_mapping_stays_a_mapping():
+    assert load(Recipe, W2A2, ["model.name=a: b"]).model.name == "a: b"
+    assert load(Recipe, W2A2, ["optim={lr: 0.5}"]).optim.lr == load(Recipe, W2A2, ["optim=lr: 0.5"]).optim.lr == 0.5
+    with pytest.raises(InputError, match="data.holdout: "):
+        load(Recipe, W2A2, ["data.holdout={last: 5}"])
