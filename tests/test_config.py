@@ -1,4 +1,4 @@
-"""Recipes and command lines: what is wrong is named, with its key, what is allowed and the near miss."""
+"""Recipes and command lines: an error names the key, the bad value, what is allowed and the near miss."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_an_override_that_does_not_fit_names_the_key(override, message):
         load(Recipe, W2A2, [override])
 
 
-def test_exponents_are_numbers_and_dicts_are_the_same_keys():
+def test_exponents_are_numbers_and_a_dict_of_overrides_equals_dotted_text():
     assert load(Recipe, None, ["optim.lr=1e-4"]).optim.lr == 1e-4
     assert load(Recipe, None, {"optim.lr": 1e-4, "quant.rules.edges.bits": 4}) == \
         load(Recipe, None, ["optim.lr=1e-4", "quant.rules.edges.bits=4"])
@@ -48,7 +48,7 @@ def test_a_saved_recipe_reads_back_equal(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", "\x00\x01", "optim: {lr: {}}\n", ""])
-def test_a_file_that_is_no_recipe_is_an_input_error(tmp_path, content):
+def test_a_file_that_does_not_hold_a_recipe_is_an_input_error(tmp_path, content):
     path = tmp_path / "r.yaml"
     path.write_text(content)
     if content == "":
@@ -58,12 +58,12 @@ def test_a_file_that_is_no_recipe_is_an_input_error(tmp_path, content):
             load(Recipe, path)
 
 
-def test_a_missing_file_lists_what_is_there():
+def test_a_missing_file_lists_the_nearest_files():
     with pytest.raises(InputError, match="no file .*there are: .*w2a2.yaml"):
         load(Recipe, W2A2.with_name("w2a3.yaml"))
 
 
-def test_the_published_command_line_means_the_dotted_keys():
+def test_the_published_options_equal_dotted_overrides():
     arguments = ["--lr", "0.03", "--coeff_qparm_lr", "0.02", "--weight_decay", "2e-4", "--qparm_wd", "3e-4",
                  "--x_quantizer", "Positive_nuLSQ_quantizer", "--w_quantizer", "LSQ_quantizer",
                  "--initializer", "LSQ_initializer", "--num_bits", "3", "--train_id", "7", "--init_from", "a b.pth"]
@@ -81,7 +81,7 @@ def test_dotted_and_published_options_mix_in_any_order():
     assert (recipe.quant.bits, recipe.optim.epochs, recipe.optim.lr, recipe.data.batch) == (4, 3, 0.5, 8)
 
 
-def test_fp_on_both_sides_is_the_float_network():
+def test_fp_on_both_sides_selects_the_float_network():
     from nulsq.models.network import is_float
     _, recipe = parse(parser("x", ""), [str(W2A2), "--x_quantizer", "FP", "--w_quantizer", "FP"])
     assert is_float(recipe)
@@ -116,7 +116,7 @@ def test_help_lists_every_setting():
     ("data.holdout=strat:0.1", "data.holdout = 'strat:0.1'. Did you mean 'stratified'"),
     ("optim.warmup_epochs=6", "optim.warmup_epochs = 6.0, allowed: below optim.epochs = 6"),
 ])
-def test_names_and_pairs_are_checked_before_anything_is_read(override, message):
+def test_names_and_combinations_are_checked_before_data_are_read(override, message):
     with pytest.raises(InputError, match=message):
         load_recipe(W2A2, ["data.path=/nowhere", override])
     with pytest.raises(InputError, match="needs optim.momentum above 0"):
