@@ -1,11 +1,13 @@
-"""Recipes and command lines: what is wrong is named, with its key, what is allowed and the near miss."""
+"""Recipes and command lines: an error names the key, the bad value, what is allowed and the near miss."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from nulsq.config import Recipe, flatten, load, load_recipe, to_yaml
 from nulsq.config.command_line import parse, parser
+from nulsq.config.holdout import Holdout, parse_holdout
 from nulsq.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +34,7 @@ def test_an_override_that_does_not_fit_names_the_key(override, message):
         load(Recipe, W2A2, [override])
 
 
-def test_exponents_are_numbers_and_dicts_are_the_same_keys():
+def test_exponents_are_numbers_and_a_dict_of_overrides_equals_dotted_text():
     assert load(Recipe, None, ["optim.lr=1e-4"]).optim.lr == 1e-4
     assert load(Recipe, None, {"optim.lr": 1e-4, "quant.rules.edges.bits": 4}) == \
         load(Recipe, None, ["optim.lr=1e-4", "quant.rules.edges.bits=4"])
@@ -46,7 +48,7 @@ def test_a_saved_recipe_reads_back_equal(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", "\x00\x01", "optim: {lr: {}}\n", ""])
-def test_a_file_that_is_no_recipe_is_an_input_error(tmp_path, content):
+def test_a_file_that_does_not_hold_a_recipe_is_an_input_error(tmp_path, content):
     path = tmp_path / "r.yaml"
     path.write_text(content)
     if content == "":
@@ -56,12 +58,12 @@ def test_a_file_that_is_no_recipe_is_an_input_error(tmp_path, content):
             load(Recipe, path)
 
 
-def test_a_missing_file_lists_what_is_there():
+def test_a_missing_file_lists_the_nearest_files():
     with pytest.raises(InputError, match="no file .*there are: .*w2a2.yaml"):
         load(Recipe, W2A2.with_name("w2a3.yaml"))
 
 
-def test_the_published_command_line_means_the_dotted_keys():
+def test_the_published_options_equal_dotted_overrides():
     arguments = ["--lr", "0.03", "--coeff_qparm_lr", "0.02", "--weight_decay", "2e-4", "--qparm_wd", "3e-4",
                  "--x_quantizer", "Positive_nuLSQ_quantizer", "--w_quantizer", "LSQ_quantizer",
                  "--initializer", "LSQ_initializer", "--num_bits", "3", "--train_id", "7", "--init_from", "a b.pth"]
@@ -79,7 +81,7 @@ def test_dotted_and_published_options_mix_in_any_order():
     assert (recipe.quant.bits, recipe.optim.epochs, recipe.optim.lr, recipe.data.batch) == (4, 3, 0.5, 8)
 
 
-def test_fp_on_both_sides_is_the_float_network():
+def test_fp_on_both_sides_selects_the_float_network():
     from nulsq.models.network import is_float
     _, recipe = parse(parser("x", ""), [str(W2A2), "--x_quantizer", "FP", "--w_quantizer", "FP"])
     assert is_float(recipe)
@@ -110,11 +112,48 @@ def test_help_lists_every_setting():
     ("quant.activation.init=nmsee", "quant.activation.init = 'nmsee'. Did you mean 'nmse'"),
     ("quant.rules.edges.weight.ste=clipp", "quant.rules.edges.weight.ste = 'clipp'. Did you mean 'clip'"),
     ("quant.weight.grad_scale=paper", "quant.weight.grad_scale = 'paper'. Allowed: none, lsq, channels"),
-    ("data.holdout=random:0.1", "data.holdout = 'random:0.1', allowed: stratified:SHARE"),
+    ("data.holdout=random:0.1", "data.holdout = 'random:0.1'. Allowed: stratified:SHARE"),
+    ("data.holdout=strat:0.1", "data.holdout = 'strat:0.1'. Did you mean 'stratified'"),
     ("optim.warmup_epochs=6", "optim.warmup_epochs = 6.0, allowed: below optim.epochs = 6"),
 ])
-def test_names_and_pairs_are_checked_before_anything_is_read(override, message):
+def test_names_and_combinations_are_checked_before_data_are_read(override, message):
     with pytest.raises(InputError, match=message):
         load_recipe(W2A2, ["data.path=/nowhere", override])
     with pytest.raises(InputError, match="needs optim.momentum above 0"):
         load_recipe(W2A2, ["optim.nesterov=true", "optim.momentum=0"])
+
+
+@pytest.mark.parametrize(("text", "holdout"), [
+    ("stratified:0.1", Holdout("stratified", share=0.1)),
+    ("stratified:1e-1", Holdout("stratified", share=0.1)),
+    ("stratified : .1", Holdout("stratified", share=0.1)),
+    ("last:5", Holdout("last", count=5)),
+    ("last: 5", Holdout("last", count=5)),
+    (" last:+5 ", Holdout("last", count=5)),
+    ("none", Holdout("none")),
+])
+def test_a_holdout_reads_the_same_in_files_overrides_and_on_the_command_line(text, holdout, tmp_path):
+    import numpy as np
+
+    from nulsq.data.order import split
+    (tmp_path / "r.yaml").write_text(f"data: {{holdout: {json.dumps(text)}}}\n")
+    recipes = [load_recipe(tmp_path / "r.yaml"), load_recipe(W2A2, {"data.holdout": text}),
+               parse(parser("x", ""), [str(W2A2), f"data.holdout={text}"])[1]]
+    for recipe in recipes:
+        assert parse_holdout(recipe.data.holdout) == holdout
+        train, val = split(np.arange(40) % 2, recipe.data.holdout, 0)
+        assert len(val) == {"stratified": 4, "last": 5, "none": 0}[holdout.form] and len(train) + len(val) == 40
+
+
+@pytest.mark.parametrize("text", ["last:0", "last:-5", "last:5.0", "last:", "last", "stratified:0", "stratified:1",
+                                  "stratified:nan", "stratified:inf", "none:", "none:3", "random:0.1", "", "5"])
+def test_another_holdout_is_one_clear_message(text):
+    with pytest.raises(InputError, match="data.holdout = .*Allowed: stratified:SHARE with .*, last:N .*, or none"):
+        load_recipe(W2A2, {"data.holdout": text})
+
+
+def test_a_text_setting_takes_a_colon_and_a_mapping_stays_a_mapping():
+    assert load(Recipe, W2A2, ["model.name=a: b"]).model.name == "a: b"
+    assert load(Recipe, W2A2, ["optim={lr: 0.5}"]).optim.lr == load(Recipe, W2A2, ["optim=lr: 0.5"]).optim.lr == 0.5
+    with pytest.raises(InputError, match="data.holdout: "):
+        load(Recipe, W2A2, ["data.holdout={last: 5}"])

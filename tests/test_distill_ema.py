@@ -121,7 +121,7 @@ def test_a_teacher_that_does_not_fit_writes_nothing(short, float_run, tmp_path):
          "distill.weights: .*another architecture: 2 misshapen"),
         ({"distill__weights": "x.pth"}, "distill.weights needs distill.teacher = LIBRARY:NAME"),
         ({"distill__teacher": str(float_run), "distill__weights": "x.pth"}, "distill.weights needs distill.teacher"),
-        ({"distill__teacher": str(float_run), "optim__label_smoothing": 0.1}, "optim.label_smoothing changes nothing"),
+        ({"distill__teacher": str(float_run), "optim__label_smoothing": 0.1}, "optim.label_smoothing has no effect"),
     ):
         recipe = short("never", run__root=str(tmp_path / "runs"), **settings)
         with pytest.raises(InputError, match=message):

@@ -1,4 +1,4 @@
-"""Recipes: what can be set (recipe.py), how YAML and overrides become one (load.py), what is checked (checks.py)."""
+"""Recipes: the settings (recipe.py), reading them from YAML and overrides (load.py), checking them (checks.py)."""
 
 from nulsq.config.checks import check_recipe
 from nulsq.config.flat import differences, flatten

@@ -1,4 +1,4 @@
-"""Checks of a recipe that need no data and no torch: names, and settings that exclude each other."""
+"""Checks of a recipe that need neither data nor torch: names, and combinations of settings."""
 
 from nulsq.config.flat import flatten
 from nulsq.config.holdout import parse_holdout
@@ -9,9 +9,9 @@ from nulsq.quant.settings import FLOAT, GRAD_SCALES, INITIALIZERS, NORMALIZATION
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Quantizers, initializers and the like by name, and pairs of settings that exclude each other, by their keys.
+    """Check the names of quantizers, initializers and the like, and settings that contradict each other.
 
-    Raises InputError; nothing has been read from disk by then.
+    Raises InputError that names the keys. Reads nothing from disk, except to import a quantizer that is no built-in.
     """
     allowed = {"init": INITIALIZERS, "grad_scale": GRAD_SCALES, "ste": STE_RULES, "preset": PRESETS,
                "normalization": NORMALIZATIONS}
@@ -21,7 +21,7 @@ def check_recipe(recipe: Recipe) -> None:
             continue
         if name == "quantizer":
             if value in (FLOAT, *available()):
-                continue  # without importing it, which takes torch
+                continue  # get_quantizer would import torch
             try:
                 get_quantizer(value)
             except ValueError as error:
@@ -38,13 +38,14 @@ def check_recipe(recipe: Recipe) -> None:
     if optim.warmup_epochs >= optim.epochs:
         raise InputError(f"optim.warmup_epochs = {optim.warmup_epochs}, allowed: below optim.epochs = {optim.epochs}")
     if optim.freeze_bn and optim.reestimate_bn:
-        raise InputError("optim.freeze_bn keeps the statistics that optim.reestimate_bn measures anew; choose one")
+        raise InputError("optim.freeze_bn keeps the batch-norm statistics and optim.reestimate_bn recomputes them: set "
+                         "one of the two")
     if recipe.distill.weights and (recipe.distill.teacher is None or ":" not in recipe.distill.teacher):
-        raise InputError("distill.weights needs distill.teacher = LIBRARY:NAME, the network that they are of")
+        raise InputError("distill.weights needs distill.teacher = LIBRARY:NAME, the network that the weights belong to")
     if recipe.distill.teacher is None and recipe.distill != Distill():
-        raise InputError("distill settings change nothing without distill.teacher")
+        raise InputError("the distill settings have no effect without distill.teacher")
     if recipe.distill.teacher and recipe.distill.weight == 1 and optim.label_smoothing:
-        raise InputError("optim.label_smoothing changes nothing with distill.weight = 1: no label enters the loss")
+        raise InputError("optim.label_smoothing has no effect with distill.weight = 1: the loss has no labels then")
     try:
         recipe.quant.without_preset()
         recipe.oscillation.check()

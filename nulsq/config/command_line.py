@@ -1,9 +1,9 @@
-"""The command line of a training run: a recipe, dotted overrides, and the published method's own options.
+"""The command line of a training run: a recipe, dotted overrides, and the options of the published code.
 
     python -m nulsq.train RECIPE.yaml optim.lr=0.02 quant.bits=3
     python -m nulsq.train RECIPE.yaml --lr 0.04 --x_quantizer Positive_nuLSQ_quantizer --num_bits 2
 
-Both say the same thing; the second is spelled as users of the reference implementation know it.
+The second form has the options of the reference implementation, each of which stands for some dotted overrides.
 """
 
 import argparse
@@ -36,34 +36,34 @@ def parser(prog: str, what: str) -> Parser:
         "settings (key=default):", *describe(Recipe),
         "  quant.weight.quantizer=lsq                   then .bits, .init, .per_channel, .normalization, .grad_scale, "
         ".ste, .learn_scale, .options.KEY",
-        "  quant.activation.quantizer=nulsq             likewise, but for .per_channel and .normalization",
-        "  quant.rules.NAME.match=[PATTERN,...]         layers by name (layer1.*) or role:first, role:last, "
+        "  quant.activation.quantizer=nulsq             then the same, except .per_channel and .normalization",
+        "  quant.rules.NAME.match=[PATTERN,...]         layers by name (layer1.*) or by role: role:first, role:last, "
         "role:depthwise,", f"{'':<47}role:downsample, role:qkv,",
         f"{'':<47}then .bits, .quantizer, .weight.bits, .activation.bits, .enabled and so on", "",
-        f"quantizers of the published command line: {', '.join(QUANTIZERS)}",
-        f"initializers: {', '.join(INITIALIZERS)}", "",
+        f"values of --x_quantizer and --w_quantizer: {', '.join(QUANTIZERS)}",
+        f"values of --initializer: {', '.join(INITIALIZERS)}", "",
         "examples:", f"  {prog} configs/recipes/digits/w2a2.yaml optim.epochs=5 quant.bits=3",
         "  torchrun --nproc-per-node 2 -m nulsq.train configs/recipes/cifar10/w2a2.yaml",
     ])
-    made = Parser(prog=prog, description=what, epilog=epilog)
-    made.add_argument("recipe", help="YAML file, see configs/recipes/")
-    made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, they win over the file")
-    published = made.add_argument_group("the published method's options")
+    parser = Parser(prog=prog, description=what, epilog=epilog)
+    parser.add_argument("recipe", help="YAML file, as in configs/recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    published = parser.add_argument_group("options of the published code, in place of these settings")
     for name, keys in ALIASES.items():
         published.add_argument(f"--{name}", help=", ".join(keys))
-    published.add_argument("--x_quantizer", help="activations: quant.activation.quantizer and .signed")
-    published.add_argument("--w_quantizer", help="weights: quant.weight.quantizer")
-    return made
+    published.add_argument("--x_quantizer", help="quant.activation.quantizer and quant.activation.signed")
+    published.add_argument("--w_quantizer", help="quant.weight.quantizer")
+    return parser
 
 
-def parse(made: Parser, argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
-    """The parsed arguments and the recipe that they mean. Raises InputError where a setting does not fit."""
-    arguments = made.parse_intermixed_args(argv)
+def parse(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
+    """The parsed arguments and their recipe. Raises InputError for an argument or setting that does not fit."""
+    arguments = parser.parse_intermixed_args(argv)
     return arguments, load_recipe(arguments.recipe, published_overrides(arguments) + arguments.overrides)
 
 
 def published_overrides(arguments: argparse.Namespace) -> list[str]:
-    """The dotted overrides that the published options stand for."""
+    """The dotted overrides that the published code's options stand for."""
     overrides = []
     for name, keys in ALIASES.items():
         value = getattr(arguments, name)
@@ -72,7 +72,7 @@ def published_overrides(arguments: argparse.Namespace) -> list[str]:
         if name == "initializer":
             value = _known(INITIALIZERS, "--initializer", value)
         if name == "init_from":
-            value = f'"{value}"'  # a path is text, whatever YAML would make of it
+            value = f'"{value}"'  # YAML could read a path as something else than text
         overrides += [f"{key}={value}" for key in keys]
     sides = {"activation": arguments.x_quantizer, "weight": arguments.w_quantizer}
     for side, name in sides.items():
@@ -81,16 +81,17 @@ def published_overrides(arguments: argparse.Namespace) -> list[str]:
         option = "--x_quantizer" if side == "activation" else "--w_quantizer"
         quantizer = _known(QUANTIZERS, option, name)
         if side == "weight" and name == "Positive_nuLSQ_quantizer":
-            raise InputError(f"{option} {name}: weights are signed, take Symmetric_nuLSQ_quantizer")
+            raise InputError(f"{option} {name}: weights are signed; use Symmetric_nuLSQ_quantizer")
         overrides.append(f"quant.{side}.quantizer={quantizer}")
         if side == "activation" and name in SIGNED:
             overrides.append(f"quant.activation.signed={SIGNED[name]}")
-    if set(sides.values()) == {"FP"}:  # both sides float: the float network, its edges too
+    if set(sides.values()) == {"FP"}:  # the float network: first and last layer too
         overrides.append("quant.rules.edges.enabled=false")
     return overrides
 
 
-def _known(table, option, name):
+def _known(table: dict[str, str], option: str, name: str) -> str:
+    """The value of an option's table. Raises InputError for a name that is not in it."""
     if name in table:
         return table[name]
     raise InputError(f"{option} {name}: not known.{did_you_mean(name, table)} Allowed: {', '.join(table)}")

@@ -20,6 +20,7 @@ miss. No other file imports OmegaConf.
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +46,7 @@ def load(cls: type[T], path: str | Path | None = None, overrides: Iterable[str] 
         for file, content in files:
             where = str(file)
             merged = omegaconf.OmegaConf.merge(merged, content)
-        for override in _nested(overrides):
+        for override in _nested(overrides, merged):
             where = "override"
             merged = omegaconf.OmegaConf.merge(merged, override)
         loaded = omegaconf.OmegaConf.to_object(merged)
@@ -162,8 +163,8 @@ def _rule_names(content: Mapping[Any, Any]) -> list[str]:
 # ---- overrides
 
 
-def _nested(overrides: Iterable[str] | Mapping[str, Any]) -> Iterator[Any]:
-    """Dotted overrides as nested OmegaConf mappings."""
+def _nested(overrides: Iterable[str] | Mapping[str, Any], config: Any) -> Iterator[Any]:
+    """Dotted overrides of `config` as nested OmegaConf mappings."""
     omegaconf, yaml = require("omegaconf", "train"), require("yaml", "train")
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
@@ -175,11 +176,17 @@ def _nested(overrides: Iterable[str] | Mapping[str, Any]) -> Iterator[Any]:
     for text in overrides:
         if "=" not in text or text.startswith(("=", "-")):
             raise InputError(f"override {text!r} is not of the form key.path=value")
-        _refuse_base(text.partition("=")[0])
+        key, _, value = text.partition("=")
+        _refuse_base(key)
         try:
-            yield omegaconf.OmegaConf.from_dotlist([text])
+            override = omegaconf.OmegaConf.from_dotlist([text])
         except yaml.YAMLError as error:
             raise InputError(f"override {text!r}: {' '.join(str(error).split())}") from None
+        if (not value.lstrip().startswith("{") and isinstance(omegaconf.OmegaConf.select(config, key), str)
+                and omegaconf.OmegaConf.is_dict(omegaconf.OmegaConf.select(override, key))):
+            # YAML reads `last: 5` as a mapping, where the setting is text (data.holdout="last: 5").
+            override = omegaconf.OmegaConf.from_dotlist([f"{key}={json.dumps(value)}"])
+        yield override
 
 
 def _refuse_base(key: str) -> None:

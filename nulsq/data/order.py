@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nulsq.config.holdout import parse_holdout
+from nulsq.config.holdout import ALLOWED, parse_holdout
 from nulsq.errors import InputError
 
 CHUNK = 128  # images of neighbouring places in a file: some megabytes of photographs
@@ -22,11 +22,11 @@ def split(labels: np.ndarray, holdout: str, seed: int) -> tuple[np.ndarray, np.n
     Raises InputError for a holdout that cannot be read or leaves nothing to train on.
     """
     count, wanted = len(labels), parse_holdout(holdout)
-    if wanted.kind == "none":
+    if wanted.form == "none":
         val = np.array([], dtype=np.int64)
-    elif wanted.kind == "last":
+    elif wanted.form == "last":
         if wanted.count >= count:
-            raise InputError(f"data.holdout = {holdout!r}, allowed: last:N with 0 < N < {count}, the number of images")
+            raise InputError(f"data.holdout = {holdout!r}, but there are {count} training images. Allowed: {ALLOWED}")
         val = np.arange(count - wanted.count, count)
     else:
         val = stratified(labels, wanted.share, seed)
