@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from nulsq.config import Recipe, load
 from nulsq.run.directory import METRICS
 from tests.searches import EPOCHS, SPACE, evaluation, marked_search, two_studies
+from tune.report.effort import effort
+from tune.report.exports import trial_table, write_exports
 from tune.report.findings import Comparison
-from tune.report.front import front
-from tune.report.history import of_events, saving
 from tune.report.importance import importance
-from tune.report.tables import frame, leaderboard, write_tables
+from tune.report.leaderboard import leaderboard
+from tune.report.pareto import pareto_front
+from tune.report.timeline import from_events
 from tune.space import Sampler, Search, Trial
 from tune.store import journal
 from tune.store.results import TrialResult, collect
@@ -32,7 +34,7 @@ for module in ("matplotlib", "optuna", "pandas", "pyarrow", "sklearn"):
 def made(tmp_path_factory):
     """Findings, and the paths of the tables."""
     findings = two_studies(tmp_path_factory.mktemp("report") / "search")
-    return findings, write_tables(findings)
+    return findings, write_exports(findings)
 
 
 def scores(folder: Path, key: str) -> list[float]:
@@ -44,7 +46,7 @@ def scores(folder: Path, key: str) -> list[float]:
 
 def test_the_leaderboard_is_what_counting_by_hand_gives(made):
     findings, _ = made
-    folder, text = findings.folder, leaderboard(findings.search, findings.rows, findings.tests)
+    folder, text = findings.folder, leaderboard(findings.search, findings.results, findings.tests)
     assert (folder / "leaderboard.txt").read_text() == text + "\n"
     epochs = repeated = 0
     for path in sorted((folder / "trials").glob("*/*")):
@@ -54,7 +56,7 @@ def test_the_leaderboard_is_what_counting_by_hand_gives(made):
     diverged = outcomes.count("diverged")
     assert diverged > 0
     assert text.splitlines()[-1] == (
-        f"{epochs} epochs trained; all trials to their end would have been {48 * EPOCHS - diverged * (EPOCHS - 3)}; "
+        f"{epochs} epochs trained, {48 * EPOCHS - diverged * (EPOCHS - 3)} without early stopping, "
         f"{repeated} more for the finalists' other seeds")
     for study, tested, part in zip(("2", "4"), ("78.00", "86.00"), text.split("\n\n"), strict=False):
         lines = part.splitlines()
@@ -89,7 +91,7 @@ def test_parquet_equals_csv_and_both_equal_the_runs(made):
     assert list(csv) == ["study", "number", "repeat", "source", "status", "epochs", "val_top1", "best_val_top1",
                          "quant.bits", "optim.lr", "optim.coeff_qparm_lr", "optim.qparm_wd", "average_bits", "bytes",
                          "seconds", "run"]
-    assert len(csv) == len(findings.rows)
+    assert len(csv) == len(findings.results)
     for line in parquet.to_dict("records"):
         curve = [value for value in scores(findings.folder, str(Path(line["run"]).relative_to(
             findings.folder / "trials"))) if math.isfinite(value)]
@@ -102,7 +104,7 @@ def test_a_column_of_mixed_or_nested_values_is_text(tmp_path):
                                      "c": Sampler("c.d", "choice", values=[1, "auto", None])})
     rows = [TrialResult(Trial("x", i, {"a.b": [1], "c.d": value}), TrialStatus.FINISHED, 1, 5.0, [5.0], 1.0, Path("r"))
             for i, value in enumerate([1, "auto", None])]
-    table = frame(search, rows)
+    table = trial_table(search, rows)
     table.to_parquet(tmp_path / "x.parquet")
     assert list(table["a.b"]) == ["[1]"] * 3 and list(table["c.d"]) == ["1", "auto", "null"]
     assert table["bytes"].isna().all()
@@ -135,7 +137,7 @@ def test_the_front_is_what_comparing_all_pairs_gives(points, mode):
         return any(points[j][0] <= points[i][0] and sign * points[j][1] >= sign * points[i][1]
                    and points[j] != points[i] for j in range(len(points)))
 
-    found = front([cost for cost, _ in points], [score for _, score in points], mode)
+    found = pareto_front([cost for cost, _ in points], [score for _, score in points], mode)
     assert sorted(found) == [i for i in range(len(points)) if not dominated(i)]
     assert [points[i][0] for i in found] == sorted(points[i][0] for i in found)
 
@@ -175,19 +177,19 @@ def test_a_log_uniform_hyperparameter_counts_by_its_logarithm():
     assert found.mean["coeff_qparm_lr"] == pytest.approx(0.2, abs=0.1)
 
 
-@pytest.mark.parametrize(("count", "response", "why"), [
-    (5, of_lr, "5 trials have a score at epoch 1; fewer than 8 say nothing"),
+@pytest.mark.parametrize(("count", "response", "reason"), [
+    (5, of_lr, "5 trials have a score at epoch 1, at least 8 are needed to estimate importance"),
     (20, lambda *_: 3.0, "all 20 trials have the same score at epoch 1"),
 ])
-def test_where_nothing_can_be_said_there_is_no_number(count, response, why):
+def test_importance_gives_a_reason_where_it_has_no_numbers(count, response, reason):
     found = importance(SPACE, compared(count, response))
-    assert found.why == why and not found.mean
+    assert found.reason == reason and not found.mean
 
 
 def test_trials_are_compared_where_nearly_all_have_a_score(made):
     findings, _ = made
     found = findings.comparison("2")
-    own = [row for row in findings.rows if row.trial.study == "2" and not row.trial.repeat]
+    own = [row for row in findings.results if row.trial.study == "2" and not row.trial.repeat]
     assert found.epoch == 1 and len(found) == len(own) == 24
     assert found.scores == [row.curve[0] for row in sorted(own, key=lambda row: row.trial.number)]
 
@@ -199,20 +201,21 @@ def test_sessions_side_by_side_and_the_night_between_them_left_out():
     def event(time, what, key=None):
         return {"time": time, "event": what, "key": key}
 
-    past = of_events([
+    timeline = from_events([
         event(0, "session"), event(1, "start", "a"), event(2, "start", "b"), event(5, "end", "a"),
         event(6, "start", "c"), event(8, "result", "c"),  # killed
         event(1000, "session"), event(1001, "start", "b"), event(1002, "start", "c"), event(1004, "end", "c"),
         event(1005, "error", "b")])
-    assert past.seconds == 8 + 5 and past.breaks == [8] and past.lanes == 2
-    assert {(span.key, span.begin, span.end, span.lane) for span in past.spans} == {
+    assert timeline.seconds == 8 + 5 and timeline.interruptions == [8] and timeline.lanes == 2
+    assert {(span.key, span.begin, span.end, span.lane) for span in timeline.spans} == {
         ("a", 1, 5, 0), ("b", 2, 8, 1), ("c", 6, 8, 0), ("b", 9, 13, 0), ("c", 10, 12, 1)}
-    assert of_events([]).lanes == 0
+    assert from_events([]).lanes == 0
 
 
 def test_what_early_stopping_saved(made):
     findings, _ = made
-    saved = saving(findings)
-    first = [row for row in findings.rows if not row.trial.repeat]
-    whole = sum(row.seconds * (1 if row.status == "diverged" else EPOCHS / row.epochs) for row in first)
-    assert saved.spent == pytest.approx(sum(row.seconds for row in first)) and saved.whole == pytest.approx(whole)
+    spent = effort(findings)
+    first = [result for result in findings.results if not result.trial.repeat]
+    full = sum(result.seconds * (1 if result.status == "diverged" else EPOCHS / result.epochs) for result in first)
+    assert spent.seconds == pytest.approx(sum(result.seconds for result in first))
+    assert spent.full_seconds == pytest.approx(full)

@@ -12,12 +12,12 @@ from nulsq.run.directory import lock_folder
 from tests.searches import MARKUP, evaluation, marked_search, two_studies
 from tune.report import write
 from tune.report.__main__ import main
-from tune.report.figures import Picture, curves
+from tune.report.figures import SavedFigure, learning_curves
 from tune.report.findings import Findings
-from tune.report.history import history
 from tune.report.importance import Importance, importance
-from tune.report.page import Figures, render
-from tune.report.responses import bars, response
+from tune.report.page import Figures, StudyFigures, render
+from tune.report.responses import importance_figure, response_figure
+from tune.report.timeline import read_timeline
 from tune.space import Sampler, Search, Study, Trial
 from tune.store import journal
 from tune.store.results import TrialResult, collect
@@ -31,7 +31,7 @@ for module in ("matplotlib", "optuna", "pandas", "pyarrow", "sklearn"):
 def made(tmp_path_factory):
     """Findings, and the paths of everything written."""
     findings = two_studies(tmp_path_factory.mktemp("page") / "search")
-    return findings, write(findings.search, findings.folder, findings.rows, findings.tests)
+    return findings, write(findings.search, findings.folder, findings.results, findings.tests)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_command_writes_a_page_that_is_escaped_and_loads_nothing(marked, tmp
     file = tmp_path / "page" / "index.html"
     page = Page(file.read_text())
     assert not page.all("b", "iframe", "object", "embed") and MARKUP in "".join(page.text)
-    assert "91.50" in page.text and "fewer than 8 say nothing" in "".join(page.text)
+    assert "91.50" in page.text and "at least 8 are needed" in "".join(page.text)
     raw = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]*", "", file.read_text())
     assert not re.search(r"https?://|@import|url\(|\bsrc=\"(?!\")", raw)
     assert all(each["src"].startswith("data:image/png;base64,") and len(each["alt"]) > 20 for each in page.all("img"))
@@ -90,9 +90,9 @@ def test_the_command_writes_a_page_that_is_escaped_and_loads_nothing(marked, tmp
 
 def rendered(findings: Findings) -> str:
     """The page of findings without figures."""
-    none = dict.fromkeys(("curves", "response", "importance"))
-    return render(findings, history(findings), {study.name: Importance(why="none") for study in findings.studies},
-                  Figures({study.name: none for study in findings.studies}, {}, None))
+    names = [study.name for study in findings.studies]
+    return render(findings, read_timeline(findings), {name: Importance(reason="none") for name in names},
+                  Figures({name: StudyFigures() for name in names}, {}, None))
 
 
 HOSTILE = """"><script>alert('x')</script></style></title><img src=x onerror=alert(1)>{{ 7 * 7 }}{% raw %}&amp;"""
@@ -108,12 +108,12 @@ def test_hostile_names_and_values_are_text(tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "code.txt").write_text(f"2026-01-01 00:00:00  {HOSTILE}\n{HOSTILE}\n{HOSTILE}\n")
     findings = Findings(search, results, {})
-    findings.full, findings.studies = {HOSTILE: 1, "s": 1}, [Study("s", {HOSTILE: HOSTILE}), Study(HOSTILE, {})]
+    findings.full_epochs, findings.studies = {HOSTILE: 1, "s": 1}, [Study("s", {HOSTILE: HOSTILE}), Study(HOSTILE, {})]
     path = tmp_path / "figure.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x02\0\0\0\x03")
-    shown = Picture(path, alt=HOSTILE, caption=HOSTILE, wide=True)
-    html = render(findings, history(findings), {name: Importance(why=HOSTILE) for name in ("s", HOSTILE)}, Figures(
-        {name: {"curves": shown, "response": None, "importance": None} for name in ("s", HOSTILE)}, {}, shown))
+    figure = SavedFigure(path, alt=HOSTILE, caption=HOSTILE, wide=True)
+    html = render(findings, read_timeline(findings), {name: Importance(reason=HOSTILE) for name in ("s", HOSTILE)},
+                  Figures({name: StudyFigures(curves=figure) for name in ("s", HOSTILE)}, {}, figure))
     page = Page(html)
     assert len(page.all("script")) == len(page.all("style")) == len(page.all("title")) == 1 and not page.all("b")
     assert all(set(each) == {"src", "alt", "width", "height"} and each["alt"] == HOSTILE for each in page.all("img"))
@@ -132,8 +132,8 @@ def test_a_search_that_is_not_finished_says_so(marked, tmp_path, capsys):
     search = journal.load_folder(folder)
     findings = Findings(search, collect(search, journal.read(folder)), {})
     text = Page(rendered(findings)).words
-    assert "This search is not finished" in text and "7 of its 8 trials" in text
-    assert findings.status(findings.rows[-1]) == "interrupted" and "interrupted" in text
+    assert "This search is not finished" in text and "7 of 8 trials have ended" in text
+    assert findings.status(findings.results[-1]) == "interrupted" and "interrupted" in text
     held = lock_folder(folder, "searching")
     assert main([str(folder)]) == 0
     held.close()
@@ -143,7 +143,7 @@ def test_a_search_that_is_not_finished_says_so(marked, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("metric", ["val_loss", "val_top1"])
-def test_pictures_of_every_kind_of_hyperparameter(tmp_path, metric):
+def test_figures_of_every_distribution(tmp_path, metric):
     search = Search(name="kinds", metric=metric, trials=12, space={
         "choice": Sampler("optim.optimizer", "choice", values=["sgd", "adamw"]),
         "uniform": Sampler("optim.momentum", "uniform", 0.5, 0.99)})
@@ -156,17 +156,20 @@ def test_pictures_of_every_kind_of_hyperparameter(tmp_path, metric):
     rows.append(TrialResult(Trial("kinds", 12, drawn=drawn), TrialStatus.DIVERGED, 1, 0.0, [float("nan")], 1.0,
                             tmp_path / "12"))
     findings = Findings(search, rows, {})
-    findings.full = {"kinds": 3}
-    found = findings.comparison("kinds")
-    assert found.epoch == 3 and found.imputed.count(True) == 2  # where scores differ in nothing, they say nothing
-    assert "same score" in importance(search.space, found).why
+    findings.full_epochs = {"kinds": 3}
+    comparison = findings.comparison("kinds")
+    assert comparison.epoch == 3 and comparison.imputed.count(True) == 2
+    assert "same score" in importance(search.space, comparison).reason
     rows[:] = [replace(row, curve=row.curve[:1]) for row in rows]
-    found = findings.comparison("kinds")
-    worst = (max if metric == "val_loss" else min)(found.scores)
-    assert found.epoch == 1 and found.scores[-1] == worst and found.imputed == [False] * 12 + [True]
-    for made in (curves(findings, "kinds", tmp_path / "a.png"), response(findings, "kinds", found, tmp_path / "b.png"),
-                 bars("kinds", importance(search.space, found, bootstraps=3, shuffles=1), tmp_path / "c.png")):
-        assert made.path.stat().st_size > 1000 and "kinds" in made.alt
+    comparison = findings.comparison("kinds")
+    worst = (max if metric == "val_loss" else min)(comparison.scores)
+    assert comparison.epoch == 1 and comparison.scores[-1] == worst
+    assert comparison.imputed == [False] * 12 + [True]
+    shares = importance(search.space, comparison, bootstraps=3, shuffles=1)
+    for figure in (learning_curves(findings, "kinds", tmp_path / "a.png"),
+                   response_figure(findings, "kinds", comparison, tmp_path / "b.png"),
+                   importance_figure("kinds", shares, tmp_path / "c.png")):
+        assert figure.path.stat().st_size > 1000 and "kinds" in figure.alt
 
 
 # ---- the page in a browser
@@ -247,7 +250,7 @@ def test_the_page_in_a_browser(made, browser):
     scores_[0].send_keys(Keys.ENTER)
     shown = run("return [...arguments[0].tBodies[0].rows].map(row => row.cells[6].innerText)", every)
     known = [float(text) for text in shown if text != "–"]
-    assert known == sorted(known) and len(shown) == len(findings.rows) and shown[-1] == "–"  # unknown ones last
+    assert known == sorted(known) and len(shown) == len(findings.results) and shown[-1] == "–"  # unknown ones last
 
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

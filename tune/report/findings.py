@@ -1,8 +1,8 @@
-"""A search as the report looks at it: everything that more than one of its tables and pictures needs, worked out once.
+"""The results of a search with everything that several tables and figures derive from them, computed once.
 
-Early stopping makes trials hard to compare: one that was stopped at epoch 1 has no score at epoch 9, and those that do
-were selected. So whatever relates scores to hyperparameters looks at one *common epoch* of a study, the latest that
-nearly all of its trials reached, and says which it is.
+Early stopping makes trials hard to compare: a trial stopped at epoch 1 has no score at epoch 9, and the trials that
+have one were selected. Whatever relates scores to hyperparameters therefore compares the trials of a study at one
+*common epoch*, the latest that nearly all of them reached, and names it.
 """
 
 import math
@@ -17,30 +17,36 @@ from tune.status import search_status
 from tune.store.results import Finalist, TrialResult, finalists, ranked
 from tune.store.status import SearchStatus, TrialStatus
 
-NEARLY_ALL = 0.9
+NEARLY_ALL = 0.9  # share of a study's trials that reach the common epoch
 
 
 @dataclass
 class Comparison:
-    """The scores of a study's trials at one epoch. Trials that diverged before it have the worst score of the others:
-    a hyperparameter that makes trials diverge matters, and no number would hide it."""
+    """The scores of a study's trials at one epoch.
+
+    A trial that diverged before that epoch gets the worst score of the others. Leaving it out would hide that its
+    hyperparameters make training diverge.
+    """
 
     epoch: int
-    rows: list[TrialResult]
+    results: list[TrialResult]
     scores: list[float]
-    imputed: list[bool]  # diverged: the score is the worst of the others
+    imputed: list[bool]  # True: the trial diverged, its score is the worst of the others
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.results)
 
 
 @dataclass
 class Findings:
-    """The rows of a search, and what follows from them. `tests`: study -> evaluations of its winner's seeds;
-    `running`: the search goes on meanwhile."""
+    """The results of a search and what follows from them.
+
+    tests: study -> evaluations of the seeds of its winner on the test images
+    running: the search has not ended yet
+    """
 
     search: Search
-    rows: list[TrialResult]
+    results: list[TrialResult]
     tests: dict[str, list[dict[str, Any]]]
     running: bool = False
 
@@ -53,70 +59,84 @@ class Findings:
         return studies(self.search)
 
     @cached_property
-    def full(self) -> dict[str, int]:
-        """Study -> epochs of a trial that nothing stops."""
+    def full_epochs(self) -> dict[str, int]:
+        """Study -> epochs of a trial that is not stopped early."""
         return full_epochs(self.search)
 
     @cached_property
     def finalists(self) -> dict[str, list[Finalist]]:
-        return finalists(self.search, self.rows)
+        return finalists(self.search, self.results)
 
     def winner(self, study: str) -> Finalist | None:
         return self.finalists[study][0] if study in self.finalists else None
 
-    def own(self, study: str) -> list[TrialResult]:
+    @property
+    def first_seeds(self) -> list[TrialResult]:
+        """All trials but the repeats of finalists with other seeds."""
+        return [result for result in self.results if not result.trial.repeat]
+
+    @property
+    def repeats(self) -> list[TrialResult]:
+        """The finalists trained again with other seeds."""
+        return [result for result in self.results if result.trial.repeat]
+
+    def ranked(self, study: str) -> list[TrialResult]:
         """The study's trials without repeats, best first."""
-        return ranked(self.rows, study, self.search.mode)
+        return ranked(self.results, study, self.search.mode)
 
     def rungs(self, study: str) -> list[int]:
-        return rungs(self.full[study], self.search.grace, self.search.reduction)
+        return rungs(self.full_epochs[study], self.search.grace, self.search.reduction)
 
     @property
     def state(self) -> SearchStatus:
         return search_status(self.folder, self.running)
 
-    def status(self, row: TrialResult) -> TrialStatus:
-        """As the row has it, but nothing runs in a search that does not."""
-        interrupted = row.status is TrialStatus.RUNNING and self.state is not SearchStatus.RUNNING
-        return TrialStatus.INTERRUPTED if interrupted else row.status
+    def status(self, result: TrialResult) -> TrialStatus:
+        """The trial's status. A trial that is marked as running is interrupted if the search does not run."""
+        interrupted = result.status is TrialStatus.RUNNING and self.state is not SearchStatus.RUNNING
+        return TrialStatus.INTERRUPTED if interrupted else result.status
 
     @property
     def ended(self) -> int:
-        return sum(row.status.ended for row in self.rows)
+        """Number of trials that have ended."""
+        return sum(result.status.ended for result in self.results)
 
     def comparison(self, study: str) -> Comparison | None:
-        """The study's trials at its common epoch; None where nothing has a score."""
-        own = sorted((row for row in self.own(study) if row.curve), key=lambda row: row.trial.number)
-        lengths = [_known(row.curve) for row in own if row.status is not TrialStatus.DIVERGED]
+        """The study's trials at its common epoch; None if no trial has a score."""
+        begun = sorted((result for result in self.ranked(study) if result.curve),
+                       key=lambda result: result.trial.number)
+        lengths = [_finite_epochs(result.curve) for result in begun if result.status is not TrialStatus.DIVERGED]
         lengths = [length for length in lengths if length]
         if not lengths:
             return None
-        epoch = max(each for each in lengths if sum(length >= each for length in lengths) >= NEARLY_ALL * len(lengths))
-        scores = {row.trial.key: row.curve[epoch - 1] for row in own if _known(row.curve) >= epoch}
+        epoch = max(candidate for candidate in lengths
+                    if sum(length >= candidate for length in lengths) >= NEARLY_ALL * len(lengths))
+        scores = {result.trial.key: result.curve[epoch - 1] for result in begun
+                  if _finite_epochs(result.curve) >= epoch}
         worst = (min if self.search.mode == "max" else max)(scores.values())
-        kept = [row for row in own if row.trial.key in scores or row.status is TrialStatus.DIVERGED]
-        return Comparison(epoch, kept, [scores.get(row.trial.key, worst) for row in kept],
-                          [row.trial.key not in scores for row in kept])
+        compared = [result for result in begun if result.trial.key in scores or result.status is TrialStatus.DIVERGED]
+        return Comparison(epoch, compared, [scores.get(result.trial.key, worst) for result in compared],
+                          [result.trial.key not in scores for result in compared])
+
+    def test_accuracy(self, study: str) -> tuple[float, float | None, int] | None:
+        """Top-1 of the study's winner on the test images: mean, standard deviation over seeds (None with one seed),
+        number of seeds. None if it was not evaluated."""
+        accuracies = [test["test_top1"] for test in self.tests.get(study) or []]
+        if not accuracies:
+            return None
+        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+        return statistics.fmean(accuracies), spread, len(accuracies)
 
     # ---- numbers as text
 
-    def score(self, value: float | None) -> str:
-        if value is None or not math.isfinite(value):
-            return "-"
-        return f"{value:.{self.digits}f}"
-
     @property
-    def digits(self) -> int:
+    def decimals(self) -> int:
         return 4 if self.search.metric.endswith("loss") else 2
 
-    def tested(self, study: str) -> tuple[float, float | None, int] | None:
-        """The winner's top-1 on test: mean, standard deviation over seeds (None with one), seeds."""
-        found = [each["test_top1"] for each in self.tests.get(study) or []]
-        if not found:
-            return None
-        return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found)
+    def format_score(self, value: float | None) -> str:
+        return "-" if value is None or not math.isfinite(value) else f"{value:.{self.decimals}f}"
 
 
-def _known(curve: list[float]) -> int:
-    """Epochs before the first that is no number."""
+def _finite_epochs(curve: list[float]) -> int:
+    """Number of epochs before the first value that is not finite."""
     return next((i for i, value in enumerate(curve) if not math.isfinite(value)), len(curve))

@@ -1,4 +1,4 @@
-// Headings of tables become buttons that sort: first the order that is natural for the column, then the other one.
+// Turn the headings of sortable tables into buttons: the first click sorts in ascending order, the next one reverses.
 document.querySelectorAll("table.sortable").forEach(table => {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
   heads.forEach((head, column) => {
@@ -13,11 +13,11 @@ document.querySelectorAll("table.sortable").forEach(table => {
       const compare = (a, b) => number ? a - b : a.localeCompare(b, "en", {numeric: true});
       const order = (a, b) => {
         const [x, y] = [key(a), key(b)];
-        if (x === "" || y === "") return (x === "") - (y === "");  // what is not known comes last either way
+        if (x === "" || y === "") return (x === "") - (y === "");  // unknown values are last in both orders
         return (up ? 1 : -1) * compare(x, y);
       };
       body.append(...[...body.rows].sort(order));
-      heads.forEach(each => each.setAttribute("aria-sort", each === head ? (up ? "ascending" : "descending") : "none"));
+      heads.forEach(other => other.setAttribute("aria-sort", other === head ? (up ? "ascending" : "descending") : "none"));
     });
   });
 });
