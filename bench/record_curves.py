@@ -18,7 +18,7 @@ from nulsq.files import write_atomically
 from nulsq.run.directory import path_of, read_metrics
 from nulsq.run.status import RunStatus, read_status
 from nulsq.train import train
-from tune.queue import listed
+from tune.queue import all_trials
 from tune.space import Search, Trial, load_search
 
 
@@ -49,7 +49,7 @@ def train_share(search: Search, runs: Path, every: list[Trial]) -> None:
 def curves(search: Search, runs: Path) -> dict:
     """The content of the JSON file: the search's settings, and of every trial its draw and its score by epoch."""
     found = []
-    for trial in listed(search):
+    for trial in all_trials(search):
         lines = read_metrics(runs / trial.key)
         raw = f"raw_{search.metric}"  # of the weights as they are, where their average is what counts
         found.append({"study": trial.study, "number": trial.number, "drawn": trial.drawn,
@@ -66,7 +66,7 @@ def curves(search: Search, runs: Path) -> dict:
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     search = load_search(arguments.search)
-    every = listed(search)
+    every = all_trials(search)
     if arguments.share:
         mine, of = map(int, arguments.share.split("/"))
         train_share(search, arguments.runs, every[mine::of])

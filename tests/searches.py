@@ -42,7 +42,7 @@ def made_search(folder: Path, axes: dict[str, list], trials: int, finalists: int
     write_atomically(folder / "recipe.yaml", to_yaml(recipe))
     write_atomically(folder / "search.yaml", to_yaml(search))
     draw, code, stopped, reached = random.Random(0), describe_code(), {}, {}
-    drawn = [{each: sampler.draw(draw.random()) for each, sampler in SPACE.items()} for _ in range(trials)]
+    drawn = [{each: sampler.quantile(draw.random()) for each, sampler in SPACE.items()} for _ in range(trials)]
     best: dict[str, list] = {study.name: [] for study in studies(search)}
     for number in range(trials):
         for i, study in enumerate(studies(search)):

@@ -147,7 +147,7 @@ def test_the_front_is_what_comparing_all_pairs_gives(points, mode):
 
 def compared(count: int, response, seed: int = 0) -> Comparison:
     draw = random.Random(seed)
-    drawn = [{name: sampler.draw(draw.random()) for name, sampler in SPACE.items()} for _ in range(count)]
+    drawn = [{name: sampler.quantile(draw.random()) for name, sampler in SPACE.items()} for _ in range(count)]
     rows = [TrialResult(Trial("s", i, {}, each), TrialStatus.FINISHED, 1, 0.0, [0.0], 1.0, Path("r"))
             for i, each in enumerate(drawn)]
     return Comparison(1, rows, [response(each, draw) for each in drawn], [False] * count)

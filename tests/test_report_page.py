@@ -149,7 +149,7 @@ def test_figures_of_every_distribution(tmp_path, metric):
         "uniform": Sampler("optim.momentum", "uniform", 0.5, 0.99)})
     rows = []
     for i in range(12):
-        drawn = {name: sampler.draw((i + 0.5) * 0.618 % 1) for name, sampler in search.space.items()}
+        drawn = {name: sampler.quantile((i + 0.5) * 0.618 % 1) for name, sampler in search.space.items()}
         curve = [3 - 2 * drawn["uniform"] + (drawn["choice"] == "sgd"), 1.0, float("nan") if i == 3 else 0.5]
         status = TrialStatus.DIVERGED if i == 3 else TrialStatus.FINISHED
         rows.append(TrialResult(Trial("kinds", i, drawn=drawn), status, 3, curve[-1], curve, 3.0, tmp_path / str(i)))

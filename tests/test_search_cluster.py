@@ -103,8 +103,8 @@ def cluster(slow):
     authentication.reset_auth_token_state()
 
 
-class Observation(Callback):
-    """Keeps what Tune was told, in order: number of the trial, epoch, score."""
+class Recorder(Callback):
+    """Records the results that Tune gets, in order: number of the trial, epoch, score."""
 
     def __init__(self, at_result=None):
         self.results, self.at_result = [], at_result
@@ -115,28 +115,27 @@ class Observation(Callback):
             self.at_result(*self.results[-1][:2])
 
     def __getstate__(self):
-        return {}  # Tune saves its callbacks; nobody restores these
+        return {}  # Tune saves its callbacks; these are never restored
 
 
 @pytest.fixture
 def tune_trials(cluster, tmp_path):
-    """Run a trial for each of the overrides, one at a time; returns Tune's results, and what it was told."""
+    """Run a trial for each of the overrides, one at a time; returns Tune's result grid and the results it got."""
     import ray.tune
 
     def run(function, resources, recipe, overrides, *, scheduler=None, at_result=None, workers=1):
         (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
-        listed = [{"study": "s", "number": number, "key": f"s/{number:03d}", "repeat": 0, "stratum": "s",
-                   "overrides": each} for number, each in enumerate(overrides)]
-        told = Observation(at_result)
+        identities = [{"study": "s", "number": number, "key": f"s/{number:03d}", "repeat": 0, "stratum": "s",
+                       "overrides": trial_overrides} for number, trial_overrides in enumerate(overrides)]
+        recorder = Recorder(at_result)
         grid = ray.tune.Tuner(
             ray.tune.with_resources(function, resources),
-            param_space={"directory": str(tmp_path), "folder": str(ROOT), "metric": "val_top1", "cpus": 1, "gpus": 0,
-                         "workers": workers, "recipe": str(tmp_path / "recipe.yaml"),
-                         "trial": ray.tune.grid_search(listed)},
+            param_space={"search_directory": str(tmp_path), "working_directory": str(ROOT), "metric": "val_top1",
+                         "cpus": 1, "gpus": 0, "workers": workers, "trial": ray.tune.grid_search(identities)},
             tune_config=ray.tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=1),
-            run_config=ray.tune.RunConfig(name="ray", storage_path=str(tmp_path), verbose=0, callbacks=[told],
+            run_config=ray.tune.RunConfig(name="ray", storage_path=str(tmp_path), verbose=0, callbacks=[recorder],
                                           failure_config=ray.tune.FailureConfig(max_failures=1))).fit()
-        return grid, told.results
+        return grid, recorder.results
 
     return run
 
@@ -175,14 +174,14 @@ def test_a_stopped_trial_of_two_workers_makes_room_for_the_next(tune_trials, sho
     one, recipe = short("one-process", **settings), short("two-workers", **settings)
     assert train(one, quiet=True).status == "finished"
 
-    grid, told = tune_trials(workers.run, workers.DRIVER, recipe, [{"optim.epochs": 40}, {}], scheduler=StopTheFirst(),
-                             workers=2)
+    grid, results = tune_trials(workers.run, workers.DRIVER, recipe, [{"optim.epochs": 40}, {}],
+                                scheduler=StopTheFirst(), workers=2)
     assert not grid.errors
-    assert [entry[:2] for entry in told] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [entry[:2] for entry in results] == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert len(before) == 1 and read_metrics(first)[:1] == before and 2 <= len(read_metrics(first)) < 40
     alone, together = read_metrics(path_of(one)), read_metrics(second)
     assert read_outcome(second)["outcome"] == "finished"
-    assert [entry[2] for entry in told] == [line["val_top1"] for line in read_metrics(first)[:2] + together]
+    assert [entry[2] for entry in results] == [line["val_top1"] for line in read_metrics(first)[:2] + together]
     for x, y in zip(alone, together, strict=True):
         assert (x["val_images"], x["train_images"], x["step"]) == (y["val_images"], y["train_images"], y["step"])
         # Summation order moves a value across a threshold now and then, so losses drift apart slowly.
@@ -194,7 +193,7 @@ def test_a_stopped_trial_of_two_workers_makes_room_for_the_next(tune_trials, sho
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_trial_whose_node_is_lost_continues_on_another(cluster, tune_trials, short, float_run, tmp_path, slow):
-    """Its process outlives its node for a moment: the next epoch is slow until the trial is told of again."""
+    """Its process outlives its node for a moment: the next epoch is slow until the trial reports again."""
     from ray.util.state import list_actors
 
     from tune.ray_backend import trial
@@ -214,10 +213,10 @@ def test_a_trial_whose_node_is_lost_continues_on_another(cluster, tune_trials, s
         elif epoch == 1:
             slow.unlink(missing_ok=True)
 
-    grid, told = tune_trials(trial.run, {"cpu": 1}, recipe, [{}], at_result=lose_the_node)
+    grid, results = tune_trials(trial.run, {"cpu": 1}, recipe, [{}], at_result=lose_the_node)
     assert not grid.errors and len(before) == 2
-    # After the loss the epochs that were done are told again, and training goes on behind them.
-    assert [entry[1] for entry in told] == [1, 2, 1, 2, 3, 4]
+    # After the loss the completed epochs are reported again, and training continues after them.
+    assert [entry[1] for entry in results] == [1, 2, 1, 2, 3, 4]
     after = read_metrics(tmp_path / "trials/s/000")
     assert after[:2] == before  # even the times: no epoch was trained twice
-    assert [entry[2] for entry in told[2:]] == [line["val_top1"] for line in after]
+    assert [entry[2] for entry in results[2:]] == [line["val_top1"] for line in after]

@@ -12,41 +12,42 @@ from types import SimpleNamespace
 import pytest
 
 from nulsq.errors import InputError
-from tune.queue import listed as trials
+from tune.queue import all_trials
 from tune.space import Sampler, load_search, rungs, studies
 
 pytest.importorskip("ray")
 from tune.ray_backend.scheduler import CONTINUE, STOP, StratifiedAsha  # noqa: E402
+from tune.ray_backend.trial_protocol import TrialSettings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("in_the_checkout")
 DEMO = ROOT / "configs/search/demo.yaml"
 
 
-def test_studies_take_turns_and_share_their_draws():
+def test_studies_take_turns_and_share_their_samples():
     search = load_search(DEMO, ["studies.bits.values=[2, 4]", "trials=3"])
-    names, every = [study.name for study in studies(search)], trials(search)
+    names, every = [study.name for study in studies(search)], all_trials(search)
     assert names == ["lsq_nulsq_2", "lsq_nulsq_4", "lsq_lsq_2", "lsq_lsq_4"]
     assert [trial.study for trial in every] == names * 3
     for number in range(3):
         drawn = [trial.drawn for trial in every if trial.number == number]
-        assert all(draw == drawn[0] for draw in drawn)
+        assert all(values == drawn[0] for values in drawn)
     assert len({trial.drawn["lr"] for trial in every}) == 3
 
 
-def test_a_draw_does_not_depend_on_how_many_there_are():
+def test_a_sample_does_not_depend_on_how_many_there_are():
     few, many = load_search(DEMO, ["trials=2"]), load_search(DEMO, ["trials=9", "space.extra={key: optim.momentum, "
                                                                     "sample: uniform, low: 0.8, high: 0.95}"])
-    for a in trials(few):
-        b = next(trial for trial in trials(many) if trial.key == a.key)
+    for a in all_trials(few):
+        b = next(trial for trial in all_trials(many) if trial.key == a.key)
         assert all(b.drawn[name] == value for name, value in a.drawn.items())
 
 
 def test_samplers_stay_in_their_range():
     log, flat = Sampler("a", "loguniform", 1e-4, 1e-1), Sampler("a", "uniform", 2, 3)
-    assert log.draw(0) == pytest.approx(1e-4) and log.draw(0.5) == pytest.approx(10**-2.5)
-    assert flat.draw(0.25) == 2.25
-    assert [Sampler("a", "choice", values=["x", "y", "z"]).draw(u) for u in (0, 0.4, 0.99)] == ["x", "y", "z"]
+    assert log.quantile(0) == pytest.approx(1e-4) and log.quantile(0.5) == pytest.approx(10**-2.5)
+    assert flat.quantile(0.25) == 2.25
+    assert [Sampler("a", "choice", values=["x", "y", "z"]).quantile(u) for u in (0, 0.4, 0.99)] == ["x", "y", "z"]
 
 
 def test_rungs_are_below_the_last_epoch():
@@ -66,7 +67,7 @@ def test_rungs_are_below_the_last_epoch():
     ("space.extra={key: quant.bits, sample: choice, values: [2]}", "quant.bits is set by two entries"),
     ("overrides={data.holdout: none}", "ranks trials on the holdout"),
     ("overrides={optim.lr: 0.1}", "optim.lr is set by two entries"),
-    ("overrides={run.dir: x}", "run.dir is each trial's own"),
+    ("overrides={run.dir: x}", "run.dir is set for each trial"),
     ("space.lr.key=data.holdout_seed", "data.holdout_seed cannot be sampled"),
     ("studies.bits.values=[2, 2]", "two studies would be called lsq_nulsq_2"),
     ("studies.bits.cases={two: {quant.bits: 2}}", "studies.bits needs a key and values.* or cases"),
@@ -159,7 +160,7 @@ def test_a_stopped_trial_that_runs_again_is_stopped_at_the_same_epoch(tmp_path):
         [CONTINUE, CONTINUE, STOP, STOP]  # at its last epoch too: it may not slip through to the end
 
 
-def test_telling_a_continued_trials_epochs_again_changes_nothing(tmp_path):
+def test_reporting_the_epochs_of_a_continued_trial_again_changes_nothing(tmp_path):
     asha = scheduler(tmp_path)
     for number, score in enumerate([90, 80, 95]):
         asha.decide("good", str(number), 1, score)
@@ -177,7 +178,11 @@ def test_loss_is_ranked_downwards(tmp_path):
 
 def test_a_diverged_trial_has_the_worst_score_and_enters_no_rung(tmp_path):
     asha = scheduler(tmp_path)
-    trial = SimpleNamespace(config={"trial": {"study": "good", "key": "good/000", "repeat": 0, "stratum": "good"}})
+    settings = TrialSettings(study="good", number=0, key="good/000", repeat=0, stratum="good", overrides={},
+                             metric="val_top1", cpus=1, gpus=0, workers=1, search_directory=str(tmp_path),
+                             working_directory=".")
+    assert TrialSettings.from_config(settings.to_config()) == settings
+    trial = SimpleNamespace(config=settings.to_config())
     assert asha.on_trial_result(None, trial, {"epoch": 1, "val_top1": 0.0, "diverged": True}) == STOP
     assert json.loads(asha.file.read_text())["rungs"] == {}
 

@@ -1,1 +1,1 @@
-"""Hyperparameter search on Ray Tune: python -m tune.search configs/search/NAME.yaml. The only room that imports ray."""
+"""Hyperparameter search on Ray Tune: `python -m tune.search configs/search/NAME.yaml`."""

@@ -1,151 +1,163 @@
-"""Which trial is next: pure bookkeeping, no Ray. The search asks, and tells what became of trials.
+"""The order of a search's trials. Pure bookkeeping without Ray: the search takes the next trial and reports results.
 
-    1. trials that were decided on and have not ended (the search was interrupted): they go on from their checkpoints
-    2. the study with the fewest trials so far, in the order of the grid: studies take turns, so each gets its share of
-       the cluster from the first minute, until each has its budget of trials
-    3. once all trials of a study have ended: its finalists again with other seeds, studies taking turns as well
+    1. Trials that were decided on and have not ended, because the search was interrupted. They continue from their
+       checkpoints.
+    2. A new trial of the study with the fewest trials, in the order of the grid, until each study has its budget.
+       Studies take turns, so each gets its share of the cluster from the first minute.
+    3. Once all trials of a study have ended: its finalists again with other seeds. Studies take turns here too.
 """
 
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nulsq.errors import InputError
-from tune.samplers import Observation, draw, inside, trial_of
+from tune.samplers import Observation, inside, sample, trial_of
 from tune.space import Search, Trial, base_recipe, studies
 from tune.store import journal
-from tune.store.results import TrialResult, collect, finalists, ranked
+from tune.store.results import Finalist, TrialResult, collect, finalists, ranked
 from tune.store.status import TrialStatus
 
 
 class TrialQueue:
-    """The course of a search: its trials so far and what is known of each.
+    """The trials of a search so far, their results, and which trial is next.
 
     Args:
         search: with every trial that --extend added.
-        rows: the trials of its journal, as `tune.store.results.collect` reads them; those that failed are tried again.
-        warm: rows of the search that this one starts from, by study.
+        results: of the trials in its journal, from `tune.store.results.collect`; failed trials are tried again.
+        warm_start: results of the search that this one starts from, by study, from `warm_start_results`.
     """
 
-    def __init__(self, search: Search, rows: list[TrialResult], warm: dict[str, list[TrialResult]] | None = None):
+    def __init__(self, search: Search, results: list[TrialResult],
+                 warm_start: dict[str, list[TrialResult]] | None = None) -> None:
         self.search = search
         self.studies = {study.name: study for study in studies(search)}
-        self.trials = {row.trial.key: row.trial for row in rows}
-        self.curves = {row.trial.key: list(row.curve) for row in rows}
-        self.status = {row.trial.key: row.status if row.status.ended and row.status is not TrialStatus.FAILED
-                       else TrialStatus.WAITING for row in rows}
-        self.warm = {name: [] for name in self.studies} | (warm or {})
-        self.begun: set[str] = set()  # what a process has taken since it was given out
-        self.lost = Counter()  # how often what was given out was not
+        self.trials = {result.trial.key: result.trial for result in results}
+        self.curves = {result.trial.key: list(result.curve) for result in results}
+        self.status: dict[str, TrialStatus] = {
+            result.trial.key: result.status if result.status.ended and result.status is not TrialStatus.FAILED
+            else TrialStatus.WAITING for result in results}
+        self.warm_start: dict[str, list[TrialResult]] = {name: [] for name in self.studies} | (warm_start or {})
+        self.started: set[str] = set()  # trials that a process has taken since `next` returned them
+        self.lost: Counter[str] = Counter()  # how often no process took a trial that `next` had returned
 
     def next(self) -> Trial | None:
-        """The next trial, new or interrupted, now counted as running; None where there is none at the moment."""
-        trial = self._interrupted() or self._drawn() or self._repeat()
+        """The next trial, new or interrupted, which now counts as running; None if there is none at the moment."""
+        trial = self._interrupted() or self._new() or self._repeat()
         if trial is not None:
             self.trials[trial.key] = trial
             self.curves.setdefault(trial.key, [])
             self.status[trial.key] = TrialStatus.RUNNING
-            self.begun.discard(trial.key)
+            self.started.discard(trial.key)
         return trial
 
     @property
     def idle(self) -> bool:
-        """Whether nothing runs; with no next trial the search is at its end."""
+        """Whether no trial runs. If there is no next trial either, the search is at its end."""
         return TrialStatus.RUNNING not in self.status.values()
 
     @property
     def finished(self) -> bool:
-        return self.unfinished() == 0 and not (self._drawn() or self._repeat())
+        return self.unfinished() == 0 and not (self._new() or self._repeat())
 
     def unfinished(self) -> int:
-        """Trials that have begun, or wait to go on, and have not ended."""
+        """The number of trials that run or wait."""
         return sum(not status.ended for status in self.status.values())
 
     def result(self, key: str, epoch: int, score: float) -> None:
-        """A trial's score after an epoch; one that is told again, after an interruption, is the same one."""
+        """Record a trial's score after an epoch. A continued trial reports its completed epochs again."""
         self.curves[key][epoch - 1:epoch] = [score]
 
     def end(self, key: str, status: TrialStatus) -> None:
         self.status[key] = status
 
     def failure(self, key: str) -> TrialStatus:
-        """The status of a trial that Tune gives up: failed; or waiting, to be given out again, where no process has
-        taken it (the one that was to take it over has died), as often as the search says (`retries`)."""
-        if key in self.begun:
+        """The status of a trial that Tune gave up.
+
+        It failed if a process had taken it. Otherwise, where the process that was to take it has died, it waits for the
+        next process, up to `retries` times.
+        """
+        if key in self.started:
             return TrialStatus.FAILED
         self.lost[key] += 1
         return TrialStatus.WAITING if self.lost[key] <= self.search.retries else TrialStatus.FAILED
 
-    def told(self, study: str) -> list[Observation]:
-        """What TPE hears: this study's trials, in their order, then those of the search that it starts from."""
+    def observations(self, study: str) -> list[Observation]:
+        """What TPE learns from: this study's trials in their order, then those of the search that this one starts from.
+        """
         own = [Observation(trial.drawn, self.curves[key],
                            self.status[key] if self.status[key].ended else TrialStatus.RUNNING, trial.cost)
                for key, trial in self.trials.items()
                if trial.study == study and not trial.repeat and self.status[key] is not TrialStatus.FAILED]
-        return own + [Observation(row.trial.drawn, row.curve, row.status, row.trial.cost) for row in self.warm[study]]
+        return own + [Observation(result.trial.drawn, result.curve, result.status, result.trial.cost)
+                      for result in self.warm_start[study]]
 
     def budget(self) -> int:
-        """Trials that the search is made of, repeats included."""
+        """The number of trials of the whole search, repeats included."""
         return len(self.studies) * (self.search.trials + self.search.finalists * self.search.repeats)
 
-    def _interrupted(self):
+    def trial_result(self, key: str) -> TrialResult:
+        """The result of a trial as far as the queue knows it, without reading its files."""
+        curve = self.curves[key]
+        return TrialResult(self.trials[key], self.status[key], len(curve), curve[-1] if curve else float("nan"),
+                           curve, 0.0, Path(key))
+
+    def _interrupted(self) -> Trial | None:
         return next((self.trials[key] for key, status in self.status.items() if status is TrialStatus.WAITING), None)
 
-    def _drawn(self):
+    def _new(self) -> Trial | None:
         counts = self._counts()
-        name = min(counts, key=counts.get)
+        name = min(counts, key=counts.__getitem__)
         if counts[name] >= self.search.trials:
             return None
-        warm = [row.trial.drawn for row in ranked(self.warm[name], name, self.search.mode)
-                if row.good][:self.search.warm_best]
-        drawn, source = draw(self.search, name, counts[name], self.told(name), warm)
+        best: list[dict[str, Any]] = [result.trial.drawn
+                                      for result in ranked(self.warm_start[name], name, self.search.mode)
+                                      if result.good][:self.search.warm_best]
+        drawn, source = sample(self.search, name, counts[name], self.observations(name), best)
         return trial_of(self.search, name, self.studies[name].overrides, counts[name], drawn, source)
 
-    def _repeat(self):
+    def _repeat(self) -> Trial | None:
         missing = []
         for name, own in self._finalists().items():
-            done = {(trial.number, trial.repeat) for trial in self.trials.values() if trial.study == name}
-            lacks = [(repeat, finalist.rows[0].trial) for repeat in range(1, self.search.repeats + 1)
-                     for finalist in own if (finalist.rows[0].trial.number, repeat) not in done]
-            missing += [(repeat, trial) for repeat, trial in lacks[:1]]
+            present = {(trial.number, trial.repeat) for trial in self.trials.values() if trial.study == name}
+            lacking = [(repeat, finalist.rows[0].trial) for repeat in range(1, self.search.repeats + 1)
+                       for finalist in own if (finalist.rows[0].trial.number, repeat) not in present]
+            missing += lacking[:1]
         if not missing:
             return None
-        repeat, first = min(missing, key=lambda each: each[0])
-        return again(self.search, first, repeat)
+        repeat, first = min(missing, key=lambda candidate: candidate[0])
+        return repeat_of(self.search, first, repeat)
 
-    def _finalists(self):
-        """Of the studies whose trials have all ended."""
+    def _finalists(self) -> dict[str, list[Finalist]]:
+        """The finalists of each study whose trials have all ended."""
         if not self.search.repeats:
             return {}
         counts = self._counts()
-        rows = [self.row(key) for key, trial in self.trials.items() if not trial.repeat]
-        open_ = {row.trial.study for row in rows if not row.status.ended}
-        return {name: own for name, own in finalists(self.search, rows).items()
-                if name not in open_ and counts[name] >= self.search.trials}
+        results = [self.trial_result(key) for key, trial in self.trials.items() if not trial.repeat]
+        unfinished = {result.trial.study for result in results if not result.status.ended}
+        return {name: own for name, own in finalists(self.search, results).items()
+                if name not in unfinished and counts[name] >= self.search.trials}
 
-    def _counts(self):
+    def _counts(self) -> dict[str, int]:
+        """Study -> its trials so far, without repeats."""
         counts = dict.fromkeys(self.studies, 0)
         for trial in self.trials.values():
             counts[trial.study] += not trial.repeat
         return counts
 
-    def row(self, key: str) -> TrialResult:
-        """A trial as the course knows it, without a look at its files."""
-        curve = self.curves[key]
-        return TrialResult(self.trials[key], self.status[key], len(curve), curve[-1] if curve else float("nan"),
-                           curve, 0.0, Path(key))
 
-
-def again(search: Search, first: Trial, repeat: int) -> Trial:
-    """A finalist with another seed, run.seed + `repeat`; everything else as it was."""
+def repeat_of(search: Search, first: Trial, repeat: int) -> Trial:
+    """A finalist with the seed run.seed + `repeat`; everything else is equal."""
     seed = base_recipe(search, first.overrides).run.seed + repeat
     return replace(first, overrides=first.overrides | {"run.seed": seed}, source="repeat", repeat=repeat)
 
 
-def warm_rows(search: Search) -> dict[str, list[TrialResult]]:
-    """The rows of the search that this one starts from: those of the study of the same name, or of its only study.
+def warm_start_results(search: Search) -> dict[str, list[TrialResult]]:
+    """Study -> results of the search that this one starts from: of its study of the same name, or of its only study.
 
-    Raises InputError where the folder holds no search, no such study, another metric or draws outside of this space.
+    Raises InputError where the folder holds no search, lacks a study, was ranked by another metric, or has no trained
+    trial inside this search's space.
     """
     if search.warm_start is None:
         return {}
@@ -153,23 +165,24 @@ def warm_rows(search: Search) -> dict[str, list[TrialResult]]:
     other = journal.load_folder(folder)
     if other.metric != search.metric:
         raise InputError(f"warm_start: {folder} was ranked by {other.metric}, this search by {search.metric}")
-    rows = [row for row in collect(other, journal.read(folder)) if not row.trial.repeat]
-    theirs, found = [study.name for study in studies(other)], {}
+    results = [result for result in collect(other, journal.read(folder)) if not result.trial.repeat]
+    names, by_study = [study.name for study in studies(other)], {}
     for study in studies(search):
-        name = study.name if study.name in theirs else theirs[0] if len(theirs) == 1 else None
+        name = study.name if study.name in names else names[0] if len(names) == 1 else None
         if name is None:
-            raise InputError(f"warm_start: {folder} has no study {study.name}; it has {', '.join(theirs)}")
-        found[study.name] = [replace(row, trial=replace(row.trial, study=study.name)) for row in rows
-                             if row.trial.study == name and row.status is not TrialStatus.FAILED
-                             and inside(search, row.trial.drawn)]
-        if not any(row.good for row in found[study.name]):
-            raise InputError(f"warm_start: no trained trial of {folder}'s study {name} lies inside of this space")
-    return found
+            raise InputError(f"warm_start: {folder} has no study {study.name}; it has {', '.join(names)}")
+        usable = [replace(result, trial=replace(result.trial, study=study.name)) for result in results
+                  if result.trial.study == name and result.status is not TrialStatus.FAILED
+                  and inside(search, result.trial.drawn)]
+        if not any(result.good for result in usable):
+            raise InputError(f"warm_start: no trained trial of {folder}'s study {name} lies inside this search's space")
+        by_study[study.name] = usable
+    return by_study
 
 
-def listed(search: Search) -> list[Trial]:
-    """All trials of a search that looks at no results, in the order in which they start."""
-    course = TrialQueue(search, [])
-    while (trial := course.next()) is not None:
-        course.end(trial.key, TrialStatus.FAILED)  # so that there is nothing to repeat
-    return list(course.trials.values())
+def all_trials(search: Search) -> list[Trial]:
+    """All trials, without repeats, of a search that does not learn from results, in the order in which they start."""
+    queue = TrialQueue(search, [])
+    while (trial := queue.next()) is not None:
+        queue.end(trial.key, TrialStatus.FAILED)  # failed trials are not repeated
+    return list(queue.trials.values())

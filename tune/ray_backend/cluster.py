@@ -1,22 +1,24 @@
-"""Where a search's trials run: a Ray of its own on this machine, or a cluster that is there.
+"""Start or join the Ray cluster that runs a search's trials, and check that they fit.
 
     with open_cluster("local", workers=2):
         at_once = check_fits(cpus=1, gpus=0, workers=2)
         check_placement(cpus=1, gpus=0, workers=2)
 
-`address` is local, auto (the cluster that runs on this machine, or RAY_ADDRESS) or HOST:PORT of a cluster's head.
+`address` is local (start Ray on this machine), auto (join the cluster that runs on this machine, or RAY_ADDRESS) or
+HOST:PORT of a cluster's head node.
 
-**Token.** Ray's servers listen on every interface whatever one sets, so the own Ray demands a token, made for this
-search (unless RAY_AUTH_MODE says otherwise). Ray reads mode and token when it is imported: `open_cluster` comes first.
-A cluster's token is the user's business: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token on every node.
+**Token.** Ray's servers listen on every interface, and no setting changes that. So a local Ray requires a token, made
+for this search (unless RAY_AUTH_MODE says otherwise). Ray reads mode and token when it is imported, so `open_cluster`
+comes first. The user provides the token of a cluster: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token on
+every node.
 
-**Dashboard.** A trial of several workers holds a placement group that Tune knows nothing of. When Tune stops the trial,
-Ray's PlacementGroupCleaner frees it, and that asks the State API whether the trial's controller lives: without the
-dashboard's server the places are never freed and the next trial waits for ever. So the own Ray has a dashboard on
-loopback where trials have several workers, and `check_placement` asks any cluster before a trial is started.
+**Dashboard.** A trial of several workers holds a placement group that Tune does not know. When Tune stops the trial,
+Ray's PlacementGroupCleaner frees the group, after it has asked the State API whether the trial's controller is alive.
+Without the dashboard's server the group is never freed, and the next trial waits forever. So a local Ray has a
+dashboard on loopback if trials have several workers, and `check_placement` tests any cluster before a trial starts.
 
-**Fit.** Ray waits for ever for what no node has. A worker is a bundle, and a bundle has to fit on one node; the bundles
-of a trial may be spread over nodes.
+**Fit.** Ray waits forever for resources that no node has. A worker is a bundle, and a bundle has to fit on one node.
+The bundles of a trial may be on several nodes.
 """
 
 import contextlib
@@ -26,45 +28,46 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from nulsq.errors import InputError
 from nulsq.run.provenance import SECRETS
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAD = "node:__internal_head__"  # the resource that Ray gives the head node, and no other
-# Passed on to trials, where they are set here: caches of compiled kernels, of weights, how ranks talk, and what loggers
-# want. Not what looks like a secret: a cluster's dashboard shows these to everyone who may look at it.
+HEAD = "node:__internal_head__"  # a resource that only the head node has
+# Prefixes of environment variables that trials inherit: caches of compiled kernels and of weights, communication of
+# ranks, settings of loggers. Names that look like secrets are left out: a cluster's dashboard shows these values.
 PASSED_ON = ("NULSQ_", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_", "HF_HOME", "TORCH_HOME",
              "XDG_CACHE_HOME", "WANDB_", "MLFLOW_", "NCCL_", "GLOO_", "RAY_TRAIN_", "TUNE_")
-# The search itself may have been started by torchrun or srun, and Ray's processes inherit that: a trial is no rank of
-# it. Ray Train sets these anew for its workers.
+# If torchrun or srun started the search, Ray's processes inherit its variables. A trial is not a rank of that job; Ray
+# Train sets the variables of its own workers.
 NO_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 @contextlib.contextmanager
 def open_cluster(address: str = "local", workers: int = 1, nodes: int = 1, patience: float = 300) -> Iterator[None]:
-    """Start a Ray on this machine, or join a cluster once it has so many nodes; leave it at the end.
+    """Start Ray on this machine, or join a cluster and wait until it has `nodes` nodes. Disconnect at the end.
 
-    Raises InputError where there is none, and where its nodes are not there after `patience` seconds.
+    Raises InputError where no cluster answers, and where nodes are missing after `patience` seconds.
     """
     if address == "local" and "RAY_AUTH_MODE" not in os.environ:
-        assert "ray" not in sys.modules, "Ray reads its token when it is imported: open_cluster comes before that"
+        assert "ray" not in sys.modules, "Ray reads its token when it is imported: call open_cluster first"
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
-    common = {"runtime_env": {"env_vars": environment()}, "log_to_driver": False, "logging_level": "ERROR"}
-    # Ray's workers look for code first in the folder that their search started Ray in: it is to be this very code, also
-    # where that is a snapshot and the folder is a checkout that has changed since.
+    variables = environment()
+    # Ray's workers import code from the folder in which Ray was started. That has to be this code, and not a checkout
+    # in the current directory that differs from it.
     with contextlib.chdir(ROOT):
         if address == "local":
-            # "local": never join another user's Ray that happens to run here. The ranks of a trial meet on loopback.
-            common["runtime_env"]["env_vars"] = {"GLOO_SOCKET_IFNAME": "lo"} | common["runtime_env"]["env_vars"]
+            # "local" never joins another Ray on this machine. The ranks of a trial communicate over loopback.
             ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), object_store_memory=256 * 2**20,
-                     include_dashboard=workers > 1, dashboard_host="127.0.0.1", **common)
+                     include_dashboard=workers > 1, dashboard_host="127.0.0.1",
+                     **_init_options({"GLOO_SOCKET_IFNAME": "lo"} | variables))
         else:
-            _join(address, common)
+            _join(address, variables)
     try:
         wait_for_nodes(nodes, patience)
         yield
@@ -73,7 +76,7 @@ def open_cluster(address: str = "local", workers: int = 1, nodes: int = 1, patie
 
 
 def environment() -> dict[str, str]:
-    """The variables of this process that its trials get."""
+    """The environment variables of trials."""
     passed = {name: value for name, value in os.environ.items()
               if name.startswith(PASSED_ON) and not any(word in name for word in SECRETS)}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -81,24 +84,24 @@ def environment() -> dict[str, str]:
 
 
 def wait_for_nodes(nodes: int, seconds: float) -> None:
-    """Wait until so many nodes of the cluster are alive, whatever they hold: a head may have no cores to give.
+    """Wait until `nodes` nodes of the cluster are alive, including a head node without cores.
 
-    Raises InputError where they are fewer after so many seconds.
+    Raises InputError where they are fewer after `seconds`.
     """
     import ray
 
     deadline = time.monotonic() + seconds
-    while (there := sum(node["Alive"] for node in ray.nodes())) < nodes:
+    while (alive := sum(node["Alive"] for node in ray.nodes())) < nodes:
         if time.monotonic() > deadline:
-            raise InputError(f"nodes = {nodes}: the cluster has {there} after {seconds:g} s; a larger patience waits "
-                             f"longer, nodes = {there} does with what is there")
+            raise InputError(f"nodes = {nodes}: the cluster has {alive} after {seconds:g} s; a larger patience waits "
+                             f"longer, nodes = {alive} starts with these")
         time.sleep(0.2)
 
 
 def check_fits(cpus: float, gpus: float, workers: int = 1) -> int:
-    """How many trials fit at once. Raises InputError where not even one does.
+    """How many trials fit on the cluster at once. Raises InputError where not even one does.
 
-    `cpus` and `gpus` are those of each worker. Counted is what the nodes have, whoever uses it now.
+    `cpus` and `gpus` are those of each worker. Resources count even if they are in use now.
     """
     import ray
 
@@ -108,31 +111,31 @@ def check_fits(cpus: float, gpus: float, workers: int = 1) -> int:
 
 
 def fits(nodes: list[tuple[float, float]], cpus: float, gpus: float, workers: int) -> int:
-    """As `check_fits`, for nodes of so many (CPUs, GPUs)."""
-    asked = f"cpus = {cpus:g}, gpus = {gpus:g}" + (f" for each of workers = {workers}" if workers > 1 else "")
+    """As `check_fits`, for nodes given as (CPUs, GPUs)."""
+    requested = f"cpus = {cpus:g}, gpus = {gpus:g}" + (f" for each of workers = {workers}" if workers > 1 else "")
     if gpus != int(gpus) and (gpus > 1 or workers > 1):
-        raise InputError(f"{asked}: " + ("a fraction of a GPU is for trials of one process; allowed with several "
-                                         "workers: 0 or 1" if workers > 1 else "above 1 allowed are whole GPUs"))
+        raise InputError(f"{requested}: " + ("a fraction of a GPU is for trials of one process; allowed with several "
+                                             "workers: 0 or 1" if workers > 1 else "allowed above 1: whole GPUs"))
     if workers > 1 and gpus > 1:
-        raise InputError(f"{asked}: a worker drives one GPU; allowed with several workers: 0 or 1")
-    have = "; ".join(f"{count} with {node[0]:g} CPU, {node[1]:g} GPU" for node, count in _counted(nodes))
-    have = f"nodes: {have or 'none'}"
+        raise InputError(f"{requested}: a worker drives one GPU; allowed with several workers: 0 or 1")
+    counts = "; ".join(f"{nodes.count(node)} with {node[0]:g} CPU, {node[1]:g} GPU" for node in dict.fromkeys(nodes))
+    present = f"nodes: {counts or 'none'}"
     bundles = sum(_bundles(node, cpus, gpus) for node in nodes)
     if not bundles:
         best = max(nodes, key=lambda node: (node[1] >= gpus, node[0]), default=(0, 0))
-        what = "worker" if workers > 1 else "trial"
-        raise InputError(f"{asked}: no node can hold one such {what} ({have}); at most "
+        process = "worker" if workers > 1 else "trial"
+        raise InputError(f"{requested}: no node can hold one such {process} ({present}); at most "
                          f"cpus = {best[0]:g}, gpus = {min(best[1], max(gpus, 1)):g} would fit")
     if bundles < workers:
-        raise InputError(f"{asked}: only {bundles} such workers fit at once ({have}); workers = {bundles} would fit, "
-                         "or fewer cpus for each")
+        raise InputError(f"{requested}: only {bundles} such workers fit at once ({present}); workers = {bundles} would "
+                         "fit, or fewer cpus for each")
     return bundles // workers
 
 
 def check_placement(cpus: float, gpus: float, workers: int, seconds: float = 60) -> None:
-    """Place what a trial of several workers needs, free it again, and see whether Ray could free it by itself.
+    """Place and free the bundles of a trial of several workers, and check that Ray's own cleaner could free them.
 
-    Raises InputError, with what to do, where it cannot. Takes a few seconds.
+    Raises InputError, with a remedy, where it could not. Takes a few seconds.
     """
     import ray
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
@@ -147,41 +150,46 @@ def check_placement(cpus: float, gpus: float, workers: int, seconds: float = 60)
     if not placed:
         raise InputError(f"workers = {workers} of cpus = {cpus:g}, gpus = {gpus:g} found no place within "
                          f"{seconds:g} s; free in the cluster: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
-                         "Others use it, or an earlier search left its places taken (see ray status)")
+                         "The rest is in use, or an earlier search has not freed it (see ray status)")
     _until(lambda: placement_group_table(group).get("state", "REMOVED") == "REMOVED", seconds,
            f"a placement group of {workers} workers is not freed within {seconds:g} s; see ray status")
-    # From where Ray's cleaner asks: the dashboard of a cluster often listens on the head's loopback alone.
-    asking = ray.remote(num_cpus=0, resources={HEAD: 0.001}, max_retries=0)(_state_api_problem)
+    # On the head node, where Ray's cleaner runs: a dashboard often listens on the head's loopback only.
+    probe = ray.remote(num_cpus=0, resources={HEAD: 0.001}, max_retries=0)(_state_api_problem)
     try:
-        problem = ray.get(asking.remote(), timeout=seconds)
+        problem = ray.get(probe.remote(), timeout=seconds)
     except ray.exceptions.GetTimeoutError:
         problem = f"no answer from the head node within {seconds:g} s"
     if problem:
-        raise InputError("trials of several workers need Ray's State API, else the places of a stopped trial are never "
-                         "freed; it does not answer on the head node. Install pip install \"ray[default]\" there and "
-                         f"start it with ray start --head --include-dashboard=true ({problem})")
+        raise InputError("trials of several workers need Ray's State API, else the resources of a stopped trial are "
+                         "never freed; it does not answer on the head node. Run pip install \"ray[default]\" there and "
+                         f"start Ray with ray start --head --include-dashboard=true ({problem})")
 
 
-def _state_api_problem():
-    """What Ray's PlacementGroupCleaner asks, in a process on the head node; None where it is answered."""
+def _state_api_problem() -> str | None:
+    """Send the request that Ray's PlacementGroupCleaner sends; return the error, or None if it is answered."""
     from ray.util.state import list_actors
 
     try:
         list_actors(limit=1, timeout=15)
-    except Exception as error:  # whatever it is, the cleaner would meet it too
+    except Exception as error:  # any error would stop the cleaner, too
         return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
     return None
 
 
-def _until(holds, seconds, otherwise):
+def _until(condition: Callable[[], bool], seconds: float, message: str) -> None:
+    """Wait until the condition holds. Raises InputError with the message where it does not hold after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         if time.monotonic() > deadline:
-            raise InputError(otherwise)
+            raise InputError(message)
         time.sleep(0.1)
 
 
-def _join(address, common):
+def _init_options(variables: dict[str, str]) -> dict[str, Any]:
+    return {"runtime_env": {"env_vars": variables}, "log_to_driver": False, "logging_level": "ERROR"}
+
+
+def _join(address: str, variables: dict[str, str]) -> None:
     import ray
 
     if address != "auto" and not (":" in address and address.rpartition(":")[2].isdigit() and "://" not in address):
@@ -193,22 +201,18 @@ def _join(address, common):
         except OSError as error:  # Ray itself would try for ten minutes
             raise InputError(f"address = {address}: nothing answers there ({error})") from None
     try:
-        ray.init(address=address, **common)
+        ray.init(address=address, **_init_options(variables))
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise InputError(f"address = {address}: {' '.join(str(error).split())[:200]}. No Ray runs there, or it refuses "
-                         "this process: a cluster with a token wants RAY_AUTH_MODE=token and its token in "
-                         "RAY_AUTH_TOKEN or ~/.ray/auth_token, one without wants RAY_AUTH_MODE=disabled") from None
+                         "this process: a cluster with a token needs RAY_AUTH_MODE=token and its token in "
+                         "RAY_AUTH_TOKEN or ~/.ray/auth_token, one without needs RAY_AUTH_MODE=disabled") from None
 
 
-def _bundles(node, cpus, gpus):
-    """How many bundles one node holds."""
-    many = node[0] / cpus + 1e-9
+def _bundles(node: tuple[float, float], cpus: float, gpus: float) -> int:
+    """How many bundles fit on one node."""
+    count = node[0] / cpus + 1e-9
     if gpus >= 1:
-        many = min(many, node[1] / gpus)
+        count = min(count, node[1] / gpus)
     elif gpus:
-        many = min(many, node[1] * math.floor(1 / gpus + 1e-9))  # Ray gives no process parts of two GPUs
-    return math.floor(many)
-
-
-def _counted(nodes):
-    return [(node, nodes.count(node)) for node in dict.fromkeys(nodes)]
+        count = min(count, node[1] * math.floor(1 / gpus + 1e-9))  # Ray never gives a process parts of two GPUs
+    return math.floor(count)

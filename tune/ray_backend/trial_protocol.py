@@ -1,71 +1,104 @@
-"""What every form of a trial shares: its recipe, and what it tells Tune after an epoch.
+"""What every kind of trial shares: its settings, and the results that it reports to Tune after each epoch.
 
-A search's config of a trial holds `trial` (study, number, key, overrides), `recipe`, `metric`, `cpus` and `gpus` (of
-each process), the search's `directory`, and the `folder` that relative paths of recipes start from. With `workers`
-above 1, several processes train it together (tune/ray_backend/workers.py), else one does (tune/ray_backend/trial.py).
-
-What Tune is told comes from the run directory alone. A trial that is started again, by Tune after a crash or by a
-search that is continued, first tells the epochs that it finds there: the rungs have to see every epoch's own score, and
-the report that was under way when a process died may never have arrived. Tune sees an epoch twice then; the scheduler
-knows trials by key and epoch, and the second time changes nothing.
+Results come from the run directory alone. A trial that starts again, because Tune retries it after a crash or because
+its search is continued, first reports the epochs that it finds there: every rung needs that epoch's own score, and the
+last report before a process died may never have arrived. Tune then sees an epoch twice. The scheduler identifies a
+result by the trial's key and the epoch, so the second report changes nothing.
 """
 
+import dataclasses
 import math
+import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nulsq.config import load_recipe
+from nulsq.config import Recipe, load_recipe
 from nulsq.files import is_locked
 from nulsq.run.directory import read_metrics
+from tune.space import WORST_SCORE, Search, Trial, stratum
+from tune.store.directory import trial_directory
 
-WORST = {"val_top1": 0.0, "val_loss": 1e9}  # the score of a trial that diverged
-
-
-def directory(search: Path, key: str) -> Path:
-    """The run directory of a trial, in the search's folder."""
-    return search / "trials" / key
+IDENTITY = ("study", "number", "key", "repeat", "stratum", "overrides")
 
 
-def run_directory(config: dict[str, Any]) -> Path:
-    """The same, of the trial that this process has."""
-    return directory(Path(config["directory"]), config["trial"]["key"])
+@dataclass(frozen=True)
+class TrialSettings:
+    """Everything that a process needs to train one trial."""
 
+    study: str
+    number: int
+    key: str
+    repeat: int
+    stratum: str  # trials with the same one share rungs, see `tune.space.stratum`
+    overrides: dict[str, Any]  # of the recipe: the search's and the trial's own
+    metric: str
+    cpus: float  # of each worker
+    gpus: float  # of each worker
+    workers: int  # 1: tune/ray_backend/trial.py trains it; more: tune/ray_backend/workers.py
+    search_directory: str  # absolute; its recipe.yaml is the recipe as it was when the search began
+    working_directory: str  # relative paths in recipes start here
 
-def recipe_of(config: dict[str, Any]):
-    """The trial's recipe: the search's, the trial's overrides, and what is a trial's own."""
-    own = {"run.dir": str(run_directory(config)), "run.threads": max(1, int(config["cpus"]))}
-    if not config["gpus"]:
-        own["run.device"] = "cpu"  # Ray hides no GPU from a process that asked for none
-    return load_recipe(config["recipe"], config["trial"]["overrides"] | own)
+    @classmethod
+    def of(cls, search: Search, trial: Trial, search_directory: Path) -> "TrialSettings":
+        """Settings of a trial whose search was started in the current directory."""
+        return cls(study=trial.study, number=trial.number, key=trial.key, repeat=trial.repeat,
+                   stratum=stratum(search, trial), overrides=search.overrides | trial.overrides, metric=search.metric,
+                   cpus=search.cpus, gpus=search.gpus, workers=search.workers,
+                   search_directory=str(search_directory), working_directory=os.getcwd())
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "TrialSettings":
+        """The inverse of `to_config`."""
+        return cls(**config["trial"], **{name: value for name, value in config.items() if name != "trial"})
+
+    def to_config(self) -> dict[str, Any]:
+        """The settings as the plain dict that Tune passes to a trial; its loggers record what is below `trial`."""
+        config = dataclasses.asdict(self)
+        return {"trial": {name: config.pop(name) for name in IDENTITY}, **config}
+
+    @property
+    def run_directory(self) -> Path:
+        return trial_directory(Path(self.search_directory), self.key)
+
+    def load_recipe(self) -> Recipe:
+        """The search's recipe with the trial's overrides, run directory, threads and device."""
+        run = {"run.dir": str(self.run_directory), "run.threads": max(1, int(self.cpus))}
+        if not self.gpus:
+            run["run.device"] = "cpu"  # Ray does not hide GPUs from a process that requested none
+        return load_recipe(Path(self.search_directory) / "recipe.yaml", self.overrides | run)
 
 
 def as_result(metrics: dict[str, Any], metric: str) -> dict[str, Any]:
-    """An epoch's metrics as Tune gets them.
+    """An epoch's metrics as they are reported to Tune.
 
-    Searchers need numbers: a trial that diverged has the worst. The scheduler keeps it out of the rungs.
+    Tune's searchers need numbers: a trial that diverged reports the worst score. The scheduler keeps that score out of
+    the rungs.
     """
     diverged = not math.isfinite(metrics[metric])
-    return {"epoch": metrics["epoch"], metric: WORST[metric] if diverged else metrics[metric],
+    return {"epoch": metrics["epoch"], metric: WORST_SCORE[metric] if diverged else metrics[metric],
             "train_loss": metrics["train_loss"], "seconds": metrics.get("seconds", 0.0), "diverged": diverged}
 
 
-def wait_until_free(config: dict[str, Any], seconds: float = 180.0) -> None:
-    """Wait while another process trains in this run directory: after the death of a search's driver its workers take
-    up to a minute to notice. Whoever still holds it then is an error of `train`'s."""
-    file = run_directory(config) / "lock"
+def wait_until_free(settings: TrialSettings, seconds: float = 180.0) -> None:
+    """Wait while another process trains in the trial's run directory.
+
+    After the death of a search's driver its workers take up to a minute to notice. If the directory is still locked
+    after that time, `train` raises InputError.
+    """
     deadline = time.monotonic() + seconds
-    while is_locked(file) and time.monotonic() < deadline:
+    while is_locked(settings.run_directory / "lock") and time.monotonic() < deadline:
         time.sleep(0.5)
 
 
-def told_before(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Results of the epochs that were done before this start: those that the newest good checkpoint holds."""
-    path = run_directory(config)
+def completed_results(settings: TrialSettings) -> list[dict[str, Any]]:
+    """Results of the epochs that were completed before this start: those that the newest good checkpoint contains."""
+    path = settings.run_directory
     if not path.is_dir():
         return []
-    from nulsq import checkpoint  # with torch, which only a trial has
+    from nulsq.run import checkpoint  # imports torch, which only trials do
 
     newest = checkpoint.newest(path)
-    done = checkpoint.load(newest)["epoch"] if newest is not None else 0
-    return [as_result(line, config["metric"]) for line in read_metrics(path) if line["epoch"] <= done]
+    completed = checkpoint.load(newest)["epoch"] if newest is not None else 0
+    return [as_result(line, settings.metric) for line in read_metrics(path) if line["epoch"] <= completed]

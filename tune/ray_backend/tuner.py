@@ -1,4 +1,4 @@
-"""One Ray Tuner runs all trials of a search: its searcher gives them out, its scheduler stops them early."""
+"""One Ray Tuner runs all trials of a search: its searcher suggests them, its scheduler stops them early."""
 
 import contextlib
 import logging
@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import ray.tune
@@ -15,31 +16,37 @@ from tune.checks import NetworkCosts
 from tune.queue import TrialQueue
 from tune.ray_backend import trial, workers
 from tune.ray_backend.cluster import check_fits, check_placement, open_cluster
-from tune.ray_backend.progress import Watch
+from tune.ray_backend.progress import SearchProgress
 from tune.ray_backend.scheduler import StratifiedAsha
 from tune.ray_backend.searcher import StudySearcher
+from tune.ray_backend.trial_protocol import TrialSettings
 from tune.space import Search, base_recipe, full_epochs
 from tune.store import journal
-from tune.store.directory import SearchDirectory
+from tune.store.directory import RUNGS, SearchDirectory
+
+ENVIRONMENT = {  # unless the user has set them
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each trial's run directory has its own logs
+    "RAY_AIR_NEW_OUTPUT": "0",  # SearchProgress prints instead
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # how long a stopped trial may take to end before the next one starts
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
 
 
-def run_trials(search: Search, folder: SearchDirectory, course: TrialQueue, costs: NetworkCosts,
+def run_trials(search: Search, folder: SearchDirectory, queue: TrialQueue, costs: NetworkCosts,
                seconds: float | None) -> bool:
-    """Run the trials on Ray, for so many seconds at most. Returns whether all of them ended."""
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial's run directory has its own logs
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Watch says what happens
-    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")  # a stopped trial's end, before the next takes over
-    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    """Run the trials on Ray, for at most `seconds` (None: no limit). Returns whether all of them ended."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     began = time.monotonic()
     with open_cluster(search.address, search.workers, search.nodes, search.patience), contextlib.ExitStack() as cleanup:
-        most = check_fits(search.cpus, search.gpus, search.workers)
-        print(f"Ray is up after {duration(time.monotonic() - began)}; {most} trials fit at once", flush=True)
+        fitting = check_fits(search.cpus, search.gpus, search.workers)
+        print(f"Ray is up after {duration(time.monotonic() - began)}; {fitting} trials fit at once", flush=True)
         if search.workers > 1:
             check_placement(search.cpus, search.gpus, search.workers)
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Watch tells what went wrong, in one line
-        tuner = _tuner(search, folder.path.resolve(), course, costs, min(most, search.concurrent or most))
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # SearchProgress prints errors, in one line each
+        tuner = _tuner(search, folder.path.resolve(), queue, costs, min(fitting, search.concurrent or fitting))
         journal.event(folder.path, "session")
-        # Tune returns on SIGINT and SIGUSR1, with handlers that it leaves in place; a batch system sends SIGTERM.
+        # Tune returns on SIGINT and SIGUSR1, and does not restore the handlers. Batch systems send SIGTERM.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             cleanup.callback(signal.signal, number, signal.getsignal(number))
         signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
@@ -48,43 +55,40 @@ def run_trials(search: Search, folder: SearchDirectory, course: TrialQueue, cost
             timer.daemon = True
             timer.start()
             cleanup.callback(timer.cancel)
-        with contextlib.suppress(KeyboardInterrupt):  # before Tune has its handlers
+        with contextlib.suppress(KeyboardInterrupt):  # raised before Tune has installed its handlers
             tuner.fit()
         journal.event(folder.path, "pause")
-        return course.finished
+        return queue.finished
 
 
-def _tuner(search, folder, course, costs, most):
-    common = {"directory": str(folder), "folder": os.getcwd(), "metric": search.metric, "cpus": search.cpus,
-              "gpus": search.gpus, "workers": search.workers, "recipe": str(Path(search.recipe).resolve())}
-    one = {"cpu": search.cpus} | ({"gpu": search.gpus} if search.gpus else {})
-    trainable = ray.tune.with_resources(trial.run, one) if search.workers == 1 else \
+def _tuner(search: Search, folder: Path, queue: TrialQueue, costs: NetworkCosts, concurrent: int) -> ray.tune.Tuner:
+    resources = {"cpu": search.cpus} | ({"gpu": search.gpus} if search.gpus else {})
+    trainable = ray.tune.with_resources(trial.run, resources) if search.workers == 1 else \
         ray.tune.with_resources(workers.run, workers.DRIVER)
     session = sum(event["event"] == "session" for event in journal.events(folder))
     return ray.tune.Tuner(
         trainable,
         tune_config=ray.tune.TuneConfig(
-            search_alg=StudySearcher(course, folder, common,
-                                     lambda each: costs.of(base_recipe(search, each.overrides))),
+            search_alg=StudySearcher(queue, folder, lambda new: costs.of(base_recipe(search, new.overrides))),
             scheduler=StratifiedAsha(full_epochs(search), grace=search.grace, reduction=search.reduction,
-                                     metric=search.metric, mode=search.mode, file=folder / "rungs"),
-            num_samples=2 * course.budget(),  # the searcher says when it is at the end
-            max_concurrent_trials=most, reuse_actors=search.reuse and search.workers == 1,
+                                     metric=search.metric, mode=search.mode, file=folder / RUNGS),
+            num_samples=2 * queue.budget(),  # an upper bound: the searcher returns FINISHED at the end
+            max_concurrent_trials=concurrent, reuse_actors=search.reuse and search.workers == 1,
             trial_name_creator=_trial_name, trial_dirname_creator=_trial_name,
         ),
         run_config=ray.tune.RunConfig(
             name=f"session-{session}", storage_path=str(folder / "ray"), verbose=0,
-            callbacks=[Watch(course, folder), *_loggers(search, folder)],
+            callbacks=[SearchProgress(queue, folder), *_loggers(search, folder)],
             failure_config=ray.tune.FailureConfig(max_failures=search.retries),
         ),
     )
 
 
-def _loggers(search, folder):
-    """Ray's own callbacks for the services that people keep their experiments in."""
+def _loggers(search: Search, folder: Path) -> Iterator[ray.tune.Callback]:
+    """Ray's own callbacks for Weights & Biases and MLflow."""
     if search.wandb:
         from ray.air.integrations.wandb import WandbLoggerCallback
-        # By default its files are in Ray's temporary folder, and what Tune copies of them may lack the end.
+        # By default it writes to Ray's temporary folder, and Tune's copy of that may lack the end.
         yield WandbLoggerCallback(project=search.wandb, group=search.name, excludes=["config"],
                                   dir=os.environ.get("WANDB_DIR") or str(folder))
     if search.mlflow:
@@ -92,5 +96,5 @@ def _loggers(search, folder):
         yield MLflowLoggerCallback(tracking_uri=search.mlflow, experiment_name=search.name)
 
 
-def _trial_name(trial):
-    return trial.config["trial"]["key"].replace("/", "-")
+def _trial_name(tune_trial: ray.tune.experiment.Trial) -> str:
+    return TrialSettings.from_config(tune_trial.config).key.replace("/", "-")

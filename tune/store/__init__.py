@@ -1,1 +1,1 @@
-"""The folder of a search: journal, rows, results. Needs no Ray."""
+"""The folder of a search: its files, its journal, its results. Nothing here imports Ray."""

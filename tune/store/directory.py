@@ -1,15 +1,16 @@
-"""The folder of a search: one process at a time, one search per folder, the same search continues.
+"""The folder of a search. One process at a time uses it, it holds one search, and the same search continues in it.
 
     search.yaml, recipe.yaml   what is searched, resolved          trials/STUDY/NUMBER/  each trial's run directory
     trials.jsonl               every trial, once decided on        events.jsonl          what happened to them, when
-    rungs                      ASHA's rungs, with every result     extended              trials that --extend added
-    finished                   there when all trials have ended    ray/                  what Tune writes: not read
+    rungs                      ASHA's rungs, with every score      extended              trials added by --extend
+    finished                   exists once all trials have ended   ray/                  Tune's files, never read
     array/                     a recipe per trial (tune.array)     launch/               a batch job's script and logs
-    wandb/                     what W&B keeps, where it is used
+    wandb/                     files of W&B, where it is used
     trials.csv, trials.parquet, leaderboard.txt, studies/, report/   the results
 """
 
 import dataclasses
+from pathlib import Path
 
 from nulsq.config import Recipe, differences, load, load_recipe, to_yaml
 from nulsq.errors import InputError
@@ -18,17 +19,22 @@ from nulsq.run.directory import LAUNCH, lock_folder
 from tune.space import Search
 from tune.store import journal
 
-ARRAY = "array"
-# Settings that may change between the parts of a search: they do not enter what it finds. What the recipe says is
-# compared, wherever it lies.
+ARRAY, RUNGS, FINISHED = "array", "rungs", "finished"
+# Settings that may change when a search is continued: its results do not depend on them. The recipe is compared by
+# content, not by path.
 FREE = {"dir", "recipe", "concurrent", "reuse", "retries", "hours", "cpus", "address", "nodes", "patience", "wandb",
         "mlflow"}
 
 
-class SearchDirectory:
-    """As a context manager, makes the folder and holds its lock."""
+def trial_directory(search_directory: Path, key: str) -> Path:
+    """The run directory of a trial."""
+    return search_directory / "trials" / key
 
-    def __init__(self, search: Search):
+
+class SearchDirectory:
+    """The folder of `search`. As a context manager it creates the folder and holds its lock."""
+
+    def __init__(self, search: Search) -> None:
         self.given, self.path = search, search.directory
         self.recipe = load_recipe(search.recipe, search.overrides)
 
@@ -43,15 +49,15 @@ class SearchDirectory:
 
     @property
     def finished(self) -> bool:
-        return (self.path / "finished").is_file()
+        return (self.path / FINISHED).is_file()
 
     def mark_finished(self) -> None:
-        (self.path / "finished").touch()
+        (self.path / FINISHED).touch()
 
     def extend(self, trials: int) -> None:
         """Add trials to each study of a search that has begun."""
-        write_atomically(self.path / "extended", f"{journal.extended(self.path) + trials}\n")
-        (self.path / "finished").unlink(missing_ok=True)
+        write_atomically(self.path / journal.EXTENDED, f"{journal.extended(self.path) + trials}\n")
+        (self.path / FINISHED).unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raises InputError where the folder holds another search, or something else."""
@@ -64,13 +70,14 @@ class SearchDirectory:
                 if self.given.trials > before.trials and len(changed) == 1:
                     hint = f"say --extend {self.given.trials - before.trials}, with trials={before.trials}"
                 raise InputError(f"{self.path} holds another search ({'; '.join(changed[:3])}); {hint}")
-        elif self.path.exists() and (not self.path.is_dir() or {each.name for each in self.path.iterdir()} - {LAUNCH}):
+        elif self.path.exists() and (not self.path.is_dir()
+                                     or {entry.name for entry in self.path.iterdir()} - {LAUNCH}):
             raise InputError(f"{self.path} exists and holds something else; choose another dir")
 
     def __enter__(self) -> "SearchDirectory":
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = lock_folder(self.path, "searching")
+            self._lock_file = lock_folder(self.path, "searching")
         except OSError as error:
             raise InputError(f"search directory {self.path} cannot be written: {error}") from None
         if not self.begun:
@@ -79,5 +86,5 @@ class SearchDirectory:
         journal.repair(self.path)
         return self
 
-    def __exit__(self, *_) -> None:
-        self.lock.close()
+    def __exit__(self, *_: object) -> None:
+        self._lock_file.close()

@@ -1,5 +1,7 @@
-"""The journal of a search: trials.jsonl, a line for every trial the moment it is decided on; events.jsonl, a line for
-whatever happens to one. Appended, never rewritten: whatever is killed, what stands here stays.
+"""The journal of a search, which is appended to and never rewritten, so that a crash loses nothing.
+
+trials.jsonl has a line for every trial, written when the trial is decided on. events.jsonl has a line for everything
+that happens to a trial.
 """
 
 import dataclasses
@@ -12,21 +14,22 @@ from nulsq.errors import InputError
 from nulsq.files import append_line, read_lines, repair_tail
 from tune.space import Search, Trial
 
-TRIALS, EVENTS = "trials.jsonl", "events.jsonl"
+TRIALS, EVENTS, EXTENDED = "trials.jsonl", "events.jsonl", "extended"
 
 
 def append(folder: Path, trial: Trial) -> None:
-    """Synced: a trial that has begun must not be drawn anew after a loss of power."""
+    """Record a trial, synced to disk: after a loss of power the same trial is continued, not another one started."""
     append_line(folder / TRIALS, dataclasses.asdict(trial) | {"time": round(time.time(), 3)}, sync=True)
 
 
-def event(folder: Path, what: str, key: str | None = None, **more: Any) -> None:
-    """`what`: session and pause (a command begins and ends), start, result, end, retry or error (of a trial)."""
-    append_line(folder / EVENTS, {"time": round(time.time(), 3), "event": what, "key": key} | more)
+def event(folder: Path, name: str, key: str | None = None, **details: Any) -> None:
+    """Record an event: session or pause (a command begins or ends), or start, result, end, retry or error (of the trial
+    `key`)."""
+    append_line(folder / EVENTS, {"time": round(time.time(), 3), "event": name, "key": key} | details)
 
 
 def read(folder: Path) -> list[Trial]:
-    """Every trial that was ever decided on, in that order."""
+    """Every trial of the search, in the order in which they were decided on."""
     return [Trial(**{name: value for name, value in line.items() if name != "time"})
             for line in read_lines(folder / TRIALS)]
 
@@ -36,32 +39,33 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 
 def sessions(events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The events of each time that the command ran, from its start to the last thing that it could write."""
+    """The events of each session: from one start of the command to the last event before the next start."""
     parts: list[list[dict[str, Any]]] = []
-    for each in events:
-        if each["event"] == "session" or not parts:
+    for event in events:
+        if event["event"] == "session" or not parts:
             parts.append([])
-        parts[-1].append(each)
+        parts[-1].append(event)
     return parts
 
 
 def load_folder(folder: Path) -> Search:
-    """The search of a folder, with the trials that --extend added, and `dir` and `recipe` where the folder is now.
+    """The search of a folder, with the trials that --extend added, and with `dir` and `recipe` in that folder, which
+    may have been moved.
 
     Raises InputError for a folder that holds no search.
     """
     if not (folder / "search.yaml").is_file():
-        near = sorted(str(each.parent) for each in folder.parent.glob("*/search.yaml"))
+        others = sorted(str(file.parent) for file in folder.parent.glob("*/search.yaml"))
         raise InputError(f"{folder} is not the folder of a search (no search.yaml)"
-                         + (f"; there are {', '.join(near[:5])}" if near else ""))
+                         + (f"; there are {', '.join(others[:5])}" if others else ""))
     search = load(Search, folder / "search.yaml")
     return dataclasses.replace(search, dir=str(folder), recipe=str(folder / "recipe.yaml"),
                                trials=search.trials + extended(folder))
 
 
 def extended(folder: Path) -> int:
-    """Trials per study that --extend added."""
-    file = folder / "extended"
+    """The number of trials per study that --extend added."""
+    file = folder / EXTENDED
     return int(file.read_text()) if file.is_file() else 0
 
 

@@ -1,4 +1,4 @@
-"""Which trial is next and where its hyperparameters come from: laws without a cluster, on drawn scores."""
+"""The order of trials and the sources of their hyperparameters: invariants, without a cluster, on simulated scores."""
 
 import dataclasses
 import math
@@ -9,9 +9,8 @@ import pytest
 
 from nulsq.errors import InputError
 from tests.searches import made_search
-from tune.queue import TrialQueue, listed, warm_rows
-from tune.samplers import STARTUP, Observation, quasirandom, tpe
-from tune.samplers import random as at_random
+from tune.queue import TrialQueue, all_trials, warm_start_results
+from tune.samplers import STARTUP, Observation, sample_quasirandom, sample_random, sample_tpe
 from tune.space import load_search, stratum
 from tune.store import journal
 from tune.store.results import TrialResult
@@ -24,101 +23,101 @@ DEMO = ROOT / "configs/search/demo.yaml"
 
 
 def score(trial, epoch):
-    """Better near lr = 0.03; the same for the same draw, whoever asks."""
+    """Best near lr = 0.03; a function of the trial and the epoch."""
     noise = random.Random(f"{trial.key} {epoch}").random()
     return 80 - 8 * abs(math.log10(trial.drawn["lr"]) + 1.5) + epoch + noise
 
 
-def end(course, trial):
-    """Train to the end, or to epoch 1 where the draw is poor."""
+def end(queue, trial):
+    """Train to the end, or to epoch 1 where the hyperparameters are poor."""
     stopped = score(trial, 1) < 78
     for epoch in (1,) if stopped else (1, 2, 3, 4):
-        course.result(trial.key, epoch, score(trial, epoch))
-    course.end(trial.key, TrialStatus.STOPPED if stopped else TrialStatus.FINISHED)
+        queue.result(trial.key, epoch, score(trial, epoch))
+    queue.end(trial.key, TrialStatus.STOPPED if stopped else TrialStatus.FINISHED)
 
 
-def rows_of(course):
-    """What the search's folder would say after an interruption: what ran is unfinished."""
-    return [TrialResult(trial, course.status[key],
-                        len(course.curves[key]), course.curves[key][-1] if course.curves[key] else math.nan,
-                        list(course.curves[key]), 0.0, Path(key))
-            for key, trial in course.trials.items()]
+def results_of(queue):
+    """The results that the search's folder has after an interruption."""
+    return [TrialResult(trial, queue.status[key],
+                        len(queue.curves[key]), queue.curves[key][-1] if queue.curves[key] else math.nan,
+                        list(queue.curves[key]), 0.0, Path(key))
+            for key, trial in queue.trials.items()]
 
 
 def test_studies_take_turns_whatever_the_searcher():
     for searcher in ("random", "quasirandom", "tpe"):
-        course = TrialQueue(load_search(DEMO, [f"searcher={searcher}", "trials=12"]), [])
+        queue = TrialQueue(load_search(DEMO, [f"searcher={searcher}", "trials=12"]), [])
         order = []
-        while (trial := course.next()) is not None:
+        while (trial := queue.next()) is not None:
             order.append(trial)
-            end(course, trial)
+            end(queue, trial)
         assert [trial.study for trial in order] == ["lsq_nulsq_2", "lsq_lsq_2"] * 12
         assert [trial.number for trial in order] == [number for number in range(12) for _ in range(2)]
-        assert course.finished
+        assert queue.finished
 
 
 @pytest.mark.parametrize("searcher", ["random", "quasirandom", "tpe"])
-def test_a_search_that_goes_on_draws_what_the_uninterrupted_one_draws(searcher):
+def test_a_continued_search_samples_what_the_uninterrupted_one_samples(searcher):
     search = load_search(DEMO, [f"searcher={searcher}", "trials=14", "finalists=2", "repeats=1"])
     straight, broken = TrialQueue(search, []), TrialQueue(search, [])
-    expected, found = [], []
+    expected, actual = [], []
     while (trial := straight.next()) is not None:
         expected.append(trial)
         end(straight, trial)
     for i in range(10_000):
         if i % 5 == 4:
-            broken = TrialQueue(search, rows_of(broken))  # nothing but what the files say
+            broken = TrialQueue(search, results_of(broken))  # from the files alone
         if (trial := broken.next()) is None:
             break
-        found.append(trial)
+        actual.append(trial)
         end(broken, trial)
-    assert found == expected and len(found) == straight.budget() == 32
+    assert actual == expected and len(actual) == straight.budget() == 32
 
 
-def test_what_was_interrupted_goes_on_first_and_once():
+def test_interrupted_trials_come_first_and_once():
     search = load_search(DEMO, ["trials=4"])
-    course = TrialQueue(search, [])
-    first = [course.next() for _ in range(3)]
-    end(course, first[1])
-    again = TrialQueue(search, rows_of(course))
+    queue = TrialQueue(search, [])
+    first = [queue.next() for _ in range(3)]
+    end(queue, first[1])
+    again = TrialQueue(search, results_of(queue))
     assert again.unfinished() == 2
     assert [again.next() for _ in range(2)] == [first[0], first[2]]
     assert again.next().key not in {trial.key for trial in first}
 
 
-def test_what_no_process_has_taken_is_given_out_again():
-    course = TrialQueue(load_search(DEMO, ["retries=1"]), [])
-    first = course.next()
-    course.end(first.key, course.failure(first.key))
-    assert course.status[first.key] is TrialStatus.WAITING and course.next() == first
-    course.begun.add(first.key)
-    assert course.failure(first.key) is TrialStatus.FAILED  # somebody had it, as often as Tune would try
-    course.end(first.key, TrialStatus.WAITING)
-    assert course.next() == first and course.failure(first.key) is TrialStatus.FAILED  # lost twice
-    second = course.next()
-    assert second.key != first.key and course.failure(second.key) is TrialStatus.WAITING
+def test_a_trial_that_no_process_took_is_returned_again():
+    queue = TrialQueue(load_search(DEMO, ["retries=1"]), [])
+    first = queue.next()
+    queue.end(first.key, queue.failure(first.key))
+    assert queue.status[first.key] is TrialStatus.WAITING and queue.next() == first
+    queue.started.add(first.key)
+    assert queue.failure(first.key) is TrialStatus.FAILED  # a process had it, and Tune has tried it again already
+    queue.end(first.key, TrialStatus.WAITING)
+    assert queue.next() == first and queue.failure(first.key) is TrialStatus.FAILED  # lost twice
+    second = queue.next()
+    assert second.key != first.key and queue.failure(second.key) is TrialStatus.WAITING
 
 
 def test_finalists_are_repeated_once_all_trials_of_their_study_have_ended():
     search = load_search(DEMO, ["trials=5", "finalists=2", "repeats=2", "studies.activation.values=[lsq]"])
-    course = TrialQueue(search, [])
-    running = [course.next() for _ in range(5)]
+    queue = TrialQueue(search, [])
+    running = [queue.next() for _ in range(5)]
     for trial in running[:4]:
-        end(course, trial)
-    assert course.next() is None and not course.idle and not course.finished
-    end(course, running[4])
+        end(queue, trial)
+    assert queue.next() is None and not queue.idle and not queue.finished
+    end(queue, running[4])
     again = []
-    while (trial := course.next()) is not None:
+    while (trial := queue.next()) is not None:
         again.append(trial)
-        end(course, trial)
-    best = sorted(running, key=lambda trial: (-len(course.curves[trial.key]), -course.curves[trial.key][-1]))[:2]
-    assert [(trial.number, trial.repeat) for trial in again] == [(each.number, repeat) for repeat in (1, 2)
-                                                                for each in best]
+        end(queue, trial)
+    best = sorted(running, key=lambda trial: (-len(queue.curves[trial.key]), -queue.curves[trial.key][-1]))[:2]
+    assert [(trial.number, trial.repeat) for trial in again] == [(trial.number, repeat) for repeat in (1, 2)
+                                                                for trial in best]
     assert [trial.overrides["run.seed"] for trial in again] == [1, 1, 2, 2]
-    assert len({trial.key for trial in again}) == 4 and course.finished
+    assert len({trial.key for trial in again}) == 4 and queue.finished
 
 
-def test_quasirandom_draws_cover_the_space_more_evenly_than_random_ones():
+def test_quasirandom_samples_cover_the_space_more_evenly_than_random_ones():
     from scipy.stats import qmc
 
     def unit(drawn):
@@ -128,51 +127,54 @@ def test_quasirandom_draws_cover_the_space_more_evenly_than_random_ones():
     worse = 0
     for seed in range(10):
         search = load_search(DEMO, [f"seed={seed}"])
-        even, uneven = ([unit(draw(search, number)) for number in range(32)] for draw in (quasirandom, at_random))
+        even, uneven = ([unit(sample(search, number)) for number in range(32)]
+                        for sample in (sample_quasirandom, sample_random))
         assert all(0 <= u <= 1 for point in even for u in point)
         worse += qmc.discrepancy(even) > qmc.discrepancy(uneven)
     assert worse == 0
 
 
-def test_tpe_is_told_that_a_stopped_trial_was_stopped():
+def test_tpe_learns_that_a_stopped_trial_was_stopped():
     """Trials of small lr look better after one epoch, where they are stopped; those of large lr are better in the end.
-    Told the truth TPE draws large ones; told that early scores are final, it would draw small ones."""
+    TPE samples large ones. If early scores were passed as final, it would sample small ones."""
     search = load_search(DEMO, ["searcher=tpe", "space.lr.low=1e-4", "space.lr.high=1"])
-    draw = random.Random(0)
-    told = []
+    generator = random.Random(0)
+    observations = []
     for i in range(24):
-        drawn = at_random(search, i) | {"lr": 10 ** draw.uniform(-4, -2.5) if i % 2 else 10 ** draw.uniform(-1.5, 0)}
-        told.append(Observation(drawn, [90.0 + draw.random()], TrialStatus.STOPPED, {}) if i % 2 else
-                    Observation(drawn, [50.0, 60.0, 70.0, 80.0 + draw.random()], TrialStatus.FINISHED, {}))
-    truth = [tpe(search, "s", number, told)["lr"] for number in range(30)]
-    lie = [tpe(search, "s", number, [dataclasses.replace(each, status=TrialStatus.FINISHED, curve=each.curve[-1:])
-                                     for each in told])["lr"] for number in range(30)]
-    assert sum(lr > 0.01 for lr in truth) > 25 > 10 > sum(lr > 0.01 for lr in lie)
+        lr = 10 ** (generator.uniform(-4, -2.5) if i % 2 else generator.uniform(-1.5, 0))
+        drawn = sample_random(search, i) | {"lr": lr}
+        observations.append(
+            Observation(drawn, [90.0 + generator.random()], TrialStatus.STOPPED, {}) if i % 2 else
+            Observation(drawn, [50.0, 60.0, 70.0, 80.0 + generator.random()], TrialStatus.FINISHED, {}))
+    truth = [sample_tpe(search, "s", number, observations)["lr"] for number in range(30)]
+    wrong = [dataclasses.replace(seen, status=TrialStatus.FINISHED, curve=seen.curve[-1:]) for seen in observations]
+    misled = [sample_tpe(search, "s", number, wrong)["lr"] for number in range(30)]
+    assert sum(lr > 0.01 for lr in truth) > 25 > 10 > sum(lr > 0.01 for lr in misled)
 
 
-def test_tpe_finds_a_better_place_than_random_draws():
+def test_tpe_finds_better_hyperparameters_than_random_samples():
     search = load_search(DEMO, ["searcher=tpe", "trials=40", "studies.activation.values=[lsq]", "space.lr.low=1e-4",
                                 "space.lr.high=1"])
-    course = TrialQueue(search, [])
-    while (trial := course.next()) is not None:
-        end(course, trial)
-    miss = [abs(math.log10(trial.drawn["lr"]) + 1.5) for trial in course.trials.values()]
+    queue = TrialQueue(search, [])
+    while (trial := queue.next()) is not None:
+        end(queue, trial)
+    miss = [abs(math.log10(trial.drawn["lr"]) + 1.5) for trial in queue.trials.values()]
     assert sum(miss[20:]) / 20 < sum(miss[:STARTUP]) / STARTUP / 2
-    assert [trial.source for trial in course.trials.values()] == ["random"] * STARTUP + ["tpe"] * 30
+    assert [trial.source for trial in queue.trials.values()] == ["random"] * STARTUP + ["tpe"] * 30
 
 
 def test_points_come_first_in_every_study():
     search = load_search(DEMO, ["points={mine: {lr: 0.01, coeff_qparm_lr: 0.02, qparm_wd: 1e-4}}", "trials=2"])
-    every = listed(search)
+    every = all_trials(search)
     assert [trial.source for trial in every] == ["point"] * 2 + ["random"] * 2
     assert every[1].overrides["optim.lr"] == 0.01 and every[1].drawn["coeff_qparm_lr"] == 0.02
-    assert every[2].drawn == listed(load_search(DEMO, ["trials=2"]))[2].drawn  # the others stay as they were
+    assert every[2].drawn == all_trials(load_search(DEMO, ["trials=2"]))[2].drawn  # the others are unchanged
 
 
 def test_cases_set_several_keys():
     search = load_search(ROOT / "configs/search/cifar10.yaml")
-    course = TrialQueue(search, [])
-    first = [course.next() for _ in range(18)]
+    queue = TrialQueue(search, [])
+    first = [queue.next() for _ in range(18)]
     assert len({trial.study for trial in first}) == 18
     mine = next(trial for trial in first if trial.study == "nulsq-a_3")
     assert mine.overrides["quant.weight.quantizer"] == "lsq" and mine.overrides["quant.bits"] == 3
@@ -182,7 +184,7 @@ def test_cases_set_several_keys():
 # ---- warm start
 
 
-def test_a_search_starts_from_what_another_one_found(tmp_path):
+def test_a_search_starts_from_the_results_of_another_one(tmp_path):
     other = made_search(tmp_path / "other", {"bits": ("quant.bits", [2, 4])}, trials=16)
     file = tmp_path / "next.yaml"
     file.write_text(f"recipe: {ROOT}/configs/recipes/digits/w2a2.yaml\nwarm_start: {other.directory}\nwarm_best: 2\n"
@@ -190,10 +192,10 @@ def test_a_search_starts_from_what_another_one_found(tmp_path):
                     + "".join(f"  {name}: {{key: {each.key}, low: {each.low}, high: {each.high}}}\n"
                               for name, each in other.space.items()))
     search = load_search(file)
-    warm = warm_rows(search)
-    course = TrialQueue(search, [], warm)
-    first = [course.next() for _ in range(6)]
-    assert [trial.source for trial in first] == ["warm"] * 4 + ["tpe"] * 2  # it has learned enough to draw at once
+    warm = warm_start_results(search)
+    queue = TrialQueue(search, [], warm)
+    first = [queue.next() for _ in range(6)]
+    assert [trial.source for trial in first] == ["warm"] * 4 + ["tpe"] * 2  # TPE has enough observations at once
     best = {study: sorted((row for row in warm[study] if row.good), key=lambda row: (-row.epochs, -row.score))
             for study in ("2", "4")}
     assert [trial.drawn for trial in first[:4]] == [best[study][i].trial.drawn for i in range(2)
@@ -204,7 +206,7 @@ def test_a_search_starts_from_what_another_one_found(tmp_path):
                            (None, "ranked by val_top1, this search by val_loss")):
         changed = dataclasses.replace(search, **({"warm_start": str(wrong)} if wrong else {"metric": "val_loss"}))
         with pytest.raises(InputError, match=message):
-            warm_rows(changed)
+            warm_start_results(changed)
 
 
 # ---- two objectives
@@ -212,28 +214,28 @@ def test_a_search_starts_from_what_another_one_found(tmp_path):
 
 def test_only_trials_of_about_the_same_cost_are_compared():
     search = load_search(DEMO, ["against=average_bits"])
-    trial = listed(search)[0]
+    trial = all_trials(search)[0]
     strata = [stratum(search, dataclasses.replace(trial, cost={"average_bits": bits, "bytes": 1}))
               for bits in (2.1, 2.2, 2.4, 4.0)]
     assert strata == ["lsq_nulsq_2~2", "lsq_nulsq_2~2", "lsq_nulsq_2~2.5", "lsq_nulsq_2~4"]
     assert stratum(load_search(DEMO), trial) == "lsq_nulsq_2"
 
 
-def test_tpe_with_two_objectives_looks_for_the_front():
-    """Score rises with the bits; for each of them there is a best lr. TPE goes on with several bits, near that lr."""
+def test_tpe_with_two_objectives_searches_the_front():
+    """Score rises with the bits; for each of them there is a best lr. TPE keeps sampling several bits, near that lr."""
     search = load_search(DEMO, ["searcher=tpe", "against=average_bits", "trials=60", "studies.bits.key=run.seed",
                                 "studies.activation.values=[lsq]", "space.lr.low=1e-4", "space.lr.high=1",
                                 "space.bits={key: quant.bits, sample: choice, values: [2, 3, 4]}"])
-    course = TrialQueue(search, [])
-    while (trial := course.next()) is not None:
+    queue = TrialQueue(search, [])
+    while (trial := queue.next()) is not None:
         trial = dataclasses.replace(trial, cost={"average_bits": float(trial.drawn["bits"]), "bytes": 1})
-        course.trials[trial.key] = trial
+        queue.trials[trial.key] = trial
         for epoch in range(1, 5):
-            course.result(trial.key, epoch, score(trial, epoch) + 3 * trial.drawn["bits"])
-        course.end(trial.key, TrialStatus.FINISHED)
-    later = list(course.trials.values())[30:]
+            queue.result(trial.key, epoch, score(trial, epoch) + 3 * trial.drawn["bits"])
+        queue.end(trial.key, TrialStatus.FINISHED)
+    later = list(queue.trials.values())[30:]
     assert {trial.drawn["bits"] for trial in later} == {2, 3, 4}
-    early = [abs(math.log10(trial.drawn["lr"]) + 1.5) for trial in list(course.trials.values())[:STARTUP]]
+    early = [abs(math.log10(trial.drawn["lr"]) + 1.5) for trial in list(queue.trials.values())[:STARTUP]]
     late = [abs(math.log10(trial.drawn["lr"]) + 1.5) for trial in later]
     assert sum(late) / len(late) < sum(early) / len(early)
 
@@ -242,7 +244,7 @@ def test_tpe_with_two_objectives_looks_for_the_front():
 
 
 def test_the_journal_gives_back_every_trial_and_survives_a_cut(tmp_path):
-    every = listed(load_search(DEMO, ["trials=3"]))
+    every = all_trials(load_search(DEMO, ["trials=3"]))
     for trial in every:
         journal.append(tmp_path, trial)
     assert journal.read(tmp_path) == every
