@@ -91,9 +91,9 @@ def reading(recipe: Recipe, rank: int, size: int, device: torch.device, seconds:
         elif took > seconds:
             break
     batches.close()
-    kind = loaders.kind
+    kind = loaders.loader_name
     loaders = batches = pixels = None  # what is mapped stays in memory: the disk would not be asked
-    files = ([data.beton("train")] if kind == "ffcv" else [data.path / "train_images.npy"] if data.kind == "arrays"
+    files = ([data.beton("train")] if kind == "ffcv" else [data.path / "train_images.npy"] if data.storage == "arrays"
              else data.paths("train")[rank::size])
     return {"images": images / max(took, 1e-9), "loader": kind, "path": str(data.path),
             "bytes": _raw(files, rank / size, seconds)}

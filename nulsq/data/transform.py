@@ -1,30 +1,32 @@
-"""How samples of a split are looked at: crop, flip and size, the same words for every loader."""
+"""Crop, flip and size of a split's images: one description that every loader follows."""
 
 from dataclasses import dataclass
 
-STEP = 32  # pixels that photographs grow by: every network's stride divides it
+STEP = 32  # photographs grow by this many pixels, a multiple of every network's stride
 
 
 @dataclass(frozen=True)
-class View:
+class Transform:
+    """How a loader turns stored images into those of a batch."""
+
     seed: int
-    crop: str  # "none" (photographs: central crop of `ratio`), "pad" (arrays), "resized" (photographs)
-    padding: int
-    flip: bool
-    size: int  # pixels of photographs, from epoch ramp[1] on
-    ratio: float  # of the central crop
-    start_size: int | None = None  # their pixels until epoch ramp[0]; None: `size` throughout
+    crop: str  # "none" (of a photograph the central square), "pad" (small images), "resized" (photographs)
+    padding: int  # pixels on each side, for crop "pad"
+    flip: bool  # mirror half of the images
+    size: int  # side of a photograph's crop in pixels, from epoch ramp[1]
+    ratio: float  # side of the central square / shorter side of the photograph
+    start_size: int | None = None  # side until epoch ramp[0]; None: `size` in every epoch
     ramp: tuple[int, int] = (0, 0)
 
     @property
     def border(self) -> int:
-        """Black pixels on every side that a random crop is taken out of."""
+        """Black pixels added on each side before a random crop."""
         return self.padding if self.crop == "pad" else 0
 
     def size_at(self, epoch: int) -> int:
-        """Pixels of a photograph in an epoch: linear between the ends of the ramp, in steps of 32.
+        """Side of a photograph's crop in an epoch: linear within the ramp, rounded to multiples of 32 pixels.
 
-        The progressive resizing of FFCV's ImageNet recipes (Leclerc et al., CVPR 2023, arXiv:2306.12517).
+        This is the progressive resizing of FFCV's ImageNet recipes (Leclerc et al., CVPR 2023, arXiv:2306.12517).
         """
         first, last = self.ramp
         if self.start_size is None or epoch >= last:
