@@ -1,8 +1,8 @@
-"""python -m data_prep bench DIR: images per second that each loader gives, by cores.
+"""python -m data_prep bench DIR: images per second of every loader that can read a data set, by number of workers.
 
-A step's worth of images after another, with the recipe's random resized crop and flip (photographs) or crop and flip
-(small images), nothing done with them. The first epoch is timed apart: FFCV compiles in it. Memory is what the process
-grew by.
+Each loader yields training batches with the usual augmentation: random resized crop and flip for photographs, crop and
+flip for small images. Nothing is done with the batches. The first batch is timed separately, because FFCV compiles its
+pipeline then. "memory" is how much the process grew.
 """
 
 import importlib.util
@@ -10,66 +10,73 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from nulsq.config import Data
 from nulsq.data import DataSet, build_loaders
 from nulsq.errors import InputError
+from nulsq.text import markdown_table
 from nulsq.training.memory import resident_bytes
 
+LOADERS: tuple[Literal["ffcv", "torchvision", "device"], ...] = ("ffcv", "torchvision", "device")
 
-def measure(path: Path, workers: list[int], size: int = 224, batch: int = 64, seconds: float = 5.0,
-            kinds: tuple[str, ...] = ("ffcv", "torchvision", "device")) -> Iterator[dict]:
-    """A row for each loader and number of workers: kind, workers, images_per_second, quartiles, first_batch, megabytes.
 
-    A loader that the data set cannot be read with here has no row.
+def measure(path: Path, workers: list[int], size: int = 224, batch: int = 64, seconds: float = 5.0
+            ) -> Iterator[dict[str, Any]]:
+    """A row for each loader that can read the data set on this machine, and each number of workers.
+
+    Loaders of small images run in the training process; they have one row, with 0 workers.
     """
     data = DataSet(path)
-    for kind in kinds:
-        if kind == "ffcv" and (importlib.util.find_spec("ffcv") is None or data.beton("train") is None) or \
-                kind == "device" and data.kind != "arrays":
+    photographs = data.storage == "files"
+    for loader_name in LOADERS:
+        if loader_name == "ffcv" and (importlib.util.find_spec("ffcv") is None or data.beton("train") is None) or \
+                loader_name == "device" and photographs:
             continue
-        for count in [0] if kind == "device" or kind == "torchvision" and data.kind == "arrays" else workers:
-            files = data.kind == "files"
-            recipe = Data(path=str(path), batch=min(batch, data.counts["train"]), loader=kind, workers=count,
-                          crop="resized" if files else "pad", flip=True, size=size, holdout="none")
-            yield {"kind": kind, "workers": count, **_rate(recipe, data, seconds)}
+        for count in workers if loader_name == "ffcv" or photographs else [0]:
+            recipe = Data(path=str(path), batch=min(batch, data.counts["train"]), loader=loader_name, workers=count,
+                          crop="resized" if photographs else "pad", flip=True, size=size, holdout="none")
+            yield {"loader": loader_name, "workers": count, **_rates(recipe, data, seconds)}
 
 
-def _rate(recipe, data, seconds):
-    before, began = resident_bytes(), time.perf_counter()
-    train, rates, epoch, first = build_loaders(recipe, data, 0).train, [], 0, None
-    total = time.perf_counter()
-    while not rates or time.perf_counter() - total < seconds:
+def _rates(recipe: Data, data: DataSet, seconds: float) -> dict[str, Any]:
+    """Images per second over the first epochs that take `seconds`, at most three times as long."""
+    memory, start = resident_bytes(), time.perf_counter()
+    loader = build_loaders(recipe, data, 0).train
+    rates: list[float] = []
+    first_batch, measured_from, epoch = None, start, 0
+    while not rates or time.perf_counter() - measured_from < seconds:
         last = time.perf_counter()
-        for images, _, _ in train.epoch(epoch):
+        for images, _, _ in loader.epoch(epoch):
             now = time.perf_counter()
-            if first is None:
-                first, total = now - began, now
+            if first_batch is None:
+                first_batch, measured_from = now - start, now
             else:
                 rates.append(len(images) / (now - last))
             last = now
-            if now - total > 3 * seconds:
+            if now - measured_from > 3 * seconds:
                 break
         epoch += 1
-    ends = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
+    quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
     return {"images_per_second": round(len(rates) * recipe.batch / sum(recipe.batch / rate for rate in rates), 1),
-            "quartiles": [round(ends[0], 1), round(ends[2], 1)], "first_batch": round(first, 2),
-            "megabytes": round((resident_bytes() - before) / 2**20)}
+            "quartiles": [round(quartiles[0], 1), round(quartiles[2], 1)], "first_batch": round(first_batch or 0.0, 2),
+            "megabytes": round((resident_bytes() - memory) / 2**20)}
 
 
-def table(rows: list[dict]) -> str:
-    lines = ["| loader | workers | images/s | quartiles of the batches | first batch, s | memory, MB |",
-             "|---|---|---|---|---|---|"]
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `measure` as Markdown."""
+    cells = [["loader", "workers", "images/s", "quartiles of the batches", "first batch, s", "memory, MB"]]
     for row in rows:
         low, high = row["quartiles"]
-        lines.append(f"| {row['kind']} | {row['workers']} | {row['images_per_second']:.0f} | {low:.0f} - {high:.0f} | "
-                     f"{row['first_batch']} | {row['megabytes']} |")
-    return "\n".join(lines)
+        cells.append([row["loader"], str(row["workers"]), f"{row['images_per_second']:.0f}", f"{low:.0f} - {high:.0f}",
+                      str(row["first_batch"]), str(row["megabytes"])])
+    return "\n".join(markdown_table(cells))
 
 
 def bench(path: Path, workers: list[int], size: int, batch: int, seconds: float) -> str:
+    """The table for a data set. Raises InputError for a number of workers below 1."""
     if min(workers) < 1:
         raise InputError(f"--workers {min(workers)}, allowed: 1 and more")
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""python -m data_prep check DIR or FILE: is a data set as it was written? Sizes, checksums, counts, labels, pixels."""
+"""python -m data_prep check PATH: compare a data set with its manifest: sizes, checksums, counts, labels, pixels."""
 
 import os
 from pathlib import Path
@@ -12,15 +12,16 @@ from nulsq.errors import InputError
 
 
 def check(path: Path, *, decode: bool = False, workers: int | None = None) -> str:
-    """A line that says all is well. Raises InputError naming the first file, and sample, that is not as written.
+    """Check a prepared data set, or a single `.beton` file inside or outside of one; returns a line that sums it up.
 
-    `path`: a prepared data set, or a `.beton` file in or out of one. `decode`: every sample too.
+    decode: decode every sample of the `.beton` files too, in `workers` processes (default: as many as cores).
+    Raises InputError that names the first file, and sample, that differs from what was written.
     """
     if path.suffix == ".beton" and not path.is_dir():
         return _check_beton(path, decode, workers)
-    data = DataSet(path)  # files are there, with their sizes
+    data = DataSet(path)  # checks that all files are there, with their sizes
     for name in data.files:
-        _as_written(data, name)
+        _check_checksum(data, name)
     for split in SPLITS:
         labels = data.labels(split)
         if len(labels) != data.counts[split]:
@@ -30,49 +31,50 @@ def check(path: Path, *, decode: bool = False, workers: int | None = None) -> st
         missing = np.setdiff1d(np.arange(len(data.classes)), labels)
         if len(missing):
             raise InputError(f"{path}: no {split} image of class {data.classes[missing[0]]}")
-        if data.beton(split) is not None:
-            file = beton_format.read(data.beton(split), labels)
+        beton = data.beton(split)
+        if beton is not None:
+            file = beton_format.read(beton, labels)
             if decode:
-                _decoded(data.beton(split), workers)
-                if data.kind == "arrays":
-                    _same_pixels(data, split, file)
+                _check_decodes(beton, workers)
+                if data.storage == "arrays":
+                    _check_pixels(data, split, file)
     counts = ", ".join(f"{data.counts[split]} {split}" for split in SPLITS)
     return f"{path}: {counts} images, {len(data.classes)} classes, {len(data.files)} files as written" + (
         ", every sample decoded" if decode else "")
 
 
-def _check_beton(path, decode, workers):
+def _check_beton(path: Path, decode: bool, workers: int | None) -> str:
     if (path.parent / "manifest.json").is_file():
         data = DataSet(path.parent)
         if path.name not in data.files:
             raise InputError(f"{path} is not a file of the data set {path.parent}")
-        _as_written(data, path.name)
+        _check_checksum(data, path.name)
         file = beton_format.read(path, data.labels(path.stem))
-        known = "checksum and labels as written"
+        compared = "checksum and labels as written"
     else:
         if not path.is_file():
             raise InputError(f"no file {path}")
         file = beton_format.read(path)
-        known = "no manifest beside it, so no checksum"
+        compared = "checksum unknown: no manifest.json next to it"
     if decode:
-        _decoded(path, workers)
-    return f"{path}: {len(file.samples)} samples, {len(np.unique(file.samples['label']))} labels, {known}" + (
+        _check_decodes(path, workers)
+    return f"{path}: {len(file.samples)} samples, {len(np.unique(file.samples['label']))} labels, {compared}" + (
         ", every sample decoded" if decode else "")
 
 
-def _as_written(data, name):
+def _check_checksum(data: DataSet, name: str) -> None:
     if describe_file(data.path / name) != data.files[name]:
         raise InputError(f"{data.path / name}: the checksum is not the one that it was written with")
 
 
-def _decoded(path, workers):
+def _check_decodes(path: Path, workers: int | None) -> None:
     damaged = undecodable(path, workers or os.cpu_count() or 1)
     if damaged:
         raise InputError(f"{path}: {len(damaged)} samples cannot be decoded: {', '.join(map(str, damaged[:20]))}"
                          f"{', ...' if len(damaged) > 20 else ''}")
 
 
-def _same_pixels(data, split, file):
+def _check_pixels(data: DataSet, split: str, file: beton_format.BetonFile) -> None:
     images = data.images(split)
     for index in range(len(images)):
         if file.bytes_of(index) != images[index].tobytes():

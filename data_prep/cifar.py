@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from the standard python batches, as torchvision leaves them on disk, or downloaded by it."""
+"""CIFAR-10 and CIFAR-100 from the standard Python batches, from a folder or downloaded by torchvision."""
 
 from pathlib import Path
 
@@ -10,21 +10,24 @@ from nulsq.errors import InputError, require
 
 
 def prepare(out: Path, name: str, source: Path | None) -> Path:
-    """`name` is cifar10 or cifar100; `source` holds `cifar-10-batches-py` (or is it); None downloads."""
+    """Write the data set `name` ("cifar10" or "cifar100") to the folder `out`; returns it.
+
+    source: the folder `cifar-10-batches-py` (or `cifar-100-python`), or the one that contains it; None downloads it
+    next to `out`. Raises InputError if the images are not there or have other checksums than the published ones.
+    """
     datasets = require("torchvision.datasets", "train")
     archive = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    download = source is None
-    root = out.parent / f"{name}-download" if download else source
-    if not download and source.name == archive.base_folder:
-        root = source.parent
-    if download:
+    if source is None:
+        root = out.parent / f"{name}-download"
         print(f"downloading {archive.url}", flush=True)
+    else:
+        root = source.parent if source.name == archive.base_folder else source
     try:
         with without_foreign_bars():
-            splits = {"train": archive(str(root), train=True, download=download),
-                      "test": archive(str(root), train=False, download=download)}
+            splits = {"train": archive(str(root), train=True, download=source is None),
+                      "test": archive(str(root), train=False, download=source is None)}
     except Exception as error:
-        if download:
+        if source is None:
             raise InputError(f"{name} could not be downloaded ({error}); "
                              f"give --source with {archive.base_folder}") from None
         raise InputError(f"{root} does not hold {archive.base_folder} with the published checksums: {error}") from None

@@ -1,8 +1,8 @@
-"""The embedded data set: scikit-learn's handwritten digits, 1,797 real images that come inside the package.
+"""The digits: 1,797 real images of handwritten digits that scikit-learn contains, so nothing is downloaded.
 
-Written at 32x32 RGB, the size that CIFAR networks take: 8x8 images of 0..16 grey levels, enlarged bilinearly. A fifth
-of every class, drawn with a fixed seed, is the test set (the package names none). Do not flip: digits are not
-symmetric.
+They are written as RGB at 32x32 pixels, the size that CIFAR networks take: 8x8 pixels with grey levels 0..16, enlarged
+bilinearly. scikit-learn defines no test set; a fifth of every class, drawn with a fixed seed, becomes one. Do not train
+with flips: digits are not symmetric.
 """
 
 from pathlib import Path
@@ -19,6 +19,7 @@ TEST_SHARE, SEED = 0.2, 0
 
 
 def prepare(out: Path) -> Path:
+    """Write the data set to the folder `out`; returns it."""
     digits = require("sklearn.datasets", "digits").load_digits()
     images = np.stack([_enlarge(image) for image in digits.images])
     labels = digits.target.astype(np.int64)
@@ -31,5 +32,6 @@ def prepare(out: Path) -> Path:
 
 
 def _enlarge(image: np.ndarray) -> np.ndarray:
+    """float64 [8, 8] in 0..16 -> uint8 [32, 32, 3]"""
     grey = Image.fromarray((image * (255 / 16)).round().astype(np.uint8))
     return np.asarray(grey.resize((SIZE, SIZE), Image.Resampling.BILINEAR).convert("RGB"))

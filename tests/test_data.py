@@ -14,7 +14,7 @@ from nulsq.config import Data
 from nulsq.data import DataSet, Normalize, build_loader, build_loaders
 from nulsq.data.augment import apply_crop_and_flip, crop_and_flip, resized_crop
 from nulsq.data.order import sharded, shuffled, split, subset
-from nulsq.data.transform import View
+from nulsq.data.transform import Transform
 from nulsq.errors import InputError
 
 LABELS = np.repeat(np.arange(5), 40)
@@ -123,7 +123,7 @@ def loaders(digits, kind, workers=1, rank=0, size=1):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ffcv_gives_the_same_pixels_as_torchvision(digits, workers):
     ffcv, plain = loaders(digits, "ffcv", workers), loaders(digits, "torchvision")
-    assert (ffcv.kind, plain.kind) == ("ffcv", "torchvision")
+    assert (ffcv.loader_name, plain.loader_name) == ("ffcv", "torchvision")
     for number in (0, 3, 1):
         assert same(epoch(ffcv.train, number), epoch(plain.train, number))
     assert same(epoch(ffcv.val, 0), epoch(plain.val, 0))
@@ -288,11 +288,11 @@ def test_cifar10_gives_the_same_pixels_in_both_loaders(tmp_path):
 
 
 def test_photographs_grow_as_the_recipe_says():
-    view = View(0, "resized", 0, True, 192, 0.875, 160, (0.75, 0.875), 16)
-    assert [view.size_at(epoch) for epoch in (0, 11, 12, 13, 15)] == [160, 160, 192, 192, 192]
-    slow = View(0, "resized", 0, True, 224, 0.875, 128, (0.3, 0.9), 10)
+    transform = Transform(0, "resized", 0, True, 192, 0.875, 160, (0.75, 0.875), 16)
+    assert [transform.size_at(epoch) for epoch in (0, 11, 12, 13, 15)] == [160, 160, 192, 192, 192]
+    slow = Transform(0, "resized", 0, True, 224, 0.875, 128, (0.3, 0.9), 10)
     assert [slow.size_at(epoch) for epoch in range(10)] == [128, 128, 128, 128, 160, 192, 192, 192, 224, 224]
-    assert View(0, "resized", 0, True, 96, 0.875).size_at(7) == 96
+    assert Transform(0, "resized", 0, True, 96, 0.875).size_at(7) == 96
 
 
 @real

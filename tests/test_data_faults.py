@@ -156,7 +156,7 @@ def test_check_verifies_a_file_and_decodes_every_sample(beton, copy, capsys):
     alone = copy.parent / "alone.beton"
     shutil.copyfile(beton / "train.beton", alone)
     assert main(["check", str(alone)]) == 0
-    assert "no manifest beside it" in capsys.readouterr().out
+    assert "checksum unknown: no manifest.json next to it" in capsys.readouterr().out
     file = beton_format.read(alone)
     patch(alone, int(file.samples["start"][5]), b"\0\0\0\0")
     assert main(["check", str(alone)]) == 2
@@ -173,7 +173,7 @@ def test_check_verifies_a_file_and_decodes_every_sample(beton, copy, capsys):
     (8, (5).to_bytes(8, "little"), "has other labels than the data set"),
     (24, b"\5", "does not hold an image and a label"),
     (24 + 2 * 1041 + 1, b"\x39\0", "its records are not those that were written"),  # a width, by 1
-    (24 + 2 * 1041 + 5, b"\xff" * 7, "what it says of sample 0 cannot be"),
+    (24 + 2 * 1041 + 5, b"\xff" * 7, "the record of sample 0 is impossible"),
 ])
 def test_a_file_that_is_not_what_it_should_be_names_itself(copy, offset, content, message):
     patch(copy / "train.beton", offset, content)
@@ -191,7 +191,7 @@ def test_a_damaged_photograph_reaches_the_training_loop_with_its_index(copy):
     for workers in (1, 2):
         with pytest.raises(InputError, match=r"train.beton: the photograph of sample 17 is damaged"):
             list(loader(copy, workers=workers).epoch(0))
-    assert not [thread for thread in threading.enumerate() if type(thread).__name__ == "_Watched"]
+    assert not [thread for thread in threading.enumerate() if type(thread).__name__ == "_EpochThread"]
 
 
 def test_the_torchvision_loader_names_the_sample_too(source, tmp_path):

@@ -117,7 +117,7 @@ def test_without_ffcv_everything_but_the_beton_files_is_written(tmp_path, monkey
     assert "ffcv is not installed" in capsys.readouterr().out
     data = DataSet(tmp_path / "digits")
     assert not list(data.path.glob("*.beton"))
-    assert build_loaders(Data(path=str(data.path)), data, 0).kind == "device"
+    assert build_loaders(Data(path=str(data.path)), data, 0).loader_name == "device"
     with pytest.raises(InputError, match="needs ffcv"):
         build_loaders(Data(path=str(data.path), loader="ffcv"), data, 0)
     monkeypatch.setattr(importlib.util, "find_spec", real)

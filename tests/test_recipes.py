@@ -5,7 +5,7 @@ import yaml
 from conftest import ROOT
 
 from nulsq.config import Recipe, flatten, load, load_recipe
-from nulsq.data.transform import View
+from nulsq.data.transform import Transform
 from nulsq.errors import InputError
 from nulsq.quant.settings import FLOAT, Policy
 
@@ -61,9 +61,9 @@ def test_each_rung_of_the_ladder_has_the_settings_of_its_former_file(stem, epoch
     settings = flatten(recipe)
     assert {key for key in settings.keys() | former.keys() if settings.get(key) != former.get(key)} <= RENAMED
     data = recipe.data
-    view = View(0, data.crop, 0, data.flip, data.size, data.eval_ratio, data.start_size,
+    transform = Transform(0, data.crop, 0, data.flip, data.size, data.eval_ratio, data.start_size,
                 (data.ramp_start, data.ramp_end), epochs)
-    sizes = [view.size_at(epoch) for epoch in range(epochs)]
+    sizes = [transform.size_at(epoch) for epoch in range(epochs)]
     assert sizes == [size_by_epochs(epoch, *RAMPS[epochs]) for epoch in range(epochs)]
     # Formerly imagenet-rn18_16_w2a2-0, from runs/imagenet-rn18_16-0.
     assert (recipe.name, recipe.run.train_id) == (f"imagenet-{stem}", str(epochs))

@@ -75,7 +75,7 @@ def reading(recipe: Recipe, rank: int, size: int, device: torch.device, seconds:
     """Images per second of the recipe's own loader, and bytes per second of its files, each over at most `seconds`."""
     data = DataSet(recipe.data.path)
     images, loader = _images_per_second(recipe, data, rank, size, device, seconds)
-    files = ([data.beton("train")] if loader == "ffcv" else [data.path / "train_images.npy"] if data.kind == "arrays"
+    files = ([data.beton("train")] if loader == "ffcv" else [data.path / "train_images.npy"] if data.storage == "arrays"
              else data.paths("train")[rank::size])
     return {"images": images, "loader": loader, "path": str(data.path),
             "bytes": _bytes_per_second(files, rank / size, seconds)}
@@ -103,7 +103,7 @@ def _images_per_second(recipe: Recipe, data: DataSet, rank: int, size: int, devi
         elif elapsed > seconds:
             break
     batches.close()
-    return images / max(elapsed, 1e-9), loaders.kind
+    return images / max(elapsed, 1e-9), loaders.loader_name
 
 
 def _bytes_per_second(files: Sequence[Any], share: float, seconds: float) -> float:

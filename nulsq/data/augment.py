@@ -1,69 +1,85 @@
-"""Random crop and flip as arithmetic: pure functions of (seed, epoch, sample index).
+"""Random crop and flip as pure functions of (seed, epoch, sample index).
 
-No generator has a state, so the same sample gets the same crop in every loader, for any number of workers and
-ranks, and after a resume. The functions are written once, for NumPy arrays and for numba's scalars alike.
+No random number generator keeps a state. So a sample gets the same crop in every loader, with any number of workers and
+ranks, and after a resume. Each function works on NumPy arrays and on scalars, and numba compiles it for FFCV.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
-_A, _B, _C = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_D = np.uint64(0xD1342543DE82EF95)
-_30, _27, _31, _11 = (np.uint64(c) for c in (30, 27, 31, 11))
-_UNIT = 2.0**-53
+# Multipliers and shifts of splitmix64 (Steele et al., OOPSLA 2014); DRAW is another odd multiplier.
+GOLDEN, MIX_1, MIX_2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+DRAW = np.uint64(0xD1342543DE82EF95)
+SHIFT_1, SHIFT_2, SHIFT_3, TO_53_BITS = (np.uint64(c) for c in (30, 27, 31, 11))
+UNIT = 2.0**-53
 
-# Random resized crop: share of the area and aspect ratio, as in the ImageNet recipes of the field.
+# Numbers of a sample's draws. A resized crop uses RESIZED and those after it, four per attempt.
+TOP, LEFT, FLIP, RESIZED = (np.uint64(c) for c in (0, 1, 2, 16))
+
+# Random resized crop: ranges of the share of the area and of the aspect ratio, as usual for ImageNet.
 SCALE = (0.08, 1.0)
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 ATTEMPTS = 10
 
-
-def _mix(x):
-    """The finalizer of splitmix64, a bijection of 64 bits (Steele et al., OOPSLA 2014)."""
-    x = (x ^ (x >> _30)) * _B
-    x = (x ^ (x >> _27)) * _C
-    return x ^ (x >> _31)
+Integers = Any  # uint64, a NumPy array or a scalar
 
 
-def uniform(seed, epoch, index, draw):
-    """Number `draw` of a sample in an epoch, uniform in [0, 1). All arguments uint64, arrays or scalars."""
-    x = _mix(seed * _A + epoch)
-    x = _mix(x * _A + index)
-    return (_mix(x * _D + draw) >> _11) * _UNIT
+def mix(x: Integers) -> Integers:
+    """The finalizer of splitmix64, a bijection of 64 bits."""
+    x = (x ^ (x >> SHIFT_1)) * MIX_1
+    x = (x ^ (x >> SHIFT_2)) * MIX_2
+    return x ^ (x >> SHIFT_3)
 
 
-def crop_and_flip(seed: int, epoch: int, indices: np.ndarray, padding: int):
-    """(top, left) in 0..2*padding of the crop from the padded image, and whether to flip; arrays like `indices`."""
-    seed, epoch = np.array([seed], np.uint64), np.array([epoch], np.uint64)
+def uniform(seed: Integers, epoch: Integers, index: Integers, draw: Integers) -> Any:
+    """Random number `draw` of a sample in an epoch, float64, uniform in [0, 1). All arguments are uint64."""
+    x = mix(seed * GOLDEN + epoch)
+    x = mix(x * GOLDEN + index)
+    return (mix(x * DRAW + draw) >> TO_53_BITS) * UNIT
+
+
+def crop_and_flip(seed: int, epoch: int, indices: np.ndarray, padding: int
+                  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where to crop padded images, and which to flip: arrays (top, left, flip) of the shape of `indices`.
+
+    top, left: int64 in 0..2 * padding, the crop's corner in the padded image. flip: bool.
+    """
+    seeds, epochs = np.array([seed], np.uint64), np.array([epoch], np.uint64)
     indices = indices.astype(np.uint64)
-    top, left, flip = (uniform(seed, epoch, indices, np.array([draw], np.uint64)) for draw in range(3))
+    top, left, flip = (uniform(seeds, epochs, indices, np.array([draw])) for draw in (TOP, LEFT, FLIP))
     offsets = 2 * padding + 1
     return (top * offsets).astype(np.int64), (left * offsets).astype(np.int64), flip < 0.5
 
 
 def apply_crop_and_flip(images: np.ndarray, seed: int, epoch: int, indices: np.ndarray, padding: int,
                         flip: bool) -> np.ndarray:
-    """Crop images [B, H, W, 3] from their zero-padded selves, and flip some. A new array."""
-    top, left, mirrored = crop_and_flip(seed, epoch, indices, padding)
+    """Pad images [B, H, W, 3] with black, crop them back to H x W, and flip some if `flip`. Returns a new array."""
+    top, left, flipped = crop_and_flip(seed, epoch, indices, padding)
     _, height, width, _ = images.shape
     padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     out = np.empty_like(images)
     for i in range(len(images)):
         crop = padded[i, top[i]:top[i] + height, left[i]:left[i] + width]
-        out[i] = crop[:, ::-1] if flip and mirrored[i] else crop
+        out[i] = crop[:, ::-1] if flip and flipped[i] else crop
     return out
 
 
-def is_flipped(seed, epoch, index):
-    """Whether a photograph is flipped: the same draw as in `crop_and_flip`. uint64 scalars."""
-    return uniform(seed, epoch, index, np.uint64(2)) < 0.5
+def is_flipped(seed: Integers, epoch: Integers, index: Integers) -> Any:
+    """Whether a photograph is flipped: the same draw as in `crop_and_flip`. Arguments are uint64 scalars."""
+    return uniform(seed, epoch, index, FLIP) < 0.5
 
 
-def resized_crop(seed, epoch, index, height, width):
-    """(top, left, height, width) of a random resized crop. seed, epoch, index: uint64 scalars."""
+def resized_crop(seed: Integers, epoch: Integers, index: Integers, height: int, width: int
+                 ) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random resized crop (Szegedy et al., CVPR 2015, arXiv:1409.4842).
+
+    seed, epoch, index: uint64 scalars. If no attempt fits into the image, the largest central crop with an allowed
+    aspect ratio is taken.
+    """
     area = float(height) * float(width)
-    draw = np.uint64(16)  # the first ones belong to crop_and_flip
+    draw = RESIZED
     for _ in range(ATTEMPTS):
         share = SCALE[0] + (SCALE[1] - SCALE[0]) * uniform(seed, epoch, index, draw)
         ratio = math.exp(LOG_RATIO[0] + (LOG_RATIO[1] - LOG_RATIO[0])
@@ -84,7 +100,7 @@ def resized_crop(seed, epoch, index, height, width):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def center_crop(height, width, ratio):
-    """(top, left, side, side) of the central square of `ratio` times the shorter side."""
+def center_crop(height: int, width: int, ratio: float) -> tuple[int, int, int, int]:
+    """(top, left, side, side) of the central square with `ratio` times the shorter side."""
     side = int(ratio * min(height, width))
     return (height - side) // 2, (width - side) // 2, side, side

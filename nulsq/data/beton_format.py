@@ -1,11 +1,13 @@
-"""What stands in a `.beton` file (FFCV's format, version 2), read and judged before anything trusts it.
+"""Read and verify the records of a `.beton` file (FFCV's format, version 2). Needs no ffcv.
 
-    header, field descriptions, a record per sample, ..., pixels, ..., a table of where each sample's pixels lie
+    header, field descriptions, one record per sample, ..., pixels, ..., a table of the places of each sample's pixels
 
-FFCV's compiled code copies by these numbers without a look: a damaged width writes past a buffer. Needs no ffcv.
+FFCV's compiled code copies pixels by these numbers without checking them, so a damaged width would write past the end
+of a buffer. They are checked here before FFCV opens the file.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ PLACE = np.dtype([("sample", "<u8"), ("start", "<u8"), ("size", "<u8")])
 @dataclass(frozen=True)
 class BetonFile:
     path: Path
-    digest: str  # sha256 of all but the pixels
+    digest: str  # sha256 of everything but the pixels
     samples: np.ndarray  # SAMPLE [N]
     sizes: np.ndarray  # int64 [N], bytes of each sample's pixels
 
@@ -38,49 +40,49 @@ class BetonFile:
 
 
 def read(path: Path, labels: np.ndarray | None = None, digest: str | None = None) -> BetonFile:
-    """The records of a `.beton` file, all of them consistent with one another and with the file's size.
+    """The records of a `.beton` file, verified to be consistent with each other and with the file's size.
 
-    `labels` (int64 [N]) and `digest` are what it has to have. Raises InputError naming the file and what is wrong.
+    labels (int64 [N]), digest: what the file has to contain, if given. Raises InputError naming the file and the fault.
     """
-    def wrong(what):
+    def fault(what: str) -> InputError:
         return InputError(f"{path} {what}; make the data set again with python -m data_prep")
 
     try:
         length = path.stat().st_size
         with path.open("rb") as file:
             if length < HEADER.itemsize:
-                raise wrong(f"has only {length} bytes: truncated")
+                raise fault(f"has only {length} bytes: truncated")
             parts = [file.read(HEADER.itemsize)]
             header = np.frombuffer(parts[0], HEADER)[0]
             if header["version"] != VERSION:
-                raise wrong(f"is no .beton file of version {VERSION} (it says {header['version']})")
+                raise fault(f"is no .beton file of version {VERSION} (it says {header['version']})")
             if header["fields"] != 2:
-                raise wrong(f"has {header['fields']} fields, an image and a label are expected")
+                raise fault(f"has {header['fields']} fields, an image and a label are expected")
             count, table = int(header["samples"]), int(header["table"])
             records = HEADER.itemsize + 2 * FIELD.itemsize
             if records + count * SAMPLE.itemsize > length or not records <= table <= length:
-                raise wrong(f"is truncated: {length} bytes do not hold its {count} samples and their table")
+                raise fault(f"is truncated: {length} bytes do not hold its {count} samples and their table")
             parts += [file.read(2 * FIELD.itemsize), file.read(count * SAMPLE.itemsize)]
             fields, samples = np.frombuffer(parts[1], FIELD), np.frombuffer(parts[2], SAMPLE)
             if fields["type"].tolist() != [IMAGE, INTEGER]:
-                raise wrong("does not hold an image and a label for each sample")
+                raise fault("does not hold an image and a label for each sample")
             file.seek(table)
             parts.append(file.read())
             places = np.frombuffer(parts[3][:len(parts[3]) // PLACE.itemsize * PLACE.itemsize], PLACE)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if labels is not None and (len(samples) != len(labels) or not np.array_equal(samples["label"], labels)):
-        raise wrong(f"has other labels than the data set ({len(samples)} samples for {len(labels)})")
-    sizes, found = _sizes(samples, places, length, wrong), hashlib.sha256(b"".join(parts)).hexdigest()
-    if digest is not None and digest != found:
-        raise wrong("is damaged: its records are not those that were written")
-    return BetonFile(path, found, samples, sizes)
+        raise fault(f"has other labels than the data set ({len(samples)} samples for {len(labels)})")
+    sizes, actual_digest = _sizes(samples, places, length, fault), hashlib.sha256(b"".join(parts)).hexdigest()
+    if digest is not None and digest != actual_digest:
+        raise fault("is damaged: its records are not those that were written")
+    return BetonFile(path, actual_digest, samples, sizes)
 
 
-def _sizes(samples, places, length, wrong):
-    """Bytes of each sample's pixels, after a look at every number that FFCV's code relies on."""
+def _sizes(samples: np.ndarray, places: np.ndarray, length: int, fault: Callable[[str], InputError]) -> np.ndarray:
+    """Bytes of each sample's pixels, int64 [N], after checking every number that FFCV's code relies on."""
     if len(places) != len(samples) or not len(samples):
-        raise wrong(f"has a table of {len(places)} places for {len(samples)} samples")
+        raise fault(f"has a table of {len(places)} places for {len(samples)} samples")
     places = places[np.argsort(places["start"], kind="stable")]
     at = np.searchsorted(places["start"], samples["start"])
     known = (at < len(places)) & (places["start"][np.minimum(at, len(places) - 1)] == samples["start"])
@@ -91,7 +93,7 @@ def _sizes(samples, places, length, wrong):
     good = known & inside & (area > 0) & np.where(raw, sizes == area, (samples["mode"] == JPEG) & (sizes > 0))
     if not good.all():
         index = int(np.flatnonzero(~good)[0])
-        raise wrong(f"is damaged: what it says of sample {index} cannot be (mode {samples['mode'][index]}, "
+        raise fault(f"is damaged: the record of sample {index} is impossible (mode {samples['mode'][index]}, "
                     f"{samples['width'][index]} x {samples['height'][index]} pixels, {sizes[index]} bytes at "
                     f"{samples['start'][index]} of {length})")
     return sizes.astype(np.int64)

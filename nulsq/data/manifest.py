@@ -1,17 +1,16 @@
-"""What a prepared data set holds. Written by `data_prep`, read by the loaders.
+"""A prepared data set: what its folder holds. `data_prep` writes it, the loaders read it.
 
-A data set is a folder; `manifest.json` fixes the sample indices and names every file with its size and checksum:
+manifest.json fixes the order of the samples and names every file with its size and checksum:
 
     train_labels.npy, test_labels.npy     int64 [N], by sample index
-    train_images.npy, test_images.npy     uint8 [N, H, W, 3], for small equal images (kind "arrays")
-    train_files.txt, test_files.txt       a path per sample, relative to `root`, for photographs (kind "files")
-    train.beton, test.beton               the same samples in the same order for FFCV, where it was installed
+    train_images.npy, test_images.npy     uint8 [N, H, W, 3], of small equal images (storage "arrays")
+    train_files.txt, test_files.txt       a path per sample, relative to `root`, of photographs (storage "files")
+    train.beton, test.beton               the same samples in the same order for FFCV, if it was installed
 
-`test` is the official test or validation set. The holdout that selection sees is an index set over `train`.
+`test` is the official test or validation set. The holdout that a search selects by is a part of `train`.
 
-Recipes name this folder, and its manifest.json is what the data set is: its checksum names the copies that
-`python -m launch.stage` makes on a node's own disk. Where the environment variable NULSQ_SCRATCH says where they lie,
-a finished copy of exactly this manifest is read instead; without one the folder itself is, and nothing is said.
+A recipe names the data set's folder. `python -m launch.stage` copies data sets to a node's own disk, below the folder
+that the environment variable NULSQ_SCRATCH names. A complete copy with the same manifest.json is then read instead.
 """
 
 import dataclasses
@@ -20,6 +19,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,121 +29,134 @@ from nulsq.errors import InputError
 FORMAT = 1
 SPLITS = ("train", "test")
 SCRATCH = "NULSQ_SCRATCH"  # environment variable: the folder on this node's own disk that has copies of data sets
+AGAIN = "make the data set again with python -m data_prep"
 
 
 @dataclass(frozen=True)
 class DataFile:
+    """A file as it was written."""
+
     bytes: int
     sha256: str
-    records: str | None = None  # of a .beton file: the checksum of all but its pixels, looked at whenever it is opened
+    records: str | None = None  # of a .beton file: checksum of all but its pixels, verified whenever it is opened
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """The content of manifest.json, where `storage` has the key "kind"."""
+
     name: str
-    kind: str  # "arrays" or "files"
+    storage: str  # "arrays": small equal images; "files": photographs
     classes: list[str]
-    mean: list[float]  # per channel, of images in 0..1
+    mean: list[float]  # per channel, of values in 0..1
     std: list[float]
     counts: dict[str, int]  # images per split
     files: dict[str, DataFile]
     source: str
-    size: int | None = None  # pixels of each side, kind "arrays"
-    root: str | None = None  # folder that file lists are relative to, kind "files"
-    writer: dict = field(default_factory=dict)  # options that the .beton files were written with
+    size: int | None = None  # side in pixels, for "arrays"
+    root: str | None = None  # folder that file lists are relative to, for "files"
+    writer: dict[str, Any] = field(default_factory=dict)  # options that the .beton files were written with
     format: int = FORMAT
 
 
 class DataSet:
-    """A prepared data set on disk. Opening checks that every file is there with the size that was written.
+    """A prepared data set on disk. Raises InputError if a file is missing or has not the size that was written.
 
     Attributes:
-        path: the folder that is read: a copy on this node's own disk, where `staged` finds one.
+        path: the folder that is read; a copy on this node's own disk if there is one (see `staged`).
+        storage: "arrays" (small equal images) or "files" (photographs).
     """
 
     def __init__(self, path: str | Path):
         self.path = staged(Path(path))
         self.manifest = manifest = read(self.path)
-        self.name, self.kind, self.classes = manifest.name, manifest.kind, manifest.classes
+        self.name, self.storage, self.classes = manifest.name, manifest.storage, manifest.classes
         self.counts, self.files, self.mean, self.std = manifest.counts, manifest.files, manifest.mean, manifest.std
-        for name, wanted in self.manifest.files.items():
+        for name, written in manifest.files.items():
             file = self.path / name
             if not file.is_file():
-                raise InputError(f"{file} is missing; make the data set again with python -m data_prep")
-            if file.stat().st_size != wanted.bytes:
-                raise InputError(f"{file} has {file.stat().st_size} bytes, it was written with {wanted.bytes}: "
-                                 "truncated or replaced; make the data set again with python -m data_prep")
+                raise InputError(f"{file} is missing; {AGAIN}")
+            if file.stat().st_size != written.bytes:
+                raise InputError(f"{file} has {file.stat().st_size} bytes, it was written with {written.bytes}: "
+                                 f"truncated or replaced; {AGAIN}")
 
     def labels(self, split: str) -> np.ndarray:
+        """int64 [N]"""
         return np.load(self.path / f"{split}_labels.npy")
 
     def images(self, split: str) -> np.ndarray:
-        """uint8 [N, H, W, 3], mapped from disk; never written back. For kind "arrays"."""
-        # "c", copy on write: torch takes no array that is read-only without a warning
+        """uint8 [N, H, W, 3], mapped from disk, for storage "arrays". Changes are never written back."""
+        # "c", copy on write: torch warns about arrays that are read-only
         return np.load(self.path / f"{split}_images.npy", mmap_mode="c")
 
     def paths(self, split: str) -> list[Path]:
-        """Absolute path of each sample. For kind "files"."""
+        """Absolute path of each sample, for storage "files"."""
         lines = (self.path / f"{split}_files.txt").read_text().splitlines()
-        return [Path(self.manifest.root) / line for line in lines]
+        return [Path(self.manifest.root or "") / line for line in lines]
 
     def beton(self, split: str) -> Path | None:
+        """The split's `.beton` file; None if the data set was prepared without FFCV."""
         name = f"{split}.beton"
         return self.path / name if name in self.manifest.files else None
 
 
 def staged(path: Path) -> Path:
-    """The copy of the data set at `path` on this node's own disk, or `path` where there is none, or not a whole one.
+    """The copy of a data set on this node's own disk; `path` itself if there is no complete copy.
 
-    NULSQ_SCRATCH says where copies lie. A copy has the very same manifest.json, and every file in its size.
+    Copies are below the folder that NULSQ_SCRATCH names and have to belong to this user.
     """
     scratch, file = os.environ.get(SCRATCH), path / "manifest.json"
     if not scratch or not file.is_file():
         return path
-    text = file.read_bytes()
-    copy = copy_of(Path(scratch), text)
-    return copy if is_whole(copy, text) and copy.parent.stat().st_uid == os.getuid() else path
+    manifest = file.read_bytes()
+    copy = copy_of(Path(scratch), manifest)
+    return copy if is_whole(copy, manifest) and copy.parent.stat().st_uid == os.getuid() else path
 
 
 def copy_of(scratch: Path, manifest: bytes) -> Path:
-    """Folder of the copy of a data set below `scratch`; `manifest` is the content of its manifest.json."""
+    """Folder of the copy of a data set below `scratch`, named by the checksum of its manifest.json."""
     return scratch / f"nulsq-data-{os.getuid()}" / hashlib.sha256(manifest).hexdigest()[:16]
 
 
 def is_whole(folder: Path, manifest: bytes) -> bool:
-    """Whether a data set is there with this manifest.json and all its files in their sizes."""
+    """Whether a folder has this manifest.json and all of its files, each with its size."""
     try:
         return (folder / "manifest.json").read_bytes() == manifest and all(
-            (folder / name).stat().st_size == wanted.bytes for name, wanted in read(folder).files.items())
+            (folder / name).stat().st_size == written.bytes for name, written in read(folder).files.items())
     except OSError:
         return False
 
 
-class Watch:
-    """Notices that a file is replaced or changed while it is in use: what is mapped from it would change unseen."""
+class FileWatch:
+    """Notices that a file was replaced or changed since this object was made.
+
+    Loaders map files into memory, where a change would go unnoticed and a shorter file would end the process.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self.before = self._identity()
+        self.identity = self._identity()
 
-    def look(self) -> None:
-        """Raises InputError where the file is not the one that it was."""
-        if self._identity() != self.before:
+    def raise_if_changed(self) -> None:
+        """Raises InputError that names the file."""
+        if self._identity() != self.identity:
             raise InputError(f"{self.path} was replaced or changed while it was in use")
 
-    def _identity(self):
+    def _identity(self) -> tuple[int, ...] | None:
         try:
-            found = self.path.stat()
+            status = self.path.stat()
         except OSError:
             return None
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def write(manifest: Manifest, folder: Path) -> None:
-    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+    content = {"kind" if key == "storage" else key: value for key, value in dataclasses.asdict(manifest).items()}
+    (folder / "manifest.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def describe_file(path: Path) -> DataFile:
+    """Size and checksums of a file as it is now."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -152,17 +165,17 @@ def describe_file(path: Path) -> DataFile:
     return DataFile(path.stat().st_size, digest.hexdigest(), records)
 
 
-def read(path: Path) -> Manifest:
-    """The manifest of the data set in a folder. Raises InputError where there is none that can be used."""
-    file = path / "manifest.json"
+def read(folder: Path) -> Manifest:
+    """The manifest of the data set in a folder. Raises InputError if there is none or it cannot be used."""
+    file = folder / "manifest.json"
     if not file.is_file():
-        raise InputError(f"{path} is not a prepared data set (no manifest.json); "
+        raise InputError(f"{folder} is not a prepared data set (no manifest.json); "
                          "make one with python -m data_prep digits|cifar10|cifar100|folder|imagenet --out DIR")
     try:
         content = json.loads(file.read_text())
         if content.get("format") != FORMAT:
             raise InputError(f"{file} has format {content.get('format')}, this version reads {FORMAT}")
         content["files"] = {name: DataFile(**entry) for name, entry in content["files"].items()}
-        return Manifest(**content)
+        return Manifest(storage=content.pop("kind"), **content)
     except (json.JSONDecodeError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is damaged: {error}") from None

@@ -1,7 +1,7 @@
-"""Which images, in which order, on which rank: pure functions of (seed, epoch).
+"""Which images a step takes, in which order, on which rank: pure functions of (seed, epoch).
 
-The batch is global: step t of epoch e takes slice t of one permutation(seed, e), and rank r its part of that slice.
-So the same images make the same step on any number of ranks, and an epoch can be entered at any step.
+Batches are global. Step t of epoch e takes slice t of permutation(seed, e), and rank r takes its part of that slice. So
+a step takes the same images on any number of ranks, and an epoch can be entered at any step.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,15 @@ import numpy as np
 from nulsq.config.holdout import ALLOWED, parse_holdout
 from nulsq.errors import InputError
 
-CHUNK = 128  # images of neighbouring places in a file: some megabytes of photographs
+CHUNK = 128  # neighbouring images of a file: some megabytes of photographs
 Order = Callable[[int], list[np.ndarray]]  # epoch -> this rank's sample indices, one array per step
 
 
 def split(labels: np.ndarray, holdout: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices of (train, val) within the train split.
+    """Split the training images into sorted indices (train, val).
 
-    `holdout` is data.holdout, see `nulsq.config.holdout`; `seed` draws a stratified one.
-    Raises InputError for a holdout that cannot be read or leaves nothing to train on.
+    `holdout` is data.holdout (see `nulsq.config.holdout`); `seed` draws a stratified one. Raises InputError if it
+    cannot be read or leaves nothing to train on.
     """
     count, wanted = len(labels), parse_holdout(holdout)
     if wanted.form == "none":
@@ -34,17 +34,17 @@ def split(labels: np.ndarray, holdout: str, seed: int) -> tuple[np.ndarray, np.n
 
 
 def stratified(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Sorted indices of `share` of every class (rounded, at least one), drawn by `seed`."""
-    draw = np.random.default_rng([seed, 0])
+    """Sorted indices of a random `share` of every class, rounded and at least one image."""
+    generator = np.random.default_rng([seed, 0])
     chosen = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        chosen.append(draw.permutation(members)[:max(1, round(share * len(members)))])
+        chosen.append(generator.permutation(members)[:max(1, round(share * len(members)))])
     return np.sort(np.concatenate(chosen))
 
 
 def subset(indices: np.ndarray, count: int | None, seed: int) -> np.ndarray:
-    """`count` of the indices, drawn by `seed`; all of them for None."""
+    """A sorted random choice of `count` indices; all of them for None. Raises InputError if there are fewer."""
     if count is None:
         return indices
     if count > len(indices):
@@ -53,27 +53,32 @@ def subset(indices: np.ndarray, count: int | None, seed: int) -> np.ndarray:
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """int64 [count]"""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def windowed(seed: int, epoch: int, count: int, window: int) -> np.ndarray:
-    """A permutation for data larger than memory: chunks of neighbours in random order, some of them at a time mixed.
+    """A permutation for data larger than memory: int64 [count].
 
-    The file is cut into chunks of CHUNK neighbours; `window` images' worth of chunks are drawn at a time and their
-    images shuffled. Reading follows the file in runs of CHUNK images, and only a window has to stay in memory, the same
-    one on every rank: FFCV's quasi-random order is for one process alone.
+    The file is cut into chunks of CHUNK neighbours, which are put into random order. Then the images of `window` //
+    CHUNK consecutive chunks at a time are shuffled. So images are read in runs of CHUNK, and only one window has to
+    stay in memory, the same one on every rank. (FFCV's quasi-random order works in one process only.)
     """
-    draw = np.random.default_rng([seed, epoch, 2])
+    generator = np.random.default_rng([seed, epoch, 2])
     chunks = [np.arange(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    mixed = [chunks[i] for i in draw.permutation(len(chunks))]
-    at_once = max(1, window // CHUNK)
-    return np.concatenate([draw.permutation(np.concatenate(mixed[start:start + at_once]))
-                           for start in range(0, len(mixed), at_once)])
+    mixed = [chunks[i] for i in generator.permutation(len(chunks))]
+    chunks_per_window = max(1, window // CHUNK)
+    return np.concatenate([generator.permutation(np.concatenate(mixed[start:start + chunks_per_window]))
+                           for start in range(0, len(mixed), chunks_per_window)])
 
 
 def shuffled(indices: np.ndarray, batch: int, seed: int, rank: int = 0, size: int = 1,
              window: int | None = None) -> Order:
-    """Training order: full global batches only, every rank an equal part of each. `window`: see `windowed`."""
+    """Training order: full global batches of `batch` images, of which each of `size` ranks takes an equal part.
+
+    window: images to shuffle at a time (see `windowed`); None shuffles all of them. Raises InputError if the batch is
+    larger than the data or does not divide.
+    """
     if batch % size:
         raise InputError(f"data.batch = {batch} does not divide over {size} ranks")
     if batch > len(indices):
@@ -89,7 +94,7 @@ def shuffled(indices: np.ndarray, batch: int, seed: int, rank: int = 0, size: in
 
 
 def sharded(indices: np.ndarray, batch: int, rank: int = 0, size: int = 1) -> Order:
-    """Evaluation order: every index exactly once over all ranks, no padding; the last batch may be smaller."""
+    """Evaluation order: each index once on one of the ranks, without padding; the last batch may be smaller."""
     own = indices[rank::size]
     part = max(1, batch // size)
     return lambda epoch: [own[start:start + part] for start in range(0, len(own), part)]

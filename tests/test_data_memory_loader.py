@@ -11,7 +11,7 @@ from conftest import needs_ffcv
 from bench.counts import Waits
 from nulsq.config import Data
 from nulsq.data import DataSet, Normalize, build_loader, build_loaders, check_data
-from nulsq.data.memory_loader import DeviceLoader
+from nulsq.data.memory_loader import MemoryLoader
 from nulsq.errors import InputError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -56,7 +56,7 @@ def loaders(digits, kind, rank=0, size=1, **settings):
 def test_batches_are_those_of_the_other_loaders(images, settings, other, request):
     path = request.getfixturevalue(images)
     ours, theirs = loaders(path, "device", **settings), loaders(path, other, **settings)
-    assert (ours.kind, theirs.kind) == ("device", other) and ours.train.steps == theirs.train.steps
+    assert (ours.loader_name, theirs.loader_name) == ("device", other) and ours.train.steps == theirs.train.steps
     for epoch in (0, 3):
         same(ours.train.epoch(epoch), theirs.train.epoch(epoch))
     same(ours.val.epoch(0), theirs.val.epoch(0))
@@ -74,7 +74,7 @@ def test_ranks_and_a_start_within_the_epoch(colours):
 def test_images_that_no_epoch_shows_need_not_be_brought_to_the_device(colours):
     whole = loaders(colours, "device", crop="pad", flip=True, subset=200).train
     used = np.unique(torch.cat([indices for _, _, indices in whole.epoch(0)]).numpy())
-    part = DeviceLoader(DataSet(colours), "train", whole.order, whole.view, CPU, used)
+    part = MemoryLoader(DataSet(colours), "train", whole.order, whole.transform, CPU, used)
     assert len(part.images) == len(used) < len(whole.images)
     same(part.epoch(0), whole.epoch(0))
 
@@ -122,7 +122,7 @@ def test_auto_takes_the_device_on_the_cpu_and_on_a_gpu_where_the_images_fit(digi
     assert check_data(recipe, data, device=CUDA) == "device"
     free(2 * needed - 2)
     assert check_data(recipe, data, device=CUDA) == ("ffcv" if data.beton("train") else "torchvision")
-    assert check_data(asked, data, device=CUDA, file="test") == "device"  # there are fewer of them
+    assert check_data(asked, data, device=CUDA, split_name="test") == "device"  # there are fewer of them
     with pytest.raises(InputError, match="device: the images need .* GB, half of what is free on cuda is .* GB; "
                                          "allowed: auto, ffcv, torchvision"):
         check_data(asked, data, device=CUDA)
@@ -130,7 +130,7 @@ def test_auto_takes_the_device_on_the_cpu_and_on_a_gpu_where_the_images_fit(digi
 
 def test_photographs_stay_with_the_other_loaders():
     class Photographs:
-        kind, path = "files", "data/photographs"
+        storage, path = "files", "data/photographs"
 
         def labels(self, split):
             return np.arange(500) % 5
