@@ -235,7 +235,7 @@ def test_nmse_constants_are_optimal(bits):
 
 def test_a_rule_whose_layers_are_taken_says_so():
     rules = Policy().rules | {"stem": LayerRule(["role:first"], quantizer="lsq", bits=4)}
-    with pytest.raises(ValueError, match="quant.rules.stem changes nothing: its layers were taken by edges"):
+    with pytest.raises(ValueError, match="quant.rules.stem changes nothing: earlier rules match all its layers: edges"):
         nulsq.quantize_(network(), Policy(rules=rules))
 
 

@@ -1,18 +1,18 @@
 """The contract of a quantizer.
 
-A quantizer is a module from a float tensor to its fake-quantized self. It owns its parameters (raw float32 step
-sizes) and *declares*: `table()` says what levels they mean, class attributes say which static rules hold, and
-`nulsq.quant.op` executes. One that needs a gradient of its own overrides `forward`; everybody else, exporters
-included, relies on `levels`, `thresholds`, `encode`, `decode` and `reset_` alone.
+A quantizer is a module that maps a float tensor to its fake-quantized values. It owns its parameters (raw float32 step
+sizes) and *declares* what they mean: `table()` returns levels and thresholds, class attributes select static rules, and
+`nulsq.quant.op` computes outputs and gradients. A quantizer that needs another gradient overrides `forward`. All other
+code, exporters included, uses only `levels`, `thresholds`, `encode`, `decode` and `reset_`.
 
-Two things are settled by data: the sign of an activation quantizer built with `signed=None`, and the steps. Both
-come from `reset_`, which `calibrate_` calls; until then `forward` refuses. They are part of the state dict.
+Two things come from data: the steps, and the sign of an activation quantizer built with `signed=None`. `reset_` sets
+both; `calibrate_` calls it. Until then `forward` raises an error. Both are part of the state dict.
 
-Steps stay positive by projection after the optimizer's step (`after_step_`, see `nulsq.quant.projection`), never by a
-check in `forward`, which would cost a device synchronization. NaN goes through to the output.
+Steps stay positive because they are projected after the optimizer's step (`after_step_`, see `nulsq.quant.projection`).
+A check in `forward` would cost a device synchronization. NaN in the input stays NaN in the output.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,28 +36,29 @@ class Quantizer(nn.Module):
     Args:
         bits: 1 to 8; at most 2^bits levels.
         role: "weight" or "activation".
-        signed: whether negative values have levels. Weights: always. Activations: None lets `reset_` decide from
-            the data's minimum.
-        channels: number of output channels for one set of steps each (dimension 0), or None for one per tensor.
-        init: initial step sizes, see `nulsq.quant.calibration.initial_step`.
-        grad_scale: factor on the gradient of the steps. "none"; "lsq": 1/sqrt(N Qp) of the LSQ paper, N the number
-            of weights or of features of one sample; "channels": the same with N the number of input channels for
-            activations, as the reference implementation of nuLSQ has it; "batch": with N the number of elements of
-            the whole global batch for activations, as UniQ and lsq-net have it.
-        ste: dL/dx at and beyond the ends of the range, see `nulsq.quant.op.Rule`; None takes the method's own.
+        signed: whether negative values have levels. Weights: always. Activations: None lets `reset_` decide by the
+            minimum of the data.
+        channels: number of output channels (dimension 0) that get a set of steps each; None for one set per tensor.
+        init: how initial step sizes are computed, see `nulsq.quant.calibration.initial_step`.
+        grad_scale: factor on the gradient of the steps. "none": 1. "lsq": 1/sqrt(N Qp) of the LSQ paper, where N is
+            the number of weights, or of features of one sample. The others differ in N for activations: "channels" is
+            the number of input channels, as in the reference implementation of nuLSQ; "batch" is the number of
+            elements of the global batch, as in UniQ and lsq-net.
+        ste: dL/dx at and beyond the ends of the range, see `nulsq.quant.op.Rule`; None selects the method's own.
 
     Raises:
-        ValueError: for a value that the method has no meaning for; the message names the allowed ones.
+        ValueError: a value that the method does not support; the message names the allowed ones.
     """
 
     index = "uniform"
     ste = "clip"
     reduction = "total"
-    shift = 0.0  # of a "uniform" grid: where its levels lie between multiples of the step
-    segments = 0  # of the range, where the gradient bends between thresholds too
-    free_levels = False  # whether any ascending levels around zero, with thresholds halfway, can be taken on
-    smallest_bits, largest_bits = 2, 8  # the smallest for signed grids; unsigned ones start at 1
-    normalization = "none"  # of the weight before it is quantized, as the method was published; the layer does it
+    symmetric = False  # whether signed grids have as many levels below zero as above it: 2^bits - 1, not 2^bits
+    shift = 0.0  # offset of the levels of a "uniform" grid from multiples of the step, in steps
+    segments = 0  # equal segments of the range at whose ends the gradient changes too, for reduction "per_cell"
+    free_levels = False  # whether `set_levels_` takes any ascending levels around zero, with thresholds halfway
+    smallest_bits, largest_bits = 2, 8  # smallest_bits is for signed grids; unsigned ones start at 1 bit
+    normalization = "none"  # of the weight before quantization, as published; done by the layer
 
     def __init__(self, bits: int, role: str, *, signed: bool | None = None, channels: int | None = None,
                  init: str = "nmse", grad_scale: str = "none", ste: str | None = None):
@@ -70,23 +71,24 @@ class Quantizer(nn.Module):
             if signed is False:
                 raise ValueError(f"{self.name()}: signed = False, allowed for weights: True (they have both signs)")
             signed = True
-        least = self.smallest_bits if signed else 1
-        if not isinstance(bits, int) or isinstance(bits, bool) or not least <= bits <= self.largest_bits:
-            raise ValueError(f"{self.name()}: bits = {bits!r}, allowed for {role}s: {least} to {self.largest_bits}")
+        smallest = self.smallest_bits if signed else 1
+        if not isinstance(bits, int) or isinstance(bits, bool) or not smallest <= bits <= self.largest_bits:
+            raise ValueError(f"{self.name()}: bits = {bits!r}, allowed for {role}s: {smallest} to {self.largest_bits}")
         if role == "activation" and channels is not None:
             raise ValueError(f"{self.name()}: per-channel steps are defined for weights only, not for activations")
         self.bits, self.role, self.channels = bits, role, channels
-        # The batch norm and the ReLU whose work it does, see `nulsq.quant.fold`. At most one each, in a tuple so that
-        # they do not become submodules.
+        # What `nulsq.quant.fold` folded into this quantizer: at most one of each, in tuples to be no submodules
         self.batch_norm: tuple[AbsorbedBatchNorm2d, ...] = ()
         self.relu: tuple[AbsorbedReLU, ...] = ()
-        self.batch_shards = 1  # how many inputs of this size make the global batch: ranks x micro-batches
+        self.batch_shards = 1  # number of inputs of this size in the global batch: ranks x micro-batches
         self.init, self.grad_scale = init, grad_scale
         self.ste = self.ste if ste is None else ste
-        self.asked_sign = self.signed = signed  # what was asked for stays, `signed` is settled by data
-        self.channel_dimension = 1  # of activations; a linear layer's is the last
+        self.configured_sign = signed
+        self.signed = signed  # None until `reset_` decides
+        self.channel_dimension = 1  # of activations; a linear layer sets it to the last dimension
         self.calibrated = False  # a plain attribute: reading it costs nothing and does not break a compiled graph
-        # -1: not calibrated yet, else whether signed; what of the two flags above a state dict carries
+        # `calibrated` and `signed` in the state dict: -1 where not calibrated, else 1 for signed and 0 for unsigned
+        self.sign: Tensor
         self.register_buffer("sign", torch.tensor(-1, dtype=torch.int8))
         self.register_load_state_dict_post_hook(_read_sign)
 
@@ -95,7 +97,7 @@ class Quantizer(nn.Module):
     def table(self, elements: int | None = None) -> Table:
         """Levels and thresholds as functions of the parameters.
 
-        `elements` is the N of the gradient scale, None where none applies.
+        elements: N of the gradient scale; None where the gradient is not scaled.
         """
         raise NotImplementedError
 
@@ -104,7 +106,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def set_levels_(self, levels: Tensor) -> None:
-        """Where `free_levels`: fill the parameters from ascending levels [L] or [C, L], one of them zero."""
+        """Fill the parameters from ascending levels [L] or [C, L], one of them zero. Needed where `free_levels`."""
         raise NotImplementedError
 
     def ties_up(self) -> tuple[bool, ...]:
@@ -113,11 +115,16 @@ class Quantizer(nn.Module):
 
     @property
     def level_range(self) -> tuple[int, int]:
-        """Lowest and highest level number, zero being 0: (-2^(b-1), 2^(b-1) - 1) signed, (0, 2^b - 1) unsigned."""
-        half = 2 ** (self.bits - 1)
-        return (-half, half - 1) if self.signed else (0, 2 * half - 1)
+        """Numbers of the lowest and of the highest level, counted from zero.
 
-    # ---- what everybody uses ----
+        (0, 2^b - 1) unsigned; signed (-2^(b-1), 2^(b-1) - 1), or (-2^(b-1) + 1, 2^(b-1) - 1) where `symmetric`.
+        """
+        if not self.signed:
+            return 0, 2**self.bits - 1
+        highest = 2 ** (self.bits - 1) - 1
+        return (-highest if self.symmetric else -highest - 1), highest
+
+    # ---- what other code uses ----
 
     def forward(self, x: Tensor) -> Tensor:
         self._require_calibrated()
@@ -127,7 +134,7 @@ class Quantizer(nn.Module):
         return fake_quantize(x, self.table(self._elements(x)), self.rule(), affine=affine)
 
     def received(self, x: Tensor) -> Tensor:
-        """What is quantized of what `forward` is called with: x behind the batch norm and the ReLU left to it."""
+        """What `forward(x)` quantizes: x after the batch norm and the ReLU whose work this quantizer does."""
         for norm in self.batch_norm:
             affine = norm.affine_of(x, self)
             x = x if affine is None else affine.of(x)
@@ -154,16 +161,16 @@ class Quantizer(nn.Module):
         return self.thresholds_of(self.table())
 
     def levels_of(self, table: Table) -> Tensor:
-        if self.index == "uniform":
-            low, high = self.level_range
-            return table.gaps * (torch.arange(low, high + 1, device=table.gaps.device) + self.shift)
-        return table.levels.clone()
+        if table.levels is not None:
+            return table.levels.clone()
+        low, high = self.level_range
+        return table.gaps * (torch.arange(low, high + 1, device=table.gaps.device) + self.shift)
 
     def thresholds_of(self, table: Table) -> Tensor:
-        if self.index == "uniform":
-            low, high = self.level_range
-            return table.gaps * (torch.arange(low, high, device=table.gaps.device) + self.shift + 0.5)
-        return table.thresholds.clone()
+        if table.thresholds is not None:
+            return table.thresholds.clone()
+        low, high = self.level_range
+        return table.gaps * (torch.arange(low, high, device=table.gaps.device) + self.shift + 0.5)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -172,19 +179,20 @@ class Quantizer(nn.Module):
         Raises ValueError where x has NaN or infinite elements.
         """
         self._require_calibrated()
-        bad = ~torch.isfinite(x)
-        if bad.any():
-            raise ValueError(f"{self.name()}.encode: {int(bad.sum())} of {x.numel()} elements are NaN or infinite")
+        not_finite = ~torch.isfinite(x)
+        if not_finite.any():
+            raise ValueError(f"{self.name()}.encode: {int(not_finite.sum())} of {x.numel()} elements are NaN or "
+                             "infinite")
         return self.level_index(x)
 
     @torch.no_grad()
     def level_index(self, x: Tensor) -> Tensor:
-        """As `encode`, without the check and its device synchronization; the index of a NaN means nothing."""
+        """As `encode`, without the check and its device synchronization; the index of a NaN is arbitrary."""
         return encode(x, self.table(), self.rule())
 
     @torch.no_grad()
     def decode(self, index: Tensor) -> Tensor:
-        """Values of level indices; along dimension 0 for per-channel quantizers."""
+        """Values of level indices, any shape; dimension 0 is the channel of per-channel quantizers."""
         levels = self.levels()
         if levels.dim() == 1:
             return levels[index]
@@ -192,49 +200,53 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def reset_(self, statistics: Statistics, init: str | None = None) -> None:
-        """Settle the sign (if open) and the initial steps from statistics of this quantizer's input.
+        """Set the sign, unless it was configured, and the initial steps from statistics of this quantizer's input.
 
-        Statistics per channel ([C]) where the quantizer has `channels`, else per tensor ([]).
+        Args:
+            statistics: per channel ([C]) where the quantizer has `channels`, else per tensor ([]).
+            init: None takes the quantizer's own.
 
-        Raises ValueError for negative values at one bit where that has no signed grid, and for "lloyd_max" without a
-        histogram in the statistics.
+        Raises:
+            ValueError: negative values at fewer bits than a signed grid needs; for "lloyd_max", statistics without a
+                histogram or values that exceed its range.
         """
         init = init or self.init
-        signed = bool((statistics.low < 0).any()) if self.asked_sign is None else self.asked_sign
+        histogram = statistics.histogram
+        signed = bool((statistics.low < 0).any()) if self.configured_sign is None else self.configured_sign
         if signed and self.bits < self.smallest_bits:
             raise ValueError(f"{self.name()}: the input has negative values (minimum {statistics.low.min():.3g}); "
                              f"a signed grid needs at least {self.smallest_bits} bits, not {self.bits}")
-        if init == "lloyd_max" and statistics.histogram is None:
+        if init == "lloyd_max" and histogram is None:
             raise ValueError("init = lloyd_max needs statistics with a histogram: Statistics.of(x, histogram=True)")
         if init == "lloyd_max" and statistics.largest.max() >= LARGEST:
             raise ValueError(f"init = lloyd_max: values up to {statistics.largest.max():.3g}, allowed: below "
                              f"{LARGEST:g}")
         self.signed = signed
-        step = initial_step(init, statistics, self.level_range[1], self.role, self.signed)
-        if init == "lloyd_max":
-            step = best_step(self, statistics.histogram, step).clamp(min=SMALLEST_STEP)
+        step = initial_step(init, statistics, self.level_range[1], self.role, signed)
+        if init == "lloyd_max" and histogram is not None:
+            step = best_step(self, histogram, step).clamp(min=SMALLEST_STEP)
         self.set_steps_(step.to(torch.float32))
-        if init == "lloyd_max" and self.free_levels:
+        if init == "lloyd_max" and histogram is not None and self.free_levels:
             start = self.levels_of(self.table())
-            self.set_levels_(lloyd_max(statistics.histogram, start, -self.level_range[0]).to(torch.float32))
+            self.set_levels_(lloyd_max(histogram, start, -self.level_range[0]).to(torch.float32))
         self.mark_calibrated_()
 
     def mark_calibrated_(self) -> None:
         self.calibrated = True
-        self.sign.fill_(int(self.signed))
+        self.sign.fill_(int(bool(self.signed)))
 
     @torch.no_grad()
     def after_step_(self) -> None:
-        """Called after every optimizer step. Projects the steps to positive values; a NaN stays a NaN."""
+        """Called after every optimizer step. Projects the steps to positive values; NaN stays NaN."""
         project_([self])
 
     def positive_parameters(self) -> list[Tensor]:
-        """The parameters that have to stay positive: steps and clipping thresholds. All of them, unless overridden."""
+        """The parameters that have to stay positive: steps and clipping thresholds. By default all parameters."""
         return list(self.parameters(recurse=False))
 
     @classmethod
     def name(cls) -> str:
-        """The name that recipes use: the last part of the module's name."""
+        """The name in recipes: the last part of the name of the Python module."""
         return cls.__module__.rpartition(".")[2]
 
     def extra_repr(self) -> str:
@@ -243,14 +255,14 @@ class Quantizer(nn.Module):
         absorbed = f", absorbs {', '.join(self.absorbed())}" if self.absorbed() else ""
         return f"bits={self.bits}, {self.role}, {sign}, {per}, grad_scale={self.grad_scale}{absorbed}"
 
-    def gradient_factor(self, elements: int | None, codes: int, numerator: float = 1.0) -> float:
-        """numerator / sqrt(N Q), or 1 where `grad_scale` is "none" (elements is None)."""
-        return 1.0 if elements is None else numerator / (elements * max(codes, 1)) ** 0.5
+    def gradient_factor(self, elements: int | None, levels: int, numerator: float = 1.0) -> float:
+        """numerator / sqrt(N Q), where N is `elements` and Q is `levels`; 1 where the gradient is not scaled."""
+        return 1.0 if elements is None else numerator / (elements * max(levels, 1)) ** 0.5
 
     def absorbed(self) -> list[str]:
-        """The batch norm and the ReLU whose work it does, as "name (class)", in order of execution."""
-        return [f"{module.absorption.name} ({module.unfolded_class.__name__})"
-                for module in (*self.batch_norm, *self.relu)]
+        """The batch norm and the ReLU whose work this quantizer does, as "name (class)", in order of execution."""
+        modules: list[Any] = [*self.batch_norm, *self.relu]
+        return [f"{module.absorption.name} ({module.unfolded_class.__name__})" for module in modules]
 
     def _elements(self, x: Tensor) -> int | None:
         if self.grad_scale == "none":
@@ -269,19 +281,20 @@ class Quantizer(nn.Module):
 
 @torch.no_grad()
 def project_(quantizers: list[Quantizer]) -> None:
-    """Make what has to be positive at least SMALLEST_STEP, in one operation for all of them."""
+    """Clamp the positive parameters of all quantizers to at least SMALLEST_STEP, in one operation."""
     parameters = [parameter for quantizer in quantizers for parameter in quantizer.positive_parameters()]
     if parameters:
         torch._foreach_clamp_min_(parameters, SMALLEST_STEP)
 
 
-def _read_sign(quantizer: Quantizer, incompatible) -> None:
+def _read_sign(quantizer: Any, incompatible_keys: object) -> None:
+    """Set `calibrated` and `signed` after a state dict was loaded."""
     sign = int(quantizer.sign)
     quantizer.calibrated = sign >= 0
     if quantizer.calibrated:
         quantizer.signed = bool(sign)
 
 
-def _one_of(what, value, allowed):
+def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{what} = {value!r}, allowed: {', '.join(allowed)}")
+        raise ValueError(f"{option} = {value!r}, allowed: {', '.join(allowed)}")

@@ -1,8 +1,8 @@
-"""Batch-norm statistics measured anew on the network as it is: what evaluation of a low-bit network needs.
+"""Re-estimation of batch-norm statistics before a low-bit network is evaluated.
 
-Running averages trail behind weights that jump between levels, most of all in depthwise layers: they describe no
-network that ever was. Nagel et al. (ICML 2022, arXiv:2203.11086) measure them again before every evaluation, on 50
-training batches.
+Weights of few bits jump between levels during training, most of all in depthwise layers. Running averages then mix the
+statistics of many different networks. Nagel et al. (ICML 2022, arXiv:2203.11086) re-estimate them before every
+evaluation, on 50 training batches.
 """
 
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ from nulsq.quant.calibration.calibrate import average_batch_norm_
 from nulsq.quant.modes import in_evaluation
 
 
-def batch_norms(model: nn.Module) -> list[nn.Module]:
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """The batch norms of a model that keep running statistics, in module order."""
     return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
 
 
 def freeze_batch_norm_(model: nn.Module) -> None:
-    """Put every batch norm in evaluation mode, until the next `model.train()`: its statistics stay, and are used."""
+    """Put every batch norm in evaluation mode until the next `model.train()`: running statistics are used and fixed."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
@@ -31,29 +31,39 @@ def freeze_batch_norm_(model: nn.Module) -> None:
 def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Set running means and variances to the plain average over the batches. In place; returns the model.
 
-    The network runs as in evaluation, quantized and without dropout, but its batch norms take each batch's own
-    statistics. Nothing else changes. In a process group every rank has to call this, with its own share of as many
-    batches: statistics are those of all ranks where batch norms are SyncBatchNorm, else the average of the ranks'.
+    The network runs in evaluation mode, quantized and without dropout, except that its batch norms use the statistics
+    of each batch. Nothing else changes. In a process group every rank has to call this, with its own share of the
+    images and the same number of batches. SyncBatchNorm uses the statistics of all ranks; those of other batch norms
+    are averaged over the ranks.
 
-    Raises ValueError where there is no batch.
+    Args:
+        batches: image tensors as the model takes them.
+
+    Raises:
+        ValueError: there is no batch.
     """
-    found = batch_norms(model)
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in found]
+    norms = batch_norms(model)
+    before = [(norm.momentum, _batches_tracked(norm).clone()) for norm in norms]
     count = 0
     try:
         with in_evaluation(model):
-            for norm in found:
+            for norm in norms:
                 norm.train()
                 norm.reset_running_stats()
-                norm.momentum = None  # plain average over what comes now
+                norm.momentum = None  # plain average over the batches
             for x in batches:
                 model(x)
                 count += 1
     finally:
-        for norm, (momentum, tracked) in zip(found, before, strict=True):
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(tracked)
+            _batches_tracked(norm).copy_(tracked)
     if not count:
         raise ValueError("reestimate_batch_norm_: there is no batch")
-    average_batch_norm_(found)
+    average_batch_norm_(norms)
     return model
+
+
+def _batches_tracked(norm: _BatchNorm) -> Tensor:
+    assert norm.num_batches_tracked is not None  # `batch_norms` returns only those with running statistics
+    return norm.num_batches_tracked

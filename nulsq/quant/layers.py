@@ -1,18 +1,19 @@
-"""QuantConv2d and QuantLinear: the float layer plus a quantizer for its weight and one for its input.
+"""QuantConv2d and QuantLinear: float layers with a quantizer for the weight and one for the input.
 
-They subclass the float layers, so parameter names and checkpoints keep their keys; `from_float` shares the
-parameters instead of copying them. Either quantizer may be None (that side stays float).
+They are subclasses of the float layers, so parameters and checkpoints keep their keys. `from_float` shares the
+parameters instead of copying them. Either quantizer may be None; that side then stays float.
 
-Weight normalization is the layer's, not the quantizer's: with m and s the mean and the standard deviation of the
-layer's whole weight (gradients go through both), and Q the weight quantizer,
+The layer, not the quantizer, normalizes the weight. With m and s the mean and the standard deviation of the layer's
+whole weight (gradients go through both), and Q the weight quantizer:
 
     none  Q(w)
-    wn    Q((w - m) / s)      APoT (Li et al., ICLR 2020, sec. 3): the scale is left to the batch norm that follows
-    lwn   s Q((w - m) / s)    LCQ (Yamamoto, CVPR 2021, "limited weight normalization"): the same behind a batch norm,
-                              and needs none
+    wn    Q((w - m) / s)      APoT (Li et al., ICLR 2020, sec. 3): the batch norm that follows restores the scale
+    lwn   s Q((w - m) / s)    LCQ (Yamamoto, CVPR 2021, "limited weight normalization"): the same before a batch norm,
+                              but needs none
 """
 
 from collections.abc import Callable
+from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,15 +24,17 @@ from nulsq.quant.settings import NORMALIZATIONS
 
 
 class _Quantized:
-    """What the two layers share. `observer`, when set, sees the layer's float input and switches quantization off."""
+    """The common part of both layers. An `observer` receives the layer's float input and disables quantization."""
 
+    weight: Tensor
+    channel_dimension: int  # of the input
     weight_quantizer: Quantizer | None
     activation_quantizer: Quantizer | None
     normalization: str
     observer: Callable[[Tensor], object] | None
 
     def attach(self, weight_quantizer: Quantizer | None, activation_quantizer: Quantizer | None,
-               normalization: str = "none"):
+               normalization: str = "none") -> Self:
         assert normalization in NORMALIZATIONS, normalization
         self.weight_quantizer = weight_quantizer
         self.activation_quantizer = activation_quantizer
@@ -42,15 +45,15 @@ class _Quantized:
         return self
 
     def normalized_weight(self) -> tuple[Tensor, Tensor | None]:
-        """The weight as its quantizer sees it, and what the quantized one is multiplied by (None: nothing)."""
+        """The weight that the quantizer gets, and the factor of the quantized weight (None: 1)."""
         if self.normalization == "none":
             return self.weight, None
-        deviation = self.weight.std().clamp(min=1e-12)  # a constant weight has no deviation
+        deviation = self.weight.std().clamp(min=1e-12)  # that of a constant weight is 0
         normalized = (self.weight - self.weight.mean()) / deviation
         return normalized, deviation if self.normalization == "lwn" else None
 
-    def quantized(self, x):
-        """Input and weight as the layer's product sees them."""
+    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and weight of the layer's product."""
         quantizer = self.activation_quantizer
         if self.observer is not None:
             x = x if quantizer is None else quantizer.received(x)
@@ -61,7 +64,8 @@ class _Quantized:
         return x, self.weight if self.weight_quantizer is None else self.quantized_weight()
 
     def quantized_weight(self) -> Tensor:
-        """The weight of the product; shape and type of `weight`."""
+        """The weight of the layer's product: quantized, in the shape and type of `weight`. Needs a weight quantizer."""
+        assert self.weight_quantizer is not None
         weight, factor = self.normalized_weight()
         weight = self.weight_quantizer(weight)
         return weight if factor is None else weight * factor
@@ -73,12 +77,14 @@ class QuantConv2d(_Quantized, nn.Conv2d):
     channel_dimension = 1
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d, *quantizers) -> "QuantConv2d":
-        new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-                  conv.groups, conv.bias is not None, conv.padding_mode, device="meta")
-        return _take_over(new, conv).attach(*quantizers)
+    def from_float(cls, conv: nn.Conv2d, *options: Any) -> "QuantConv2d":
+        """A quantized layer with the parameters of `conv`; options: those of `attach`."""
+        new: Any = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,  # type: ignore[arg-type]
+                       conv.padding, conv.dilation, conv.groups, conv.bias is not None,  # type: ignore[arg-type]
+                       conv.padding_mode, device="meta")
+        return _share_parameters(new, conv).attach(*options)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x, weight = self.quantized(x)
         with requantized(x):
             return self._conv_forward(x, weight, self.bias)
@@ -90,26 +96,29 @@ class QuantLinear(_Quantized, nn.Linear):
     channel_dimension = -1
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, *quantizers) -> "QuantLinear":
+    def from_float(cls, linear: nn.Linear, *options: Any) -> "QuantLinear":
+        """A quantized layer with the parameters of `linear`; options: those of `attach`."""
         new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        return _take_over(new, linear).attach(*quantizers)
+        return _share_parameters(new, linear).attach(*options)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x, weight = self.quantized(x)
         with requantized(x):
             return F.linear(x, weight, self.bias)
 
 
 LAYERS = (nn.Conv2d, nn.Linear)
-QUANTIZED = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+QUANTIZED: dict[type[nn.Module], type[QuantConv2d] | type[QuantLinear]] = {nn.Conv2d: QuantConv2d,
+                                                                           nn.Linear: QuantLinear}
+Layer = TypeVar("Layer", QuantConv2d, QuantLinear)
 
 
-def _take_over(new, old):
-    new.weight, new.bias = old.weight, old.bias
+def _share_parameters(new: Layer, old: nn.Conv2d | nn.Linear) -> Layer:
+    new.weight, new.bias = old.weight, old.bias  # type: ignore[assignment]
     new.train(old.training)
     return new
 
 
 def is_unsupported_subclass(module: nn.Module) -> bool:
-    """Whether a module is a subclass of Conv2d or Linear that may use its weight in its own way: it stays float."""
+    """Whether a module is a subclass of Conv2d or Linear. It may use its weight in another way, so it stays float."""
     return isinstance(module, LAYERS) and type(module) not in (*QUANTIZED, *QUANTIZED.values())

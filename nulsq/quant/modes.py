@@ -1,4 +1,4 @@
-"""Training and evaluation mode of a network's modules, which need not all be in the same."""
+"""in_evaluation(model): evaluation mode for a block of code; then each module is in its previous mode again."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within, and every module's own mode after."""
+    """Evaluation mode within the block. Afterwards each module has its previous mode; they may differ."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,25 +1,26 @@
 """Oscillating weights: tracked, dampened, frozen (Nagel et al., ICML 2022, arXiv:2203.11086), on the level index.
 
-A weight near a threshold is pushed over it, and back, for as long as training lasts: batch-norm statistics belong to
-neither side, and the side that it ends on is chance. The paper counts this on integer weights; here the index of the
-level takes their place and the level itself that of the quantized value, so uniform and learned grids, per tensor or
-per channel, with normalized weights or not, are treated alike.
+Gradients push a weight near a threshold back and forth across it for as long as training lasts. Batch-norm statistics
+then fit neither level, and chance decides which level the weight has at the end. The paper counts oscillations of
+integer weights. Here the index of the level replaces the integer, and the level replaces the quantized value. So
+uniform and learned grids, per tensor or per channel, with or without weight normalization, are treated alike.
 
 After every optimizer step, for each weight, with i_t the index of its level:
 
     switch       d_t = sign(i_t - i_{t-1}), where that is not zero
-    oscillation  o_t = 1 where d_t is the opposite of the last switch's direction, else 0
+    oscillation  o_t = 1 where d_t is opposite to the direction of the last switch, else 0
     frequency    f_t = m o_t + (1 - m) f_{t-1}
     average      a_t = m i_t + (1 - m) a_{t-1}, a_0 = i_0
 
-Freezing: where f_t > threshold(t) the weight is frozen at level round(a_t), for good. After each step it is set to
-what that level is by then: the grid goes on learning, gradients and momentum do not move the weight.
+Freezing: where f_t > threshold(t), the weight is frozen at level round(a_t) until the end. After each step it is set to
+the current value of that level: the grid keeps learning, but gradients and momentum do not move the weight.
 
-Dampening: the loss gets lambda(t) * sum over layers of aggregate((sg[Q(w)] - clip(w, lowest level, highest level))^2),
-which pulls weights from the thresholds to the levels; `kernel_mean` sums over the output channels (dimension 0) and
-averages over the rest, as the authors do.
+Dampening: lambda(t) * sum over layers of aggregate((sg[Q(w)] - clip(w, lowest level, highest level))^2) is added to the
+loss (sg: no gradient). It pulls weights from the thresholds to the levels. The aggregate `kernel_mean` sums over the
+output channels (dimension 0) and averages over the rest, as the authors do.
 
-Both start at a share `start` of training; lambda rises from 0 and the threshold falls, by half a cosine each.
+Both start after the share `start` of training. Then lambda rises from 0 and the threshold falls, each along half a
+cosine.
 
     oscillations = Oscillations(model, OscillationSettings(freeze_threshold=0.1, freeze_final=0.02))  # calibrated
     for step in range(steps):
@@ -32,31 +33,41 @@ import math
 import torch
 from torch import Tensor, nn
 
+from nulsq.quant.base import Quantizer
 from nulsq.quant.layers import QuantConv2d, QuantLinear
 from nulsq.quant.settings import OscillationSettings
 
 
 class OscillationTracker(nn.Module):
-    """The state of each weight of one layer, `layer.oscillation`: buffers of the weight's shape, 11 bytes together."""
+    """State of the weights of one layer, in `layer.oscillation`: buffers of the weight's shape, 11 bytes per weight."""
+
+    index: Tensor
+    direction: Tensor
+    frequency: Tensor
+    average: Tensor
+    frozen: Tensor
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        for name, dtype in (("index", torch.uint8),  # level at the last step; of a frozen weight, the one it keeps
+        for name, dtype in (("index", torch.uint8),  # of the level after the last step; fixed for a frozen weight
                             ("direction", torch.int8),  # of the last switch: -1, 1, or 0 before the first
                             ("frequency", torch.float32), ("average", torch.float32), ("frozen", torch.bool)):
             self.register_buffer(name, torch.zeros_like(weight.detach(), dtype=dtype))
 
     @torch.no_grad()
-    def start_(self, layer: nn.Module) -> None:
-        """Take the levels as they are now as those of step 0."""
-        index = self._found(layer)
+    def start_(self, layer: QuantConv2d | QuantLinear) -> None:
+        """Record the current levels as those of step 0."""
+        index = _level_index(layer)
         self.index.copy_(index)
         self.average.copy_(index)
 
     @torch.no_grad()
-    def update_(self, layer: nn.Module, momentum: float, threshold: float | Tensor | None) -> None:
-        """Once after each optimizer step. Synchronizes nothing; frozen weights of `layer` are set to their level."""
-        index = torch.where(self.frozen, self.index, self._found(layer))
+    def update_(self, layer: QuantConv2d | QuantLinear, momentum: float, threshold: float | Tensor | None) -> None:
+        """Call it once after each optimizer step. Sets frozen weights of `layer` to their level.
+
+        threshold: weights of a higher frequency are frozen; None freezes nothing. No device synchronization.
+        """
+        index = torch.where(self.frozen, self.index, _level_index(layer))
         direction = (index - self.index).sign()
         oscillates = direction * self.direction == -1
         self.frequency.lerp_(oscillates.to(self.frequency.dtype), momentum)
@@ -69,18 +80,15 @@ class OscillationTracker(nn.Module):
             self.frozen.logical_or_(new)
             self._hold_(layer)
 
-    def _found(self, layer):
-        low, high = layer.weight_quantizer.level_range
-        index = layer.weight_quantizer.level_index(layer.normalized_weight()[0])
-        return index.clamp(0, high - low)  # that of a NaN means nothing, but must be one
-
-    def _hold_(self, layer):
-        weight, level = layer.weight, layer.weight_quantizer.decode(self.index.long())
+    def _hold_(self, layer: QuantConv2d | QuantLinear) -> None:
+        """Set the frozen weights to their levels."""
+        weight, level = layer.weight, _weight_quantizer(layer).decode(self.index.long())
         if layer.normalization == "none":
             weight.copy_(torch.where(self.frozen, level, weight))
             return
-        # The level is one of the normalized weight. What is frozen must not move the layer's mean and deviation, and
-        # with them every other weight's level, step after step: the whole weight is brought back to both.
+        # The level is one of the normalized weight. Setting frozen weights would change the layer's mean and deviation,
+        # and with them the levels of all other weights, in every step. So the whole weight is shifted and scaled to
+        # have the previous mean and deviation.
         mean, deviation = weight.mean(), weight.std()
         held = torch.where(self.frozen, mean + deviation * level, weight)
         held = mean + (held - held.mean()) * (deviation / held.std().clamp(min=1e-12))
@@ -88,13 +96,14 @@ class OscillationTracker(nn.Module):
 
 
 class Oscillations:
-    """The trackers of a model's layers, and what is done about oscillating weights. Holds no state of its own.
+    """Tracks, dampens and freezes oscillating weights of a model. All its state is in the model.
 
-    Makes the trackers, in place, for every QuantConv2d and QuantLinear whose weight has at most `max_bits`. Their
-    state is in the model's state dict: to continue a run, make this first, then load. Several ranks compute the same
-    from the same weights.
+    The constructor adds a tracker to every QuantConv2d and QuantLinear whose weight has at most `max_bits`. Trackers
+    are part of the model's state dict: to continue a run, construct this first, then load. All ranks compute the same
+    values from the same weights.
 
-    Raises ValueError where the model has no such layer, and for contradicting settings.
+    Raises:
+        ValueError: the model has no such layer, or settings contradict each other.
     """
 
     def __init__(self, model: nn.Module, settings: OscillationSettings):
@@ -103,43 +112,50 @@ class Oscillations:
         self.layers = tracked_layers(model, settings.max_bits)
         for layer in self.layers.values():
             layer.oscillation = OscillationTracker(layer.weight)
-            if layer.weight_quantizer.calibrated:
+            if _weight_quantizer(layer).calibrated:
                 layer.oscillation.start_(layer)
 
     def after_step_(self, done: float) -> None:
-        """Call it after every optimizer step (steps projected), with the share of training done, this step included."""
+        """Call it after every optimizer step and the projection of the quantizers.
+
+        done: share of training that is done, this step included.
+        """
         self.update_(self.threshold(done))
 
     def update_(self, threshold: float | Tensor | None) -> None:
-        """The same for a threshold [] of freezing; None freezes nothing."""
+        """As `after_step_`, with the freezing threshold [] as an argument; None freezes nothing."""
         for layer in self.layers.values():
-            layer.oscillation.update_(layer, self.settings.momentum, threshold)
+            _tracker(layer).update_(layer, self.settings.momentum, threshold)
 
     def dampening(self, done: float) -> Tensor | None:
-        """lambda(t) times the dampening loss, [] with gradients for the weights; None while there is none."""
+        """lambda(t) times the dampening loss, [], with gradients for the weights; None before it starts.
+
+        done: share of training that is done.
+        """
         factor = self.dampening_factor(done)
         return None if factor is None else self.dampening_by(factor)
 
     def dampening_by(self, factor: float | Tensor) -> Tensor:
-        """The same for a lambda []."""
-        return factor * sum(dampening_loss(layer, self.settings.aggregate) for layer in self.layers.values())
+        """As `dampening`, with lambda [] as an argument."""
+        losses = [dampening_loss(layer, self.settings.aggregate) for layer in self.layers.values()]
+        return factor * sum(losses[1:], losses[0])
 
     def dampening_factor(self, done: float) -> float | None:
-        """lambda at a share of training; None while there is no dampening."""
+        """lambda at a share of training; None before dampening starts."""
         return _cosine(done, self.settings.start, 0.0, self.settings.dampening) or None
 
     def threshold(self, done: float) -> float | None:
-        """The freezing threshold at a share of training; None while nothing freezes."""
+        """The freezing threshold at a share of training; None before freezing starts."""
         first, final = self.settings.freeze_threshold, self.settings.freeze_final
         return None if first is None else _cosine(done, self.settings.start, first, first if final is None else final)
 
     @torch.no_grad()
     def count(self) -> dict[str, dict[str, int]]:
-        """By layer name: how many `weights`, how many of them are `frozen` and how many others are `oscillating`.
+        """By layer name: number of `weights`, of `frozen` ones and of other `oscillating` ones.
 
-        Synchronizes, once.
+        Synchronizes with the device once.
         """
-        trackers, limit = [layer.oscillation for layer in self.layers.values()], self.settings.oscillating_above
+        trackers, limit = [_tracker(layer) for layer in self.layers.values()], self.settings.oscillating_above
         counts = torch.stack([torch.stack([((tracker.frequency > limit) & ~tracker.frozen).sum(),
                                            tracker.frozen.sum()]) for tracker in trackers]).tolist()
         return {name: {"weights": layer.weight.numel(), "oscillating": oscillating, "frozen": frozen}
@@ -147,28 +163,28 @@ class Oscillations:
 
 
 def oscillating_fraction(counts: dict[str, dict[str, int]]) -> dict[str, float]:
-    """`oscillating_share` and `frozen_share` of all weights together, from `Oscillations.count`."""
+    """`oscillating_share` and `frozen_share` of the weights of all layers, from `Oscillations.count`."""
     weights = sum(count["weights"] for count in counts.values())
-    return {f"{what}_share": sum(count[what] for count in counts.values()) / weights
-            for what in ("oscillating", "frozen")}
+    return {f"{state}_share": sum(count[state] for count in counts.values()) / weights
+            for state in ("oscillating", "frozen")}
 
 
-def tracked_layers(model: nn.Module, max_bits: int) -> dict[str, nn.Module]:
+def tracked_layers(model: nn.Module, max_bits: int) -> dict[str, QuantConv2d | QuantLinear]:
     """Quantized layers whose weight has at most `max_bits`, by name. Raises ValueError where there is none."""
-    found = {name: module for name, module in model.named_modules()
-             if isinstance(module, QuantConv2d | QuantLinear) and module.weight_quantizer is not None
-             and module.weight_quantizer.bits <= max_bits}
-    if not found:
+    layers = {name: module for name, module in model.named_modules()
+              if isinstance(module, QuantConv2d | QuantLinear) and module.weight_quantizer is not None
+              and module.weight_quantizer.bits <= max_bits}
+    if not layers:
         raise ValueError(f"oscillation: no layer has a weight quantizer of at most oscillation.max_bits = {max_bits}")
-    return found
+    return layers
 
 
-def dampening_loss(layer: nn.Module, aggregate: str = "kernel_mean") -> Tensor:
-    """Distance of a layer's weights from their levels, see above: [], where the quantizer sees the weight.
+def dampening_loss(layer: QuantConv2d | QuantLinear, aggregate: str = "kernel_mean") -> Tensor:
+    """Squared distance of a layer's normalized weights from their levels, see above: [].
 
-    Weights beyond the end levels are at no distance: they cannot oscillate.
+    Weights beyond the end levels have distance 0, because they cannot oscillate.
     """
-    weight, quantizer = layer.normalized_weight()[0], layer.weight_quantizer
+    weight, quantizer = layer.normalized_weight()[0], _weight_quantizer(layer)
     with torch.no_grad():
         level = quantizer(weight)
         levels = quantizer.levels()
@@ -179,8 +195,24 @@ def dampening_loss(layer: nn.Module, aggregate: str = "kernel_mean") -> Tensor:
     return distance.sum() if aggregate == "sum" else distance.mean()
 
 
+def _weight_quantizer(layer: QuantConv2d | QuantLinear) -> Quantizer:
+    assert layer.weight_quantizer is not None  # `tracked_layers` selects only layers that have one
+    return layer.weight_quantizer
+
+
+def _tracker(layer: QuantConv2d | QuantLinear) -> OscillationTracker:
+    assert isinstance(layer.oscillation, OscillationTracker)
+    return layer.oscillation
+
+
+def _level_index(layer: QuantConv2d | QuantLinear) -> Tensor:
+    """Indices of the levels of a layer's weights. That of a NaN weight is arbitrary, but valid."""
+    low, high = _weight_quantizer(layer).level_range
+    return _weight_quantizer(layer).level_index(layer.normalized_weight()[0]).clamp(0, high - low)
+
+
 def _cosine(done: float, start: float, first: float, last: float) -> float | None:
-    """Half a cosine from `first` at `start` to `last` at 1; None before."""
+    """Half a cosine from `first` at `start` to `last` at 1; None before `start`."""
     if done < start:
         return None
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * (done - start) / (1 - start)))

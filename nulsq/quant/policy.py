@@ -1,14 +1,14 @@
-"""Which layer gets which quantizer and how many bits: the rules of a `Policy` against a network's names and roles.
+"""Which layer gets which quantizer and how many bits: matches the rules of a `Policy` with a network's layers.
 
-A pattern is a module name with shell wildcards (`features.stage1.*`) or a role (`roles` says how each is found):
+A pattern is a module name with shell wildcards (`features.stage1.*`) or a role (see `roles`):
 
     role:first, role:last   the first and the last convolution or linear layer
     role:depthwise          convolutions of one input channel each
-    role:downsample         on the way from one resolution to the next: projection shortcuts, patch merging
+    role:downsample         layers between two resolutions: projection shortcuts, patch merging
     role:qkv                projections of an attention's input to queries, keys and values
 
-What matches nothing is an error. One exception, for a search over several models: a role that this model does not
-have is passed over where another entry of the same rule matches.
+A pattern that matches nothing is an error. There is one exception, for a search over several models: a role that this
+model does not have is ignored if another pattern of the same rule matches.
 """
 
 from collections.abc import Iterable
@@ -25,25 +25,25 @@ PROJECTIONS = {"qkv", "q", "k", "v", "kv", "q_proj", "k_proj", "v_proj", "query"
 
 
 def resolve(policy: Policy, model: nn.Module) -> dict[str, tuple[SideRule, SideRule]]:
-    """Each quantizable layer's (weight, activation) settings, complete, by module name.
+    """Complete (weight, activation) settings of each quantizable layer, by module name.
 
     Raises ValueError for a pattern or role that matches nothing, and for settings that contradict each other.
     """
     names = quantizable(model)
     if not names:
         raise ValueError("the model has no Conv2d or Linear layer to quantize")
-    policy, found = policy.without_preset(), roles(model)
+    policy, roles_of_model = policy.without_preset(), roles(model)
     chosen: dict[str, str] = {}
     for label, rule in policy.rules.items():
         if not rule.enabled:
             continue
-        wanted = _wanted(label, rule, names, found, others=policy.rules.keys() - {label})
-        for name in wanted:
+        matches = _matches(label, rule, names, roles_of_model, others=policy.rules.keys() - {label})
+        for name in matches:
             chosen.setdefault(name, label)
         if label not in chosen.values():
-            earlier = ", ".join(sorted({chosen[name] for name in wanted}))
-            raise ValueError(f"quant.rules.{label} changes nothing: its layers were taken by {earlier}, which "
-                             f"comes first. Set quant.rules.{earlier.partition(',')[0]}, or its enabled=false")
+            earlier = sorted({chosen[name] for name in matches})
+            raise ValueError(f"quant.rules.{label} changes nothing: earlier rules match all its layers: "
+                             f"{', '.join(earlier)}. Change quant.rules.{earlier[0]}, or set its enabled=false")
     return {name: (policy.side("weight", chosen.get(name)), policy.side("activation", chosen.get(name)))
             for name in names}
 
@@ -51,18 +51,18 @@ def resolve(policy: Policy, model: nn.Module) -> dict[str, tuple[SideRule, SideR
 def quantizable(model: nn.Module) -> list[str]:
     """Names of the layers that can be quantized, in the order of definition.
 
-    Exactly Conv2d and Linear: a subclass may use its weight in ways of its own (timm's Conv2dSame pads, its StdConv2d
-    normalizes, torch's attention never calls its output layer), so it stays float; `quantize_` warns of it.
+    Only Conv2d and Linear themselves: a subclass may use its weight in another way (timm's Conv2dSame pads, its
+    StdConv2d normalizes, torch's attention never calls its output layer), so it stays float and `quantize_` warns.
     """
     return [name for name, module in model.named_modules() if type(module) in QUANTIZED]
 
 
 def roles(model: nn.Module) -> dict[str, list[str]]:
-    """Names of the layers of each role, in the order of definition; float or quantized. A layer may have several.
+    """Names of the layers of each role, in the order of definition; float or quantized. A layer may have several roles.
 
-    All convolutions and linear layers count, those too that cannot be quantized: where the first layer is one of
-    these, the second does not become the first. `first` and `last` are by definition order, `depthwise` by shape,
-    `downsample` and `qkv` by the names that the three model libraries use.
+    Layers that cannot be quantized have roles too, so that the second layer never counts as the first. `first` and
+    `last` follow the order of definition, `depthwise` the shape, `downsample` and `qkv` the names that the three model
+    libraries use.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     names = list(layers)
@@ -76,31 +76,32 @@ def roles(model: nn.Module) -> dict[str, list[str]]:
     }
 
 
-def _wanted(label: str, rule: LayerRule, names: list[str], found: dict[str, list[str]],
-            others: Iterable[str]) -> list[str]:
-    """Names of the quantizable layers that a rule matches: at least one."""
+def _matches(label: str, rule: LayerRule, names: list[str], roles_of_model: dict[str, list[str]],
+             others: Iterable[str]) -> list[str]:
+    """Names of the quantizable layers that a rule matches, at least one. others: labels of the other rules."""
     if not rule.match:
         raise ValueError(f"quant.rules.{label}.match is empty: the rule has no layers."
                          f"{did_you_mean(label, others, cutoff=0.6)}")
-    wanted, absent = [], []
+    matches: list[str] = []
+    absent = []
     for pattern in rule.match:
         if pattern.startswith("role:"):
             role = pattern.removeprefix("role:")
-            if role not in found:
+            if role not in roles_of_model:
                 raise ValueError(f"quant.rules.{label}.match: no role {pattern!r}, allowed: "
-                                 f"{', '.join(f'role:{each}' for each in found)}")
-            matched = [name for name in names if name in found[role]]
-            if not matched:
+                                 f"{', '.join(f'role:{known}' for known in roles_of_model)}")
+            new = [name for name in names if name in roles_of_model[role]]
+            if not new:
                 absent.append(pattern)
         else:
-            matched = [name for name in names if fnmatchcase(name, pattern)]
-            if not matched:
+            new = [name for name in names if fnmatchcase(name, pattern)]
+            if not new:
                 hint = did_you_mean(pattern, names, count=3) or f" The first layers are {', '.join(names[:3])}."
                 raise ValueError(f"quant.rules.{label}.match: {pattern!r} matches no layer.{hint}")
-        wanted += matched
-    if not wanted:
-        here = [f"role:{role}" for role, layers in found.items() if set(layers) & set(names)]
+        matches += new
+    if not matches:
+        present = [f"role:{role}" for role, layers in roles_of_model.items() if set(layers) & set(names)]
         raise ValueError(f"quant.rules.{label}.match: no layer of this model that can be quantized has "
-                         f"{' or '.join(absent)}; it has {', '.join(here) or 'no roles'}. "
-                         f"quant.rules.{label}.enabled=false takes the rule away")
-    return wanted
+                         f"{' or '.join(absent)}; it has {', '.join(present) or 'no roles'}. "
+                         f"quant.rules.{label}.enabled=false disables the rule")
+    return matches

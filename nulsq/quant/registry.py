@@ -1,4 +1,4 @@
-"""get_quantizer("nulsq"): quantizer classes by the name of their module."""
+"""get_quantizer("nulsq"): quantizer classes by the name of their Python module."""
 
 import importlib
 import pkgutil
@@ -17,10 +17,10 @@ def available() -> tuple[str, ...]:
 
 
 def get_quantizer(name: str) -> "type[Quantizer]":
-    """The `Quantizer` class of `nulsq/quantizers/NAME.py`, or of your own module `my_lab.my_quantizer`.
+    """The `Quantizer` class of `nulsq/quantizers/NAME.py`, or of a module of yours, such as `my_lab.my_quantizer`.
 
-    Raises ValueError, with the near miss, for a name that does not exist, or for a module without exactly one
-    quantizer in it.
+    Raises ValueError, with the near miss, for a name that does not exist, and for a module that does not define exactly
+    one quantizer.
     """
     from nulsq.quant.base import Quantizer
 
@@ -29,12 +29,12 @@ def get_quantizer(name: str) -> "type[Quantizer]":
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
-            raise  # the quantizer's own module exists and misses something else
+            raise  # the module exists; something that it imports does not
         hint = did_you_mean(name, available())
         raise ValueError(f"no quantizer {name!r}.{hint} Allowed: fp (none), {', '.join(available())}, "
                          "or the importable name of a module of yours (my_lab.my_quantizer)") from None
-    found = [value for value in vars(module).values()
-             if isinstance(value, type) and issubclass(value, Quantizer) and value.__module__ == module.__name__]
-    if len(found) != 1:
-        raise ValueError(f"{path} must define exactly one Quantizer, it defines {len(found)}")
-    return found[0]
+    quantizers = [value for value in vars(module).values()
+                  if isinstance(value, type) and issubclass(value, Quantizer) and value.__module__ == module.__name__]
+    if len(quantizers) != 1:
+        raise ValueError(f"{path} must define exactly one Quantizer, it defines {len(quantizers)}")
+    return quantizers[0]

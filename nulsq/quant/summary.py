@@ -1,20 +1,21 @@
-"""summary(model): which quantizers each layer has, and what stays float."""
+"""summary(model): the quantizers of each layer, and what stays float."""
 
 from collections import Counter
 
 from torch import nn
 
 from nulsq.quant.base import Quantizer
-from nulsq.quant.layers import LAYERS, QUANTIZED, is_unsupported_subclass
+from nulsq.quant.layers import LAYERS, QuantConv2d, QuantLinear, is_unsupported_subclass
 from nulsq.quant.policy import roles
 from nulsq.text import aligned
 
 
 def summary(model: nn.Module) -> str:
-    """A line for each convolution and linear layer: roles, quantizers and bits, or float. Then what else there is.
+    """A table with a row for each convolution and linear layer: roles, quantizers and bits, or "float".
 
-    The closing lines: the gradient scale of the learned steps, quantizers whose parameters do not learn, and what has
-    parameters and stays float.
+    A folded model has a column with the batch norms and ReLUs that each layer's quantizer absorbed. The lines after the
+    table list gradient scales of the learned steps, quantizers whose parameters are not learned, and modules with
+    parameters that stay float.
     """
     of_layer: dict[str, list[str]] = {}
     for role, names in roles(model).items():
@@ -24,7 +25,7 @@ def summary(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
             weight, activation, absorbed = "float", "float", []
-            if type(module) in QUANTIZED.values():
+            if isinstance(module, QuantConv2d | QuantLinear):
                 weight = _side(module.weight_quantizer, module.normalization)
                 activation = _side(module.activation_quantizer)
                 absorbed = module.activation_quantizer.absorbed() if module.activation_quantizer is not None else []
@@ -44,43 +45,45 @@ def _side(quantizer: Quantizer | None, normalization: str = "none") -> str:
     return f"{quantizer.name()} {quantizer.bits}b {sign}{per}{normalized}"
 
 
-def _gradient_scales(model):
+def _gradient_scales(model: nn.Module) -> list[str]:
     learned = [module for module in model.modules() if isinstance(module, Quantizer) and list(module.parameters())]
     if not learned:
         return []
     frozen = [quantizer for quantizer in learned if not any(p.requires_grad for p in quantizer.parameters())]
     used = Counter((f"{quantizer.grad_scale} ({quantizer.name()} {quantizer.role}s)") for quantizer in learned
-                   if not any(quantizer is each for each in frozen))
+                   if not any(quantizer is other for other in frozen))
     lines = [f"gradient scale of the steps: {_listed(used)}"] if used else []
     if frozen:
-        kinds = Counter(f"{quantizer.name()} {quantizer.role}s" for quantizer in frozen)
-        lines.append(f"not learned, as calibrated: {_listed(kinds)}")
+        names = Counter(f"{quantizer.name()} {quantizer.role}s" for quantizer in frozen)
+        lines.append(f"not learned, as calibrated: {_listed(names)}")
     return lines
 
 
-def _stays_float(model):
-    """What has parameters and no quantizer, or products without parameters, in as few lines as possible."""
-    layers, odd, loose, attention = Counter(), Counter(), {}, Counter()
+def _stays_float(model: nn.Module) -> list[str]:
+    """Modules with parameters and no quantizer, and products without parameters."""
+    layers: Counter[str] = Counter()  # modules with a weight and perhaps a bias
+    subclasses: Counter[str] = Counter()
+    parameters: Counter[str] = Counter()  # of other modules
+    attention: Counter[str] = Counter()
     for module in model.modules():
-        kind = type(module).__name__
-        if "attention" in kind.lower():
-            attention[kind] += 1
-        if isinstance(module, Quantizer) or type(module) in QUANTIZED.values():
+        class_name = type(module).__name__
+        if "attention" in class_name.lower():
+            attention[class_name] += 1
+        if isinstance(module, Quantizer | QuantConv2d | QuantLinear):
             continue
         own = [name for name, _ in module.named_parameters(recurse=False)]
         if is_unsupported_subclass(module):
-            odd[f"{kind}, a subclass"] += 1
+            subclasses[f"{class_name}, a subclass"] += 1
         elif set(own) - {"bias"} == {"weight"}:
-            layers[kind] += 1
-        elif own:
-            loose.setdefault(kind, Counter()).update(own)
-    kinds = layers + odd + Counter({f"{name} of {kind}": count
-                                    for kind, names in loose.items() for name, count in names.items()})
-    lines = [f"stays float: {_listed(kinds)}"] if kinds else []
+            layers[class_name] += 1
+        else:
+            parameters.update(f"{name} of {class_name}" for name in own)
+    floats = layers + subclasses + parameters
+    lines = [f"stays float: {_listed(floats)}"] if floats else []
     if attention:
         lines.append(f"stays float: the two products inside attention, which have no parameters ({_listed(attention)})")
     return lines
 
 
-def _listed(counts: Counter) -> str:
-    return ", ".join(f"{count} x {what}" for what, count in counts.items())
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())

@@ -1,9 +1,9 @@
-"""APoT: additive powers of two (Li, Dong and Wang, ICLR 2020, arXiv:1909.13144). Dense levels near zero.
+"""APoT: additive powers of two (Li, Dong and Wang, ICLR 2020, arXiv:1909.13144). Levels are dense near zero.
 
-One learned clipping threshold a. The B magnitude bits choose one term from each of these sets, and the level is a
-times their sum over the largest sum (paper, eq. 5 with base 2; the odd B of the authors' code):
+One learned clipping threshold a. The B magnitude bits choose one term, or 0, from each of these sets. The level is a
+times the sum of the terms over the largest sum (paper, eq. 5 with base 2; odd B as in the authors' code):
 
-    B  terms beside 0                           levels / a
+    B  terms other than 0                       levels / a
     1  {1}                                      {0, 1}
     2  {4, 2, 1}                                {0, 1, 2, 4} / 4
     3  {8, 4, 1} + {2}                          {0, 1, 2, 3, 4, 6, 8, 10} / 10
@@ -15,37 +15,38 @@ times their sum over the largest sum (paper, eq. 5 with base 2; the odd B of the
     signed      a sign and B = b - 1: 2^b - 1 levels, THREE at 2 bits, where LSQ, nuLSQ and UniQ have four
     thresholds  halfway between neighbouring levels; x at a threshold goes to the level nearer zero
     dy/da       (y - x) / a inside, +-1 outside ("reformulated clipping function": the rounding error counts)
-    dy/dx       1 inside, 0 outside; at 2-bit weights 1 everywhere, as the authors have it
-    gradient scale sqrt(Q / N) with Q = 2^(b-1) - 1 signed, 2^b - 1 unsigned: what LSQ's is for a = Q s
+    dy/dx       1 inside, 0 outside; for 2-bit weights 1 everywhere, as in the authors' code
+    gradient scale sqrt(Q / N) with Q = 2^(b-1) - 1 signed, 2^b - 1 unsigned: LSQ's scale for a = Q s
 
-Weights are normalized first, (w - mean) / deviation. The paper leaves it at that (`normalization: wn`), since its
-networks have a batch norm behind every convolution, which undoes any scale. Ours multiplies the deviation back by
-default (`lwn`): behind a batch norm that is the same network with the same gradients, and where none follows directly,
-in pre-activation networks and transformers, it keeps the function of the float network that training starts from.
-Published starts: `init: const` (a = 3 for weights, 8 for activations on CIFAR, 6 on ImageNet), first from the float
-network, then from 5, 4, 3 bits downwards (`model.init_from` a run).
+Weights are normalized first, (w - mean) / deviation. The paper stops there (`normalization: wn`), since in its networks
+a batch norm after every convolution undoes any scale. Here the quantized weight is multiplied by the deviation again by
+default (`lwn`). Before a batch norm that is the same network with the same gradients. Where no batch norm follows
+directly, as in pre-activation networks and transformers, it keeps the function of the float network that training
+starts from. Published initialization: `init: const` (a = 3 for weights, 8 for activations on CIFAR, 6 on ImageNet),
+first from the float network, then from 5, 4, 3 bits in turn (`model.init_from` a run).
 
-Where the authors' code differs: levels are an unsorted set of floats outside the state dict, the nearest is found over
-a matrix of elements x levels, and a tie goes wherever the set's order says; the CIFAR code detaches mean and
+Differences from the authors' code: there, levels are an unsorted set of floats outside the state dict, the nearest one
+is found in a matrix of elements x levels, and the order of the set decides ties; the CIFAR code detaches mean and
 deviation. B without a set of terms gives NaN there and an error here.
 """
 
 import itertools
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nulsq.quant.base import Quantizer
 from nulsq.quant.op import Table, scale_gradient
 
-TERMS = {
+TERMS: dict[int, list[tuple[int, ...]]] = {
     1: [(1,)], 2: [(4, 2, 1)], 3: [(8, 4, 1), (2,)], 4: [(32, 8, 2), (16, 4, 1)],
     5: [(64, 16, 2), (32, 8, 1), (4,)], 6: [(256, 32, 4), (128, 16, 2), (64, 8, 1)],
 }
 
 
 def magnitudes(bits: int) -> list[int]:
-    """The 2^bits sums of terms, ascending; the last one is the unit of the clipping threshold."""
+    """The 2^bits sums of terms, ascending; the last one corresponds to the clipping threshold."""
     return sorted(sum(chosen) for chosen in itertools.product(*((0, *terms) for terms in TERMS[bits])))
 
 
@@ -53,27 +54,26 @@ class APoT(Quantizer):
     """One learned clipping threshold per tensor or per output channel. 2 to 6 bits."""
 
     index, reduction = "table", "total"
+    symmetric = True
     normalization = "lwn"
     smallest_bits, largest_bits = 2, 6
+    unsigned_units: Tensor
+    signed_units: Tensor
 
-    def __init__(self, bits, role, *, signed=None, channels=None, ste=None, **options):
+    def __init__(self, bits: int, role: str, *, signed: bool | None = None, channels: int | None = None,
+                 ste: str | None = None, **options: Any) -> None:
         if ste is None and role == "weight" and bits == 2:
             ste = "none"
         super().__init__(bits, role, signed=signed, channels=channels, ste=ste, **options)
         self.alpha = nn.Parameter(torch.ones(1) if channels is None else torch.ones(channels, 1))
         self.register_buffer("unsigned_units", torch.tensor(magnitudes(bits), dtype=torch.float32), persistent=False)
-        upper = magnitudes(bits - 1) if bits > 1 else [0]
-        signed_units = [-unit for unit in upper[:0:-1]] + upper
+        positive = magnitudes(bits - 1) if bits > 1 else [0]
+        signed_units = [-unit for unit in positive[:0:-1]] + positive
         self.register_buffer("signed_units", torch.tensor(signed_units, dtype=torch.float32), persistent=False)
 
-    @property
-    def level_range(self):
-        high = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
-        return (-high if self.signed else 0), high
-
-    def table(self, elements=None):
+    def table(self, elements: int | None = None) -> Table:
         units = self.signed_units if self.signed else self.unsigned_units
-        alpha = self.alpha
+        alpha: Tensor = self.alpha
         if elements is not None:
             alpha = scale_gradient(alpha, self.gradient_factor(elements, self.level_range[1]))
         with torch.no_grad():
@@ -81,12 +81,12 @@ class APoT(Quantizer):
             thresholds = (levels[..., :-1] + levels[..., 1:]) / 2
         return Table(gaps=alpha, levels=levels, thresholds=thresholds)
 
-    def ties_up(self):
+    def ties_up(self) -> tuple[bool, ...]:
         low, high = self.level_range
         return (True,) * -low + (False,) * high
 
-    def gradient_factor(self, elements, codes, numerator=1.0):
-        return (codes / elements) ** 0.5
+    def gradient_factor(self, elements: int | None, levels: int, numerator: float = 1.0) -> float:
+        return 1.0 if elements is None else (levels / elements) ** 0.5
 
-    def set_steps_(self, step):
+    def set_steps_(self, step: Tensor) -> None:
         self.alpha.copy_((step * self.level_range[1]).view(self.alpha.shape))

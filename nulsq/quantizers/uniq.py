@@ -8,20 +8,22 @@ and one bit is a sign:
     unsigned    levels k s, k = 0 ... 2^b - 1                         thresholds (k + 1/2) s, round half to even
     dy/ds       (y - x) / s inside, the end level / s outside
     dy/dx       1 inside, 0 outside
-    gradient scale 1 / sqrt(N max(Q, 1)) with Q = 2^(b-1) - 1 signed and 2^b - 1 unsigned; N counts the elements of the
-    whole batch for activations: `grad_scale: batch` is theirs
-    initial step   `init: nmse`, whose constants are this paper's
+    gradient scale 1 / sqrt(N max(Q, 1)) with Q = 2^(b-1) - 1 signed and 2^b - 1 unsigned; for activations N is the
+    number of elements of the whole batch (`grad_scale: batch`)
+    initial step   `init: nmse`, whose constants come from this paper
 
-The authors write the signed form as s round(clip((x + a) / s, 0, 2^b - 1)) - a with a = s (2^b - 1) / 2: the same
-levels and thresholds. At one bit they put x = 0 on the lower level, we put it on the upper one. They train the step
-with the weights' own optimizer and no decay (`optim.qparm_optimizer: sgd`, `coeff_qparm_lr: 1`, `qparm_wd: 0`), and at
-one bit keep the first, last and shortcut layers float.
+The authors write the signed form as s round(clip((x + a) / s, 0, 2^b - 1)) - a with a = s (2^b - 1) / 2, which has the
+same levels and thresholds. At one bit they map x = 0 to the lower level, this file maps it to the upper one. They train
+the step with the optimizer of the weights and without decay (`optim.qparm_optimizer: sgd`, `coeff_qparm_lr: 1`,
+`qparm_wd: 0`). At one bit they keep the first, last and shortcut layers float.
 
-A signed activation that is exactly zero becomes s / 2: take another method where zeros carry meaning.
+A signed activation of exactly zero becomes s / 2. Use another method where zeros carry meaning.
 """
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nulsq.quant.base import Quantizer
 from nulsq.quant.op import Table, scale_gradient
@@ -33,19 +35,20 @@ class UniQ(Quantizer):
     index, ste, reduction = "uniform", "clip", "total"
     smallest_bits = 1
 
-    def __init__(self, bits, role, *, signed=None, channels=None, **options):
+    def __init__(self, bits: int, role: str, *, signed: bool | None = None, channels: int | None = None,
+                 **options: Any) -> None:
         super().__init__(bits, role, signed=signed, channels=channels, **options)
         self.step = nn.Parameter(torch.ones(1) if channels is None else torch.ones(channels, 1))
 
     @property
-    def shift(self):
+    def shift(self) -> float:  # type: ignore[override]  # the sign may come from data later
         return 0.5 if self.signed else 0.0
 
-    def table(self, elements=None):
-        step = self.step
+    def table(self, elements: int | None = None) -> Table:
+        step: Tensor = self.step
         if elements is not None:
             step = scale_gradient(step, self.gradient_factor(elements, self.level_range[1]))
         return Table(gaps=step)
 
-    def set_steps_(self, step):
+    def set_steps_(self, step: Tensor) -> None:
         self.step.copy_(step.view(self.step.shape))
