@@ -10,7 +10,7 @@ import nulsq.train
 from nulsq.run.directory import path_of
 from nulsq.train import train
 from nulsq.training import cuda_graph
-from nulsq.training.divergence import DivergenceGuard
+from nulsq.training.divergence import Diverged, DivergenceGuard
 from tests.conftest import ROOT
 from tests.cpu_graph import note, on_the_cpu
 from tests.runs import assert_same_state, last, numbers
@@ -32,8 +32,8 @@ CASES = {  # what a recipe says beside the usual, and which halves are recorded
 @pytest.fixture
 def recorded(monkeypatch):
     """Names of the functions recorded, in order; learning rates are float32's, as a graph reads them."""
-    plain = nulsq.train.learning_rate
-    monkeypatch.setattr(nulsq.train, "learning_rate", lambda *args, **kwargs: torch.tensor(
+    plain = nulsq.training.setup.learning_rate
+    monkeypatch.setattr(nulsq.training.setup, "learning_rate", lambda *args, **kwargs: torch.tensor(
         plain(*args, **kwargs)).item())
     with on_the_cpu(monkeypatch) as found:
         yield found
@@ -65,13 +65,14 @@ def test_a_run_goes_on_from_its_checkpoint(short, float_run, recorded, steps_don
 
 def test_a_run_that_goes_back_records_again(short, float_run, recorded, steps_done, monkeypatch):
     """The optimizers' state is in other memory then."""
-    plain = DivergenceGuard.look
+    plain = DivergenceGuard.observe
 
-    def look(guard, step, *rest):
-        bad = plain(guard, step, *rest)
-        return 6 if step == 6 else bad
+    def observe(guard, step, *rest):
+        plain(guard, step, *rest)
+        if step == 6:
+            raise Diverged(6)
 
-    monkeypatch.setattr(DivergenceGuard, "look", look)
+    monkeypatch.setattr(DivergenceGuard, "observe", observe)
     graphed, wanted = (short(name, model__init_from=str(float_run), run__cuda_graph=name == "graphed-back",
                              optim__epochs=3, **EXACT) for name in ("graphed-back", "plain-back"))
     states = [train(recipe, quiet=True) for recipe in (graphed, wanted)]
@@ -83,18 +84,19 @@ def test_a_run_that_goes_back_records_again(short, float_run, recorded, steps_do
 
 def test_a_diverged_run_still_names_its_quantizer(short, float_run, recorded, monkeypatch):
     """A recorded half leaves gradients where a plain one does."""
-    plain = DivergenceGuard.look
+    plain = DivergenceGuard.observe
 
-    def look(guard, step, *rest):
-        bad = plain(guard, step, *rest)
-        return step if step >= 5 else bad
+    def observe(guard, step, *rest):
+        plain(guard, step, *rest)
+        if step >= 5:
+            raise Diverged(step)
 
     def spoiled(model, images):
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
         return "quantizer"
 
-    monkeypatch.setattr(DivergenceGuard, "look", look)
-    monkeypatch.setattr(nulsq.train, "first_bad", spoiled)
+    monkeypatch.setattr(DivergenceGuard, "observe", observe)
+    monkeypatch.setattr(nulsq.train, "find_nonfinite", spoiled)
     recipe = short("graphed-diverged", model__init_from=str(float_run), run__cuda_graph=True, optim__epochs=3,
                    guard__rollbacks=0)
     assert train(recipe, quiet=True).status == "diverged" and recorded == HALVES

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import nulsq.train
+import nulsq.training.stop
 from nulsq.config import to_yaml
 from nulsq.errors import InputError
 from nulsq.run import checkpoint
@@ -168,23 +169,23 @@ def test_a_stop_in_evaluation_saves_what_was_before_it(short, float_run, straigh
     assert_same_state(last(path_of(recipe)), last(straight))
 
 
-def test_a_signal_in_the_final_evaluation_on_test_is_answered_too(short, float_run, tmp_path, monkeypatch):
+def test_the_command_answers_a_signal_with_a_saved_run(short, float_run, tmp_path, monkeypatch):
     recipe = short("signalled", model__init_from=str(float_run), optim__epochs=1)
     (tmp_path / "r.yaml").write_text(to_yaml(recipe))
-    plain = nulsq.train.read_evaluation
+    plain = nulsq.training.stop.StopRequest.poll
 
-    def signalled(run):
-        signal.raise_signal(signal.SIGUSR1)  # training is over, the evaluation about to begin
-        return plain(run)
+    def signalled(request, step):
+        if step == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        return plain(request, step)
 
-    monkeypatch.setattr(nulsq.train, "read_evaluation", signalled)
+    monkeypatch.setattr(nulsq.training.stop.StopRequest, "poll", signalled)
     assert nulsq.train.main([str(tmp_path / "r.yaml")]) == 99
     outcome = read_outcome(path_of(recipe))
-    assert (outcome["outcome"], outcome["requeue"]) == ("saved", True)
-    assert not (path_of(recipe) / "test.json").exists()
+    assert (outcome["outcome"], outcome["requeue"], outcome["step"]) == ("saved", True, 2)
     monkeypatch.undo()
     assert nulsq.train.main([str(tmp_path / "r.yaml")]) == 0
-    assert read_outcome(path_of(recipe))["outcome"] == "finished" and (path_of(recipe) / "test.json").is_file()
+    assert read_outcome(path_of(recipe))["outcome"] == "finished"
 
 
 def test_saves_within_an_epoch_and_on_demand_change_nothing(short, float_run, straight, steps_done, capsys):
@@ -199,7 +200,7 @@ def test_saves_within_an_epoch_and_on_demand_change_nothing(short, float_run, st
 
     assert train(recipe, stop=look).status == "finished"
     assert {checkpoint.file_name(3, 0), checkpoint.file_name(6, 1), checkpoint.file_name(8, 1)} <= seen
-    assert "saved at step 8, as save asked for" in capsys.readouterr().out and not wish.exists()
+    assert "saved at step 8, as the file save asks for" in capsys.readouterr().out and not wish.exists()
     assert numbers(path_of(recipe)) == numbers(straight)
     assert_same_state(last(path_of(recipe)), last(straight))
 
