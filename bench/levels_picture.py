@@ -34,7 +34,7 @@ def measure(run: Path) -> list[LayerReport]:
     recipe = read_recipe(run)
     data = DataSet(recipe.data.path)
     model = trained_network(recipe, checkpoint.load_chosen(run, "auto"), len(data.classes))
-    loaders = build_loaders(recipe.data, data, recipe.run.seed)
+    loaders = build_loaders(recipe.data, data, recipe.run.seed, epochs=recipe.optim.epochs)
     batches = first_batches(loaders.val or loaders.train, Normalize(data, torch.device("cpu")), BATCHES)
     layers = [layer for layer in report(model, batches).layers if layer.activation is not None
               and isinstance(layer.activation.quantizer, NuLSQ) and not layer.activation.quantizer.signed]

@@ -309,7 +309,7 @@ def test_only_layers_of_few_bits_are_tracked():
     ({"oscillation.start": 1.0}, "oscillation.start = 1.0, allowed: at least 0 and at most 0.999"),
     ({"oscillation.track": True, "oscillation.max_bits": 1}, "no layer has a weight quantizer of at most"),
     ({"oscillation.aggregate": "kernel"}, "oscillation.aggregate"),
-    ({"optim.freeze_bn": True, "optim.reestimate_bn": 3}, "choose one"),
+    ({"optim.freeze_bn": True, "optim.reestimate_bn": 3}, "set one of the two"),
 ])
 def test_settings_that_do_not_fit_write_nothing(digits, tmp_path, settings, message):
     from nulsq.train import train
