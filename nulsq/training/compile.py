@@ -8,10 +8,12 @@ again. On a machine that cannot compile, the run continues without it after one 
 import operator
 import warnings
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -28,7 +30,7 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
                       f"slower): {reason}", stacklevel=2)
         return model
     inline_forward()
-    return torch.compile(model, options={"joint_custom_pre_pass": _RecomputeInputs()})
+    return cast(nn.Module, torch.compile(model, options={"joint_custom_pre_pass": _RecomputeInputs()}))
 
 
 class _RecomputeInputs(CustomGraphPass):
@@ -54,15 +56,15 @@ class _RecomputeInputs(CustomGraphPass):
         return get_hash_for_files((__file__, *map(str, sorted(operation.rglob("*.py")))))
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        seen = set()
+        seen: set[Node] = set()
         for node in graph.nodes:  # in order of execution
             if node.target not in (GRADIENTS, GRADIENTS_AFTER_NORM):
                 continue
-            source, convolution_input = node.args[0], _convolution_input(node.args[1])
+            source, convolution_input = _argument(node, 0), _convolution_input(_argument(node, 1))
+            recomputed: set[Node] = set()
             if node.target is GRADIENTS_AFTER_NORM:
-                is_quantized = (convolution_input is not None
-                                and convolution_input.target is torch.ops.nulsq.quantize.default)
-                recomputed = {convolution_input} if is_quantized else set()
+                if convolution_input is not None and convolution_input.target is torch.ops.nulsq.quantize.default:
+                    recomputed = {convolution_input}
             elif _is_pointwise(source):  # anything else is expensive to recompute
                 source.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
                 recomputed = _between(source, convolution_input)  # or the comparisons are kept instead
@@ -74,13 +76,14 @@ class _RecomputeInputs(CustomGraphPass):
             seen.add(source)
 
 
-def _is_pointwise(node: torch.fx.Node) -> bool:
+def _is_pointwise(node: Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
-def _between(source: torch.fx.Node, target: torch.fx.Node | None) -> set[torch.fx.Node]:
+def _between(source: Node, target: Node | None) -> set[Node]:
     """`target` and the elementwise operations on tensors of source's shape that lead to it from `source`."""
-    nodes, remaining = set(), [target]
+    nodes: set[Node] = set()
+    remaining = [target]
     while remaining:
         node = remaining.pop()
         if node is None or node is source or not _is_pointwise(node):
@@ -91,12 +94,18 @@ def _between(source: torch.fx.Node, target: torch.fx.Node | None) -> set[torch.f
     return nodes
 
 
-def _convolution_input(gradient: torch.fx.Node) -> torch.fx.Node | None:
+def _convolution_input(gradient: Node) -> Node | None:
     """The input of the convolution whose input gradient this is; None if it comes from another operation."""
     if gradient.target is not operator.getitem or gradient.args[1] != 0:
         return None
-    backward = gradient.args[0]
-    return backward.args[1] if backward.target is torch.ops.aten.convolution_backward.default else None
+    backward = _argument(gradient, 0)
+    return _argument(backward, 1) if backward.target is torch.ops.aten.convolution_backward.default else None
+
+
+def _argument(node: Node, position: int) -> Node:
+    argument = node.args[position]
+    assert isinstance(argument, Node)
+    return argument
 
 
 def why_not(device: torch.device) -> str:

@@ -48,6 +48,8 @@ class Recording:
 
     def __call__(self, *values: Value) -> Any:
         for argument, value in zip(self.arguments, values, strict=True):
+            if argument is None:
+                continue
             if isinstance(value, Tensor):
                 argument.copy_(value, non_blocking=True)
             elif value is not None:

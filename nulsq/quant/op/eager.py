@@ -8,7 +8,6 @@ once and keeps it as one byte per element. The rest follows from it by table loo
     sums      one weighted bincount over the gaps  V_1 ... V_K, and the sums of dL/dy below and above the range
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,12 +33,12 @@ class Eager(torch.autograd.Function):
             y = (at.sub_(rule.shift) if rule.shift else at).round_().clamp_(*rule.level_range)
             y = (y.add_(rule.shift) if rule.shift else y).mul_(table.gaps)
         else:
-            count = len(rule.ties_up)
+            count, (levels, thresholds) = len(rule.ties_up), table.values()
             index = torch.zeros_like(x, dtype=torch.uint8 if count + 1 < 256 else torch.int16)
             for k, up in enumerate(rule.ties_up):
-                index += _as_bytes(x >= table.thresholds[k] if up else x > table.thresholds[k])
+                index += _as_bytes(x >= thresholds[k] if up else x > thresholds[k])
             index += _as_bytes(x != x).to(index.dtype) * (count + 1)  # NaN in, NaN out: one past the levels
-            y = _look_up(table.levels, index)
+            y = _look_up(levels, index)
         ctx.rule, ctx.shape, ctx.order = rule, shape, order
         ctx.save_for_backward(kept, index, gaps, levels, thresholds)
         return _unflat(y.to(dtype), shape, order)
@@ -51,11 +50,14 @@ class Eager(torch.autograd.Function):
         x, table = prepare(x, Table(*table), rule)
         grad_output = _flat(grad_output, ctx.order).to(x.dtype)
 
+        low: Any  # a number or a tensor
+        high: Any
         if rule.index == "uniform":
             at, (low, high) = x / table.gaps, end_codes(rule)
             clamped = at.clamp(low, high)
         else:
-            at, low, high = x, table.levels[0], table.levels[-1]
+            levels, _ = table.values()
+            at, low, high = x, levels[0], levels[-1]
             clamped = torch.maximum(torch.minimum(at, high), low)
         inside = clamped == at
         grad_input = grad_output * inside if rule.ste == "clip" else grad_output
@@ -79,7 +81,7 @@ class Eager(torch.autograd.Function):
             grad_offset, grad_slope = sums[1:-1].to(table_dtype), moments[1:-1].to(table_dtype)
             return grad_input, grad_gaps, None, None, grad_offset, grad_slope, None
         else:
-            y = _look_up(table.levels, index)
+            y = _look_up(levels, index)
             gap = index + _as_bytes(x > y)
             weights = y.sub_(clamped).add_(~inside).mul_(grad_output)
             count = rule.level_range[1] - rule.level_range[0]
@@ -105,18 +107,18 @@ def _look_up(levels: Tensor, index: Tensor) -> Tensor:
     return torch.cat([levels, levels.new_full((1,), torch.nan)]).index_select(0, index.int())
 
 
-def _memory_order(x: Tensor) -> Sequence[int]:
+def _memory_order(x: Tensor) -> tuple[int, ...]:
     """The permutation of x's dimensions that follows its memory."""
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return (0, 2, 3, 1)
     return tuple(range(x.dim()))
 
 
-def _flat(x: Tensor, order: Sequence[int]) -> Tensor:
+def _flat(x: Tensor, order: tuple[int, ...]) -> Tensor:
     """x in one dimension, in this order: a view if x is dense in it."""
     return x.permute(order).reshape(-1)
 
 
-def _unflat(flat: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+def _unflat(flat: Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
     permuted = flat.view([shape[i] for i in order])
     return permuted.permute([order.index(i) for i in range(len(order))])

@@ -6,7 +6,7 @@ the kernel itself on the weights of a small layer, so plain tensors avoid it.
 """
 
 import contextlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def requantized(y: Tensor) -> contextlib.AbstractContextManager:
     """
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    node, hooks = y.grad_fn, torch._C._autograd
+    node, hooks = y.grad_fn, cast(Any, torch._C._autograd)
     if (type(node) is not Fused._backward_cls or not hooks._saved_tensors_hooks_is_enabled()
             or hooks._top_saved_tensors_default_hooks(True) is not None):
         return contextlib.nullcontext()

@@ -57,7 +57,7 @@ def operator(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) 
 def _read(arguments: Sequence[Any]) -> tuple[Table, Rule, Affine | None]:
     """Table, rule and affine map from an operator's arguments after x or grad_output."""
     rule = Rule(*arguments[TABLE_FIELDS:TABLE_FIELDS + RULE_FIELDS])
-    rule = rule._replace(level_range=tuple(rule.level_range), ties_up=tuple(rule.ties_up))
+    rule = rule._replace(level_range=(rule.level_range[0], rule.level_range[1]), ties_up=tuple(rule.ties_up))
     table, affine = table_and_affine((*arguments[:TABLE_FIELDS], *arguments[TABLE_FIELDS + RULE_FIELDS:]))
     return table, rule, affine
 

@@ -32,8 +32,8 @@ def takes_affine(x: Tensor, rule: Rule) -> bool:
 
 def table_and_affine(tensors: Sequence[Tensor | None]) -> tuple[Table, Affine | None]:
     """The table and the affine map (None if it is absent) from the tensors of both, in order."""
-    affine = tensors[TABLE_FIELDS:]
-    return Table(*tensors[:TABLE_FIELDS]), Affine(*affine) if affine and affine[0] is not None else None
+    table, affine = Table._make(tensors[:TABLE_FIELDS]), tensors[TABLE_FIELDS:]
+    return table, Affine._make((*affine, None)[:AFFINE_FIELDS]) if affine and affine[0] is not None else None
 
 
 def in_argument_order(gradients: Sequence[Tensor | None], affine: Affine | None) -> tuple[Tensor | None, ...]:
@@ -47,5 +47,6 @@ def in_argument_order(gradients: Sequence[Tensor | None], affine: Affine | None)
     if affine is None:
         return grad_input, *grad_table, *(None,) * AFFINE_FIELDS
     grad_scale_sum, grad_bias_sum = sums[3:]
+    assert grad_bias_sum is not None
     grad_mean = -affine.scale * grad_bias_sum if affine.rstd is None else None
     return grad_input, *grad_table, grad_mean, grad_scale_sum, grad_bias_sum, None

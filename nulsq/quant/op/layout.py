@@ -23,8 +23,7 @@ def prepare_layout(x: Tensor, table: Table, narrow: tuple[torch.dtype, ...]) -> 
     x = dense(x)
     if x.dtype != dtype and not (dtype == torch.float32 and x.dtype in narrow):
         x = x.to(dtype)
-    table = Table(*(t if t is None or t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous()
-                    for t in table))
+    table = table.map(lambda t: t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous())
     return x, table, table.gaps.shape[0] if table.gaps.dim() == 2 else 1
 
 

@@ -28,6 +28,7 @@ sums are in float32, or in float64 if x or the table is. y and the gradient of x
 table have the type of the table.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,15 @@ class Table(NamedTuple):
     offset: Tensor | None = None  # [..., K+S], for Rule.reduction "per_cell"; only its gradient is used
     slope: Tensor | None = None  # likewise
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Table":
+        """The table with `function` applied to each tensor."""
+        return Table(*(None if t is None else function(t) for t in self))  # type: ignore[arg-type]
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """Levels and thresholds, for `Rule.index == "table"`."""
+        assert self.levels is not None and self.thresholds is not None
+        return self.levels, self.thresholds
+
 
 class Affine(NamedTuple):
     """A batch norm before the quantizer: (x - mean) * scale + bias, with [C] each, over dimension 1 of x.
@@ -62,6 +72,10 @@ class Affine(NamedTuple):
     bias: Tensor
     rstd: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Affine":
+        """The map with `function` applied to each tensor."""
+        return Affine(*(None if t is None else function(t) for t in self))  # type: ignore[arg-type]
+
     def of(self, x: Tensor) -> Tensor:
         """In plain PyTorch, rounded as in the kernels: one multiplication and one addition, in the type of scale."""
         mean, scale, x = self.mean, self.scale, x.to(self.scale.dtype)
@@ -75,7 +89,8 @@ class Affine(NamedTuple):
 class Rule(NamedTuple):
     """Static switches of a quantizer: plain Python values, so that a compiler specializes on them."""
 
-    index: str  # "uniform": round half to even of x / step; "table": compare with the thresholds
+    # "uniform": round half to even of x / step; "table": compare with the thresholds
+    index: str  # type: ignore[assignment]  # hides tuple.index
     ste: str  # where dL/dx is dL/dy: "clip" low <= x <= high; "none" everywhere; "clip_open" low < x < high; "half" as
     # clip_open, and half of it at both ends. The last two have the reference form only
     reduction: str  # gradient of the gaps: "none", "total" (of the unit), "per_gap" (one each); or "per_cell": the unit
@@ -123,7 +138,7 @@ def quantize(x: Tensor, table: Table, rule: Rule) -> tuple[Tensor, Tensor, Table
     x, table = prepare(x, table, rule)
     if rule.index == "uniform":
         return (_code(x, table, rule) + rule.shift) * _column(table.gaps, 0, x), x, table
-    levels, thresholds = table.levels, table.thresholds
+    levels, thresholds = table.values()
     y = torch.where(x == x, _column(levels, 0, x), x)  # NaN in, NaN out
     for k, up in enumerate(rule.ties_up):
         y = torch.where(_above(x, _column(thresholds, k, x), up), _column(levels, k + 1, x), y)
@@ -144,10 +159,14 @@ def gradients(x: Tensor, grad_output: Tensor, table: Table, rule: Rule) -> tuple
     y, x, table = quantize(x, table, rule)
     grad_output = grad_output.to(x.dtype)
 
+    low: Any  # a number or a tensor
+    high: Any
     if rule.index == "uniform":  # compared in units of the step, so that the range is that of the rounding
-        at, low, high = x / _column(table.gaps, 0, x), *end_codes(rule)
+        at = x / _column(table.gaps, 0, x)
+        low, high = end_codes(rule)
     else:
-        at, low, high = x, _column(table.levels, 0, x), _column(table.levels, -1, x)
+        levels, _ = table.values()
+        at, low, high = x, _column(levels, 0, x), _column(levels, -1, x)
     inside = (at >= low) & (at <= high)
     grad_input = _input_gradient(grad_output, at, low, high, inside, rule.ste)
     grad_input = (torch.where(x <= 0, 0, grad_input) if rule.relu else grad_input).to(x_dtype)
@@ -161,9 +180,10 @@ def gradients(x: Tensor, grad_output: Tensor, table: Table, rule: Rule) -> tuple
         number, start = segment(x, low, high, rule)
         cell = _index(x, table, rule) + number
         weights = [torch.where(inside, weight, 0) for weight in (grad_output, grad_output * (x - start))]
+        cells = range(len(rule.ties_up) + rule.segments)
         grad_offset, grad_slope = (
-            torch.cat([_sum(torch.where(cell == m, weight, 0), channels) for m in range(table.offset.shape[-1])],
-                      dim=-1).to(table_dtype) for weight in weights)
+            torch.cat([_sum(torch.where(cell == m, weight, 0), channels) for m in cells], dim=-1).to(table_dtype)
+            for weight in weights)
         grad_gaps = gap_gradient(0.0, below, above, table, rule).to(table_dtype)
         return grad_input, grad_gaps, grad_offset, grad_slope
     error = torch.where(inside, grad_output * (y - x), 0)
@@ -171,8 +191,7 @@ def gradients(x: Tensor, grad_output: Tensor, table: Table, rule: Rule) -> tuple
         errors = _sum(error, channels)
     else:  # x is in gap k if l_{k-1} < x <= l_k
         errors = torch.cat([
-            _sum(torch.where((x > _column(table.levels, k, x)) & (x <= _column(table.levels, k + 1, x)), error, 0),
-                 channels)
+            _sum(torch.where((x > _column(levels, k, x)) & (x <= _column(levels, k + 1, x)), error, 0), channels)
             for k in range(rule.level_range[1] - rule.level_range[0])
         ], dim=-1)
     return grad_input, gap_gradient(errors / table.gaps, below, above, table, rule).to(table_dtype), None, None
@@ -186,7 +205,7 @@ def gap_gradient(errors: Tensor | float, below: Tensor, above: Tensor, table: Ta
     below, above = below.double(), above.double()
     if rule.reduction != "per_gap":
         low, high = (end_codes(rule) if rule.index == "uniform" else
-                     (table.levels[..., end] / table.gaps for end in (slice(1), slice(-1, None))))
+                     (table.values()[0][..., end] / table.gaps for end in (slice(1), slice(-1, None))))
         return errors + low * below + high * above
     if not rule.level_range[0]:
         return errors + above
@@ -222,7 +241,7 @@ def prepare(x: Tensor, table: Table, rule: Rule) -> tuple[Tensor, Table]:
     """x, after its ReLU, and the table in the computation type."""
     dtype = compute_dtype(x, table)
     x = x.to(dtype)
-    return x.relu() if rule.relu else x, Table(*(t if t is None else t.detach().to(dtype) for t in table))
+    return x.relu() if rule.relu else x, table.map(lambda t: t.detach().to(dtype))
 
 
 def without_unused_sums(rule: Rule, needs_input_grad: tuple[bool, ...]) -> Rule:
@@ -237,9 +256,9 @@ def scale_gradient(parameter: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def _index(x: Tensor, table: Table, rule: Rule) -> Tensor:
-    index = torch.zeros_like(x, dtype=torch.int64)
+    index, (_, thresholds) = torch.zeros_like(x, dtype=torch.int64), table.values()
     for k, up in enumerate(rule.ties_up):
-        index = index + _above(x, _column(table.thresholds, k, x), up)  # not in place: vmap may batch only the table
+        index = index + _above(x, _column(thresholds, k, x), up)  # not in place: vmap may batch only the table
     return index
 
 

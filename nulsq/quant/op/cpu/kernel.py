@@ -8,6 +8,7 @@ import functools
 import subprocess
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,13 +75,15 @@ def gradients(x: Tensor, grad_output: Tensor, table: Table, rule: Rule,
         sums += [torch.empty_like(affine.scale), torch.empty_like(affine.bias)]
     if grad.numel():
         call.grad_output, call.output = grad.data_ptr(), grad_input.data_ptr()
-        call.grad_gaps, call.grad_offset, call.grad_slope = (t if t is None else t.data_ptr() for t in sums[:3])
+        addresses = [t if t is None else t.data_ptr() for t in sums]
+        call.grad_gaps, call.grad_offset, call.grad_slope = addresses[:3]
         if affine is not None:
-            call.grad_scale_sum, call.grad_bias_sum = (t.data_ptr() for t in sums[3:])
+            call.grad_scale_sum, call.grad_bias_sum = addresses[3:]
         _library().nulsq_run(call)
     else:
         sums = [t if t is None else t.zero_() for t in sums]
-    return _to(grad_input, x_dtype), *map(_to, sums, sum_dtypes)
+    return _to(grad_input, x_dtype), *(t if t is None else _to(t, dtype)
+                                       for t, dtype in zip(sums, sum_dtypes, strict=True))
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,9 +98,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As `Tensor.to`, which needs a microsecond to find that nothing is to do. A step has some hundred such calls."""
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _call(x: Tensor, table_rows: int = 1) -> _Call:
@@ -113,12 +116,13 @@ def _prepare(x: Tensor, table: Table, rule: Rule,
     call.rule, call.ties_up = _switches(rule), ctypes.addressof(_ties(rule))
     call.gaps, call.gap_count = table.gaps.data_ptr(), table.gaps.shape[-1]
     if rule.index == "table":
-        call.levels, call.thresholds = table.levels.data_ptr(), table.thresholds.data_ptr()
+        call.levels, call.thresholds = (t.data_ptr() for t in table.values())
     if affine is not None:
         assert rows == 1, "an affine map is along dimension 1 of x, the rows of a table are along dimension 0"
-        affine = Affine(*(t if t is None else _to(t, compute_dtype(x)).contiguous() for t in affine))
+        dtype = compute_dtype(x)
+        affine = affine.map(lambda t: _to(t, dtype).contiguous())
         call.channels, call.plane = x.shape[1], x.stride(1)
-        call.mean, call.scale, call.bias = (t.data_ptr() for t in affine[:3])
+        call.mean, call.scale, call.bias = (t.data_ptr() for t in (affine.mean, affine.scale, affine.bias))
         if affine.rstd is not None:
             call.rstd = affine.rstd.data_ptr()
     return x, table, call, affine
@@ -139,7 +143,7 @@ def _ties(rule: Rule) -> ctypes.Array:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> Any:  # ctypes.CDLL, or None where it cannot be compiled
     try:
         return load_library(compiled_library())
     except (OSError, subprocess.SubprocessError) as error:

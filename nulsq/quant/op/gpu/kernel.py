@@ -169,9 +169,8 @@ def _backward_block(numbers: int, element_size: int, norm: bool) -> int:
 
 def _prepare_affine(x: Tensor, affine: Affine | None) -> Affine | None:
     """The affine map in the computation type of x."""
-    if affine is None:
-        return None
-    return Affine(*(t if t is None else t.to(compute_dtype(x)).contiguous() for t in affine))
+    dtype = compute_dtype(x)
+    return affine if affine is None else affine.map(lambda t: t.to(dtype).contiguous())
 
 
 def _affine_arguments(affine: Affine | None, x: Tensor) -> tuple[Tensor, ...]:
@@ -188,7 +187,7 @@ def _pointers(table: Table) -> tuple[Tensor, Tensor, Tensor]:
     """gaps, levels and thresholds. A uniform grid has only the first, and its kernel does not read the others."""
     if table.levels is None:
         return table.gaps, table.gaps, table.gaps
-    return table.gaps, table.levels, table.thresholds
+    return table.gaps, *table.values()
 
 
 @functools.cache
