@@ -10,48 +10,59 @@ with a uniform grid of the same range. An .svg has the same bytes every time.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from nulsq.data import DataSet, Normalize, build_loaders
+import nulsq
+from nulsq.data import DataSet, Normalize, build_loader
 from nulsq.errors import InputError, Parser, did_you_mean, exit_on_input_error, require
-from nulsq.inspect import Fidelity, LayerReport, report
-from nulsq.models.trained import trained_network
+from nulsq.inspect import Fidelity, report
 from nulsq.quantizers.nulsq import NuLSQ
-from nulsq.run import checkpoint
 from nulsq.run.directory import read_recipe
 from nulsq.training.validate import first_batches
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BATCHES, BINS = 4, 110
 PAPER, INK, SOFT, FAINT = "#fbfbf8", "#24292f", "#57606a", "#8a8f96"  # background, text, secondary text, lines
 BARS, LEVEL, UNIFORM = "#a9c3dc", "#c0362c", "#6e7781"
+STARTS = {"lloyd_max": "Lloyd-Max", "nmse": "NMSE", "lsq": "LSQ's rule", "const": "a constant"}
 STYLE = {"svg.hashsalt": "nulsq", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 10,
          "text.color": INK, "axes.edgecolor": FAINT, "xtick.color": INK, "axes.linewidth": 0.8}
 
 
-def measure(run: Path) -> list[LayerReport]:
-    """All layers of a trained run whose inputs nuLSQ quantizes without a sign. Raises InputError if there is none."""
+def measure(run: Path) -> dict[str, Fidelity]:
+    """Layer name -> the nuLSQ quantizer of its input and the values that reach it, for all unsigned inputs of a run.
+
+    Raises InputError if there is none, and for a run without a holdout.
+    """
     recipe = read_recipe(run)
     data = DataSet(recipe.data.path)
-    model = trained_network(recipe, checkpoint.load_chosen(run, "auto"), len(data.classes))
-    loaders = build_loaders(recipe.data, data, recipe.run.seed, epochs=recipe.optim.epochs)
-    batches = first_batches(loaders.val or loaders.train, Normalize(data, torch.device("cpu")), BATCHES)
-    layers = [layer for layer in report(model, batches).layers if layer.activation is not None
-              and isinstance(layer.activation.quantizer, NuLSQ) and not layer.activation.quantizer.signed]
-    if not layers:
+    holdout = build_loader(recipe.data, data, "val")
+    batches = first_batches(holdout, Normalize(data, torch.device("cpu")), BATCHES)
+    sides = {layer.name: layer.activation for layer in report(nulsq.load_run(run), batches).layers
+             if layer.activation is not None and isinstance(layer.activation.quantizer, NuLSQ)
+             and not layer.activation.quantizer.signed}
+    if not sides:
         raise InputError(f"{run}: no layer has an unsigned nuLSQ quantizer on its input")
-    return layers
+    return sides
 
 
-def choose(layers: list[LayerReport], name: str | None) -> LayerReport:
-    """The layer of that name; without a name the one in the middle. Raises InputError."""
+def choose(names: list[str], name: str | None) -> str:
+    """The name itself if it is one of `names`; without a name the one in the middle. Raises InputError."""
     if name is None:
-        return layers[len(layers) // 2]
-    for layer in layers:
-        if layer.name == name:
-            return layer
-    names = [layer.name for layer in layers]
-    raise InputError(f"--layer {name}: not known.{did_you_mean(name, names)} Allowed: {', '.join(names)}")
+        return names[len(names) // 2]
+    if name not in names:
+        raise InputError(f"--layer {name}: not known.{did_you_mean(name, names)} Allowed: {', '.join(names)}")
+    return name
+
+
+def flat(values: Tensor | None) -> list[float]:
+    assert values is not None  # measured on at least one batch
+    return values.flatten().tolist()
 
 
 def draw(side: Fidelity, out: Path) -> None:
@@ -64,21 +75,22 @@ def draw(side: Fidelity, out: Path) -> None:
         figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
 
 
-def _figure(side: Fidelity):
+def _figure(side: Fidelity) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
 
-    levels, thresholds = side.levels.flatten().tolist(), side.thresholds.flatten().tolist()
+    levels, thresholds = flat(side.levels), flat(side.thresholds)
     left, right = -0.035 * levels[-1], 1.2 * levels[-1]
     figure = Figure(figsize=(8, 4.2), facecolor="none")
     figure.add_artist(FancyBboxPatch((0.012, 0.02), 0.976, 0.96, boxstyle="round,pad=0,rounding_size=0.02",
                                      mutation_aspect=8 / 4.2, facecolor=PAPER, edgecolor="#d0d7de", zorder=-10))
-    above = figure.add_axes([0.045, 0.345, 0.91, 0.42], facecolor="none")
-    strip = figure.add_axes([0.045, 0.06, 0.91, 0.22], facecolor="none")
+    above = figure.add_axes((0.045, 0.345, 0.91, 0.42))
+    strip = figure.add_axes((0.045, 0.06, 0.91, 0.22))
     figure.text(0.045, 0.915, f"{len(levels)} levels, learned where the activations are", fontsize=14,
                 fontweight="bold")
-    figure.text(0.045, 0.863, f"Input of one layer of a {side.quantizer.bits}-bit network. nuLSQ trains every step "
-                "size by gradient descent, together with the weights.", fontsize=9, color=SOFT)
+    start = STARTS.get(side.quantizer.init, side.quantizer.init)
+    figure.text(0.045, 0.863, f"Input of one layer, {side.quantizer.bits} bits. Step sizes start from {start}; "
+                "nuLSQ trains each one by gradient descent.", fontsize=9, color=SOFT)
 
     # ---- histogram; values of exactly zero would dwarf the rest
     positive = side.sample[side.sample > 0]
@@ -109,6 +121,7 @@ def _figure(side: Fidelity):
         strip.plot([learned, even], [0.86, 0.14], color=FAINT, linewidth=0.7, zorder=0)
     strip.set_ylim(-0.8, 1.75)
     for axis in (above, strip):
+        axis.patch.set_visible(False)
         axis.set_xlim(left, right)
         axis.set_yticks([])
         axis.spines[["left", "right", "top"]].set_visible(False)
@@ -130,10 +143,10 @@ def parser() -> Parser:
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    layer = choose(measure(arguments.run), arguments.layer)
-    draw(layer.activation, arguments.out)
-    print(f"{arguments.out}: input of {layer.name}, levels "
-          + ", ".join(f"{level:.3f}" for level in layer.activation.levels.flatten().tolist()))
+    sides = measure(arguments.run)
+    name = choose(list(sides), arguments.layer)
+    draw(sides[name], arguments.out)
+    print(f"{arguments.out}: input of {name}, levels {', '.join(f'{level:.3f}' for level in flat(sides[name].levels))}")
     return 0
 
 
