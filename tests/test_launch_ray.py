@@ -244,7 +244,8 @@ def cluster(tmp_path_factory):
     with os.fdopen(os.open(folder / "token", os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-                                "NULSQ_TEST_SLOW": str(folder / "slow"), "CUDA_VISIBLE_DEVICES": ""}
+                                "NULSQ_TEST_SLOW": str(folder / "slow"), "CUDA_VISIBLE_DEVICES": "",
+                                "RAY_raylet_start_wait_time_s": "120"}  # 30 are not enough on a busy machine
     with (folder / "log").open("w") as log, subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE,
                                                              stdout=subprocess.PIPE, stderr=log, text=True,
                                                              env=environment) as process:
