@@ -1,9 +1,9 @@
-"""Seconds from the start of a process to the end of its first compiled training step: nothing cached, and cached.
+"""Seconds from the start of a process to the end of its first compiled training step, with and without caches.
 
     python -m bench.compile_time [--json FILE]
 
-Each case runs twice in processes of its own with a new cache folder: the first compiles, the second is what every
-further trial of a search pays. In the rows `ratio` is these seconds, and `target` the project's.
+Each case runs twice, in a new process each time, with a new cache folder: the first process compiles ("cold"), and the
+second takes as long as every further trial of a search ("warm"). In the rows, `ratio` and `target` are seconds.
 """
 
 import os
@@ -20,21 +20,23 @@ TARGETS = {"cold": {2: 60.0, 3: 90.0, 4: 90.0}, "warm": {2: 10.0, 3: 10.0, 4: 10
 
 
 def seconds(method: str, bits: int, cache: str, threads: int) -> float:
+    """Duration of a process that makes one step."""
     command = [sys.executable, "-m", "bench.compile_time", "--first-step", method, str(bits), "--threads", str(threads)]
-    began = time.monotonic()
+    start = time.monotonic()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                    env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache})
-    return time.monotonic() - began
+    return time.monotonic() - start
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m bench.compile_time", description=__doc__)
-    made.add_argument("--methods", nargs="+", choices=["float", *METHODS], default=["float", "nulsq-a"],
-                      help="(float nulsq-a)")
-    made.add_argument("--bits", type=int, nargs="+", default=[2, 4], help="(2 4)")
-    made.add_argument("--first-step", nargs=2, metavar=("METHOD", "BITS"), help="be one of the processes")
-    add_options(made, rounds=None)
-    return made
+    parser = Parser(prog="python -m bench.compile_time", description=__doc__)
+    parser.add_argument("--methods", nargs="+", choices=["float", *METHODS], default=["float", "nulsq-a"],
+                        help="(float nulsq-a)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4], help="bit-widths (2 4)")
+    parser.add_argument("--first-step", nargs=2, metavar=("METHOD", "BITS"),
+                        help="internal: be one of the measured processes")
+    add_options(parser, rounds=None)
+    return parser
 
 
 @exit_on_input_error

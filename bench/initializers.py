@@ -1,12 +1,13 @@
-"""Quantization error of the initial step sizes: nmse, lsq, const and lloyd_max side by side, on real tensors.
+"""Quantization error of the initial step sizes: nmse, lsq, const and lloyd_max on the tensors of a real network.
 
     python -m bench.initializers --init WEIGHTS --data data/cifar10 --write docs/initializers.md
 
-For each layer between the first and the last of a float network: the weight (per tensor and per output channel) and
-the input on some training images. The number is sum (x - Q(x))^2 / sum x^2 in percent, its mean over the layers;
-the first rows are a normal tensor (weights) and its positive half (activations), where NMSE's assumption is true.
+For every layer of a float network but the first and the last: its weight (per tensor and per output channel) and its
+input on a batch of training images. The error is sum (x - Q(x))^2 / sum x^2 in percent, averaged over the layers. The
+first rows are a normal tensor (as weights) and its positive half (as activations), for which NMSE's assumption holds.
 """
 
+import argparse
 import platform
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.policy import quantizable
 from nulsq.quant.registry import get_quantizer
 from nulsq.quant.settings import INITIALIZERS
+from nulsq.text import markdown_table
 from nulsq.training.prepare import prepare
 from nulsq.training.validate import first_batches
 
@@ -35,28 +37,28 @@ Made by
 {command}
 ```
 
-sum (x - Q(x))^2 / sum x^2 in percent, mean over the layers between the first and the last; inputs on one batch of
-training images. A normal tensor, where NMSE's assumption is true, first. `lloyd_max` gives every quantizer the best
-common step for the data, and nuLSQ, whose steps are free, Lloyd's levels. `const` is meant for normalized weights,
+sum (x - Q(x))^2 / sum x^2 in percent, mean over all layers but the first and the last; inputs of one batch of training
+images. The first rows are a normal tensor, for which NMSE's assumption holds. `lloyd_max` gives every quantizer the
+best common step for the data, and nuLSQ, whose steps are free, Lloyd's levels. `const` is meant for normalized weights,
 which these are not.
 
 {table}
 
-CPU ({machine}), torch {torch}; no random numbers but the order of seed 0.
+CPU ({machine}), torch {torch}; the only random numbers are the order of the images, with seed 0.
 """
 FLOAT = ["quant.weight.quantizer=fp", "quant.activation.quantizer=fp", "quant.rules.edges.enabled=false"]
 
 
 @torch.no_grad()
 def error(x: Tensor, method: str, bits: int, init: str, role: str, per_channel: bool = False) -> float:
-    """sum (x - Q(x))^2 / sum x^2 in percent, after `init`."""
+    """sum (x - Q(x))^2 / sum x^2 in percent, of a quantizer whose step sizes the initializer `init` has set."""
     quantizer = get_quantizer(method)(bits, role, init=init, channels=x.shape[0] if per_channel else None)
     quantizer.reset_(Statistics.of(x, per_channel=per_channel, histogram=init == "lloyd_max"))
     return 100 * float((quantizer(x) - x).square().sum() / x.square().sum())
 
 
-def tensors(arguments) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and inputs of the network's middle layers."""
+def tensors(arguments: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and inputs of all layers of the network but the first and the last."""
     settings = [*FLOAT, f"data.path={arguments.data}", f'model.init_from="{arguments.init}"']
     recipe = load_recipe(arguments.recipe, settings)
     prepared = prepare(recipe, Ranks(0, 1, torch.device("cpu")))
@@ -70,28 +72,30 @@ def tensors(arguments) -> tuple[list[Tensor], list[Tensor]]:
             model.eval()(x)
     for handle in handles:
         handle.remove()
-    return [model.get_submodule(name).weight.detach() for name in names], inputs
+    return [model.get_parameter(f"{name}.weight").detach() for name in names], inputs
 
 
-def table(kinds: dict[str, tuple[list[Tensor], str, bool]], bits: list[int]) -> str:
-    rows = ["| tensors | quantizer | bits | " + " | ".join(INITIALIZERS) + " |", "|---" * (3 + len(INITIALIZERS)) + "|"]
-    for kind, (values, role, per_channel) in kinds.items():
+def table(tensors: dict[str, tuple[list[Tensor], str, bool]], bits: list[int]) -> str:
+    """tensors: description -> (tensors, role, one step per channel)."""
+    rows = [["tensors", "quantizer", "bits", *INITIALIZERS]]
+    for description, (values, role, per_channel) in tensors.items():
         for method in METHODS:
             for b in bits:
-                found = [sum(error(x, method, b, init, role, per_channel) for x in values) / len(values)
-                         for init in INITIALIZERS]
-                rows.append(f"| {kind} | {method} | {b} | " + " | ".join(f"{each:.2f}" for each in found) + " |")
-    return "\n".join(rows)
+                errors = [sum(error(x, method, b, init, role, per_channel) for x in values) / len(values)
+                          for init in INITIALIZERS]
+                rows.append([description, method, str(b), *(f"{value:.2f}" for value in errors)])
+    return "\n".join(markdown_table(rows))
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m bench.initializers", description=__doc__)
-    made.add_argument("--recipe", type=Path, default=Path("configs/recipes/cifar10/w2a2.yaml"), help="(%(default)s)")
-    made.add_argument("--data", type=Path, default=Path("data/cifar10"), help="prepared data set (%(default)s)")
-    made.add_argument("--init", required=True, help="float weights of the recipe's network")
-    made.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="(2 3 4)")
-    made.add_argument("--write", type=Path, help="write the page to this file")
-    return made
+    parser = Parser(prog="python -m bench.initializers", description=__doc__)
+    parser.add_argument("--recipe", type=Path, default=Path("configs/recipes/cifar10/w2a2.yaml"),
+                        help="recipe that names the network (%(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="prepared data set (%(default)s)")
+    parser.add_argument("--init", required=True, help="float weights of the recipe's network")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="bit-widths (2 3 4)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page to this file")
+    return parser
 
 
 @exit_on_input_error
@@ -99,13 +103,13 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     weights, inputs = tensors(arguments)
     normal = torch.special.ndtri((torch.arange(SAMPLES, dtype=torch.float64) + 0.5) / SAMPLES).float()
-    made = table({"normal": ([normal], "weight", False), "half normal": ([normal.relu()], "activation", False),
+    text = table({"normal": ([normal], "weight", False), "half normal": ([normal.relu()], "activation", False),
                   f"{len(weights)} weights": (weights, "weight", False),
                   f"{len(weights)} weights, per channel": (weights, "weight", True),
                   f"{len(inputs)} inputs": (inputs, "activation", False)}, arguments.bits)
-    print(made)
+    print(text)
     if arguments.write:
-        arguments.write.write_text(PAGE.format(command=command("bench.initializers", argv), table=made,
+        arguments.write.write_text(PAGE.format(command=command("bench.initializers", argv), table=text,
                                                machine=platform.machine(), torch=torch.__version__))
     return 0
 

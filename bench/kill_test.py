@@ -1,13 +1,13 @@
-"""A run that is killed again and again ends with the numbers of one that was not.
+"""Kill a run again and again, and compare its end with that of an uninterrupted run.
 
     python -m bench.kill_test --kills 20 --json kills.json
 
 Two ranks under torchrun train a quantized network on the digits, with a checkpoint every few steps, averaged weights,
-tracked oscillations and batch norm of their own (running statistics differ between ranks). All processes get SIGKILL at
-a random moment, the run is started again, until the kills are used up; a run that comes to its end before is followed
-by another. Aimed at in turn: any moment, the evaluation on the holdout, and the writing of a checkpoint. In the end
-weights, quantizer parameters, optimizers, metrics and test accuracy of every run must be those of the uninterrupted
-one, bit for bit. Exit code 0: identical, 1: not.
+tracked oscillations and batch norm per rank (so running statistics differ between ranks). All processes get SIGKILL at
+a random moment, and the run is started again, until all kills are used up. If a run finishes before, another one
+follows. Kills aim in turn at any moment, the evaluation on the holdout, and the writing of a checkpoint. In the end the
+weights, quantizer parameters, optimizers, metrics and test accuracy of every run have to equal those of the
+uninterrupted one bit for bit. Exit code 0: they do; 1: they do not.
 """
 
 import contextlib
@@ -18,7 +18,9 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +28,9 @@ from bench.timing import report, scratch
 from data_prep import digits
 from launch.local import torchrun
 from nulsq.config import Recipe, load, to_yaml
+from nulsq.distributed import Ranks
 from nulsq.errors import InputError, Parser, exit_on_input_error
+from nulsq.evaluate import evaluate_run
 from nulsq.files import UNFINISHED
 from nulsq.run import checkpoint
 from nulsq.run.directory import TIMES, path_of, read_metrics
@@ -36,11 +40,11 @@ SETTINGS = {"run.threads": 1, "run.device": "cpu", "run.save_every": 2, "data.ba
             "data.holdout": "stratified:0.4", "data.crop": "pad", "data.padding": 2, "optim.epochs": 4,
             "optim.lr": 0.02, "optim.ema_decay": 0.9, "oscillation.freeze_threshold": 0.1,
             "quant.calibration_batches": 2}
-TIMEOUT = 600.0  # seconds that one start may take
+TIMEOUT = 600.0  # seconds from one start to the next checkpoint or the end
 
 
-def same(a, b) -> bool:
-    """Equal bit for bit through dicts and lists, but for what the clock says."""
+def same(a: Any, b: Any) -> bool:
+    """Compare bit for bit, through dicts and lists, everything but times."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -50,8 +54,8 @@ def same(a, b) -> bool:
     return a == b
 
 
-def result(run: Path) -> tuple:
-    """All that a finished run leaves but times: final state, metrics, test accuracy."""
+def result(run: Path) -> tuple[Any, ...]:
+    """What is compared of a finished run: final state, metrics, test accuracy."""
     return (checkpoint.load_chosen(run, "last"), read_metrics(run),
             json.loads((run / "test.json").read_text()))
 
@@ -63,7 +67,7 @@ def start(file: Path) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to torchrun and its ranks, which have sessions of their own, by their process ids."""
+    """Send SIGKILL to torchrun and its ranks, by process id because each rank has its own session."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     with contextlib.suppress(OSError):
         for child in children.read_text().split():
@@ -74,7 +78,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def moment(run: Path, steps: int) -> str:
-    """What a killed run was at, as far as its files tell."""
+    """What a killed run was doing, according to its files."""
     folder = run / checkpoint.FOLDER
     if not folder.is_dir():
         return "start"
@@ -86,14 +90,14 @@ def moment(run: Path, steps: int) -> str:
     return "evaluation" if content["step"] == (content["epoch"] + 1) * steps else "training"
 
 
-def wait(process: subprocess.Popen, run: Path, aim: str, draw: random.Random, steps: int) -> bool:
-    """Until the moment to kill; whether the process still runs then. It has begun to train by then."""
-    began, seen = time.monotonic(), {path.name for path in checkpoint.files(run)}
-    folder, delay, armed = run / checkpoint.FOLDER, draw.uniform(0, 3.0), None
+def wait(process: subprocess.Popen, run: Path, aim: str, generator: random.Random, steps: int) -> bool:
+    """Wait for the moment to kill, which is after the first new checkpoint; False if the process ended before."""
+    start_time, seen = time.monotonic(), {path.name for path in checkpoint.files(run)}
+    folder, delay, armed = run / checkpoint.FOLDER, generator.uniform(0, 3.0), None
     while process.poll() is None:
-        if time.monotonic() - began > TIMEOUT:
+        if time.monotonic() - start_time > TIMEOUT:
             kill(process)
-            raise InputError(f"a run did not go on for {TIMEOUT:.0f} seconds; see stderr.txt beside {run}")
+            raise InputError(f"a run wrote no checkpoint for {TIMEOUT:.0f} seconds; see stderr.txt next to {run}")
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         new = {name for name in names if name.endswith(".pt")} - seen
         if armed is None and new:
@@ -108,36 +112,45 @@ def wait(process: subprocess.Popen, run: Path, aim: str, draw: random.Random, st
     return False
 
 
-def _position(name):
+def _position(name: str) -> tuple[int, int]:
+    """Step and epoch of a checkpoint's file name."""
     _, step, _, epoch = name.removesuffix(".pt").split("-")
     return int(step), int(epoch)
 
 
-def campaign(folder: Path, kills: int, seed: int, say=print) -> dict:
-    """Kill runs in `folder` so many times; what happened, and whether all ended identically."""
+def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Kill runs in `folder` at least `kills` times; returns what happened and whether all ended identically."""
     data = digits.prepare(folder / "digits")
     recipe = load(Recipe, "configs/recipes/digits/w2a2.yaml",
                   SETTINGS | {"name": "straight", "run.root": str(folder), "data.path": str(data),
                               "model.init_from": None})
+    assert recipe.data.subset is not None
     steps = recipe.data.subset // recipe.data.batch
 
-    def named(name):
-        own = dataclasses.replace(recipe, name=name)
+    def named(name: str) -> tuple[Path, Path]:
+        """Recipe file and run directory of a run."""
+        copy = dataclasses.replace(recipe, name=name)
         file = folder / f"{name}.yaml"
-        file.write_text(to_yaml(own))
-        return file, path_of(own)
+        file.write_text(to_yaml(copy))
+        return file, path_of(copy)
 
-    file, straight = named("straight")
-    began = time.monotonic()
+    def evaluated(run: Path) -> tuple[Any, ...]:
+        evaluate_run(run, ranks=Ranks(0, 1, torch.device("cpu")))  # into test.json
+        return result(run)
+
+    file, uninterrupted = named("straight")
+    start_time = time.monotonic()
     if code := start(file).wait(timeout=TIMEOUT):
         raise InputError(f"the uninterrupted run ended with {code}; see {folder}/stderr.txt")
-    say(f"uninterrupted: {time.monotonic() - began:.0f} s")
-    wanted, draw, moments, runs, done, identical = result(straight), random.Random(seed), {}, 0, 0, True
+    say(f"uninterrupted: {time.monotonic() - start_time:.0f} s")
+    expected, generator = evaluated(uninterrupted), random.Random(seed)
+    moments: dict[str, int] = {}
+    runs, done, identical = 0, 0, True
     while done < kills or not runs:
         file, run = named(f"killed-{runs}")
         while True:
             process = start(file)
-            if done < kills and wait(process, run, AIMS[done % len(AIMS)], draw, steps):
+            if done < kills and wait(process, run, AIMS[done % len(AIMS)], generator, steps):
                 kill(process)
                 at = moment(run, steps)
                 moments[at] = moments.get(at, 0) + 1
@@ -146,23 +159,23 @@ def campaign(folder: Path, kills: int, seed: int, say=print) -> dict:
                 continue
             code = process.wait(timeout=TIMEOUT)
             if code:
-                raise InputError(f"run {runs} ended with {code} by itself; see {folder}/stderr.txt")
+                raise InputError(f"run {runs} was not killed and ended with {code}; see {folder}/stderr.txt")
             break
-        equal = same(result(run), wanted)
+        equal = same(evaluated(run), expected)
         identical &= equal
         runs += 1
-        say(f"run {runs - 1} came to its end, {'identical' if equal else 'DIFFERENT'}")
+        say(f"run {runs - 1} finished, {'identical' if equal else 'DIFFERENT'}")
     return {"kills": done, "runs": runs, "moments": moments, "identical": identical, "seed": seed,
-            "seconds": round(time.monotonic() - began, 1)}
+            "seconds": round(time.monotonic() - start_time, 1)}
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m bench.kill_test", description=__doc__)
-    made.add_argument("--kills", type=int, default=20, help="at least so many (%(default)s)")
-    made.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
-    made.add_argument("--dir", type=Path, help="keep the runs here; default: a temporary folder")
-    made.add_argument("--json", type=Path, help="write what happened to this file")
-    return made
+    parser = Parser(prog="python -m bench.kill_test", description=__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="minimum number of kills (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the moments (%(default)s)")
+    parser.add_argument("--dir", type=Path, help="keep the runs here; default: a temporary folder")
+    parser.add_argument("--json", type=Path, help="write what happened to this file")
+    return parser
 
 
 @exit_on_input_error
@@ -173,9 +186,9 @@ def main(argv: list[str]) -> int:
     if arguments.dir:
         arguments.dir.mkdir(parents=True, exist_ok=True)
     with scratch("kill-test-") if arguments.dir is None else contextlib.nullcontext(arguments.dir) as folder:
-        found = campaign(folder, arguments.kills, arguments.seed, lambda text: print(text, flush=True))
-    report(found, arguments.json)
-    return 0 if found["identical"] else 1
+        outcome = campaign(folder, arguments.kills, arguments.seed, lambda text: print(text, flush=True))
+    report(outcome, arguments.json)
+    return 0 if outcome["identical"] else 1
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def test_every_way_to_store_photographs_is_timed_beside_pillow(tmp_path):
     assert loader.main([str(tmp_path / "photos"), "--images", "80", "--rounds", "2", "--workers", "1", "--no-training",
                         "--json", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [each["name"] for each in rows] == [*loader.STORED, loader.BASE] and rows[-1]["ratio"] == 1.0
+    assert [each["name"] for each in rows] == [*loader.FORMATS, loader.BASE] and rows[-1]["ratio"] == 1.0
     assert all(each["cold"] > 0 and each["megabytes"] > 0 and each["images_per_second"] > 0 for each in rows)
 
 
