@@ -1,4 +1,4 @@
-"""A quantizer whose process is killed when it is trained: what the system does to one that takes too much memory."""
+"""A quantizer that kills its process in training, as the system kills a process that uses too much memory."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from nulsq.quantizers.lsq import LSQ
 
 
 class Dying(LSQ):
-    """Calibrated and counted like any other, it dies in its first training step."""
+    """Can be calibrated and measured; the first training step kills the process."""
 
     def forward(self, x):
         if self.training and torch.is_grad_enabled():

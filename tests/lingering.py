@@ -1,4 +1,4 @@
-"""A quantizer whose run takes its time to end: six seconds, once it has trained a step."""
+"""A quantizer whose run takes six seconds to end, once it has trained a step."""
 
 import time
 
@@ -10,13 +10,13 @@ from nulsq.run.directory import RunDirectory
 _release = RunDirectory.release
 
 
-def _late(run):
+def _late(run: RunDirectory) -> None:
     time.sleep(6)
     _release(run)
 
 
 class Lingering(LSQ):
-    """Its numbers are LSQ's."""
+    """Computes what LSQ computes."""
 
     def forward(self, x):
         if self.training and torch.is_grad_enabled():

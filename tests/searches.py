@@ -1,5 +1,5 @@
-"""Searches on disk for tests of what reads them: real files written by the project's own functions, drawn curves; and
-what tests of real searches share."""
+"""Searches on disk for tests of their readers: files written by the project's own functions, with simulated curves; and
+functions that tests of real searches share."""
 
 import functools
 import json
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from nulsq.config import Recipe, load, to_yaml
 from nulsq.files import write_atomically
@@ -29,46 +30,47 @@ MARKUP = "<b>bold</b>"
 
 def made_search(folder: Path, axes: dict[str, list], trials: int, finalists: int = 2, repeats: int = 2,
                 name: str = "made") -> Search:
-    """A folder as `tune.search` leaves it, but for Ray's own and the scores in the rungs.
+    """Write the folder of a finished search, without Ray's files and the scores in the rungs.
 
     Scores rise with lr up to 0.03 and a little with coeff_qparm_lr; above lr = 0.12 trials diverge.
     """
     recipe = load(Recipe, None, {"name": "made", "data.path": "data/none", "optim.epochs": EPOCHS})
     search = Search(name=name, recipe=str(folder / "recipe.yaml"), space=SPACE, trials=trials, grace=GRACE,
-                    reduction=REDUCTION,
-                    finalists=finalists, repeats=repeats, dir=str(folder),
-                    studies={each: Axis(key, values) for each, (key, values) in axes.items()})
+                    reduction=REDUCTION, finalists=finalists, repeats=repeats, dir=str(folder),
+                    studies={axis: Axis(key, values) for axis, (key, values) in axes.items()})
     folder.mkdir(parents=True)
     write_atomically(folder / "recipe.yaml", to_yaml(recipe))
     write_atomically(folder / "search.yaml", to_yaml(search))
-    draw, code, stopped, reached = random.Random(0), describe_code(), {}, {}
-    drawn = [{each: sampler.quantile(draw.random()) for each, sampler in SPACE.items()} for _ in range(trials)]
+    generator, code, stopped, rung_scores = random.Random(0), describe_code(), {}, {}
+    drawn = [{sampler_name: sampler.quantile(generator.random()) for sampler_name, sampler in SPACE.items()}
+             for _ in range(trials)]
     best: dict[str, list] = {study.name: [] for study in studies(search)}
     for number in range(trials):
         for i, study in enumerate(studies(search)):
-            overrides = study.overrides | {SPACE[each].key: value for each, value in drawn[number].items()}
+            overrides = study.overrides | {SPACE[key].key: value for key, value in drawn[number].items()}
             trial = Trial(study.name, number, overrides, drawn[number], "point" if number == 0 else "random",
                           cost={"average_bits": 2.0 + 2 * i, "bytes": 70_000 + 65_000 * i})
-            curve = made_curve(drawn[number], i, draw)
+            curve = made_curve(drawn[number], i, generator)
             if drawn[number]["lr"] > 0.12:
-                made_run(folder, trial, [*curve[:2], math.nan], "diverged", code)
+                made_run(folder, trial, [*curve[:2], math.nan], RunStatus.DIVERGED, code)
                 continue
             for rung in rungs(EPOCHS, GRACE, REDUCTION):
-                there = reached.setdefault((study.name, rung), [])
-                there.append(curve[rung - 1])
-                if sum(score > curve[rung - 1] for score in there) >= math.ceil(len(there) / REDUCTION):
+                scores = rung_scores.setdefault((study.name, rung), [])
+                scores.append(curve[rung - 1])
+                if sum(score > curve[rung - 1] for score in scores) >= math.ceil(len(scores) / REDUCTION):
                     stopped[trial.key] = rung
                     break
             kept = curve[:stopped.get(trial.key, EPOCHS)]
-            made_run(folder, trial, kept, "running" if trial.key in stopped else "finished", code)
+            made_run(folder, trial, kept, RunStatus.RUNNING if trial.key in stopped else RunStatus.FINISHED, code)
             if trial.key not in stopped:
                 best[study.name].append((curve[-1], trial, curve))
     for own in best.values():
-        for _, trial, curve in sorted(own, key=lambda each: -each[0])[:finalists]:
+        for _, first, curve in sorted(own, key=lambda entry: -entry[0])[:finalists]:
             for repeat in range(1, repeats + 1):
-                again = Trial(trial.study, trial.number, trial.overrides | {"run.seed": repeat}, trial.drawn, "repeat",
-                              repeat, trial.cost)
-                made_run(folder, again, [score + draw.gauss(-0.3, 0.3) for score in curve], "finished", code)
+                trial = Trial(first.study, first.number, first.overrides | {"run.seed": repeat}, first.drawn, "repeat",
+                              repeat, first.cost)
+                scores = [score + generator.gauss(-0.3, 0.3) for score in curve]
+                made_run(folder, trial, scores, RunStatus.FINISHED, code)
     (folder / "rungs").write_text(json.dumps({"rungs": {}, "stopped": stopped}))
     (folder / "lock").touch()
     (folder / "finished").touch()
@@ -76,9 +78,10 @@ def made_search(folder: Path, axes: dict[str, list], trials: int, finalists: int
     return search
 
 
-def made_curve(drawn: dict[str, float], study: int, draw: random.Random) -> list[float]:
+def made_curve(drawn: dict[str, float], study: int, generator: random.Random) -> list[float]:
     top = 78 + 8 * study - 5 * math.log10(drawn["lr"] / 0.03) ** 2 + 1.5 * math.log10(drawn["coeff_qparm_lr"] / 0.02)
-    return [min(99.0, top - (top - 25) * math.exp(-epoch / 2.2) + draw.gauss(0, 0.4)) for epoch in range(1, EPOCHS + 1)]
+    return [min(99.0, top - (top - 25) * math.exp(-epoch / 2.2) + generator.gauss(0, 0.4))
+            for epoch in range(1, EPOCHS + 1)]
 
 
 MARKS = {"optim.lr": 111.5, "optim.coeff_qparm_lr": 222.5, "optim.qparm_wd": 333.5, "run.seed": 4444444,
@@ -90,15 +93,15 @@ def marked_recipe() -> str:
     return to_yaml(load(Recipe, None, MARKS | {"name": "made", "optim.epochs": EPOCHS}))
 
 
-def recipe_text(overrides) -> str:
-    """A trial's recipe.yaml. Writing each by `to_yaml` would take a fifth of a second."""
+def recipe_text(overrides: dict[str, Any]) -> str:
+    """A trial's recipe.yaml, by replacing marks: a call of `to_yaml` for each trial would take a fifth of a second."""
     text = marked_recipe()
     for key, mark in MARKS.items():
         text = text.replace(str(mark), str(overrides.get(key, 0)))
     return text
 
 
-def made_run(folder, trial, curve, outcome, code):
+def made_run(folder: Path, trial: Trial, curve: list[float], status: RunStatus, code: str) -> None:
     journal.append(folder, trial)
     path = folder / "trials" / trial.key
     path.mkdir(parents=True)
@@ -108,18 +111,18 @@ def made_run(folder, trial, curve, outcome, code):
     for epoch, score in enumerate(curve, 1):
         run.append(METRICS, {"epoch": epoch, "step": 10 * epoch, "val_top1": score, "val_loss": 4 - score / 30,
                              "train_loss": 4 - score / 29, "images_per_second": 900.0, "seconds": 20.0 + epoch / 10})
-    write_status(path, RunStatus(outcome))
+    write_status(path, status)
 
 
-def made_events(folder):
+def made_events(folder: Path) -> None:
     """Two trials at once, in two sessions with a night between them."""
     now, free, lines = 1.7e9, [0.0, 0.0], []
     for trial in journal.read(folder):
         seconds = sum(json.loads(line)["seconds"] for line in (folder / "trials" / trial.key / METRICS).open())
-        which = free.index(min(free))
-        lines += [{"time": now + free[which], "event": "start", "key": trial.key},
-                  {"time": now + free[which] + seconds, "event": "end", "key": trial.key}]
-        free[which] += seconds + 2
+        lane = free.index(min(free))
+        lines += [{"time": now + free[lane], "event": "start", "key": trial.key},
+                  {"time": now + free[lane] + seconds, "event": "end", "key": trial.key}]
+        free[lane] += seconds + 2
     lines.sort(key=lambda line: line["time"])
     half = lines[len(lines) // 2]["time"]
     lines = [line | {"time": line["time"] + 30_000 * (line["time"] >= half)} for line in lines]
@@ -135,8 +138,8 @@ def evaluation(top1: float) -> dict:
 
 
 def two_studies(folder: Path):
-    """Two studies of 24 trials and their finalists' repeats: their findings, winners evaluated on test,
-    at 77, 78, 79 % and 85, 86, 87 %."""
+    """Findings of two studies of 24 trials and their finalists' repeats. The winners reached 77, 78, 79 % and 85, 86,
+    87 % on test."""
     from tune.report.findings import Findings
     from tune.store.results import collect
     search = made_search(folder, {"bits": ("quant.bits", [2, 4])}, 24)
@@ -147,29 +150,29 @@ def two_studies(folder: Path):
 
 
 def marked_search(folder: Path) -> Search:
-    """Markup in names and values, few trials, nothing repeated."""
+    """A search with markup in names and values, few trials, no repeats."""
     return made_search(folder, {"name": ("name", [MARKUP, "plain"])}, 4, finalists=1, repeats=0, name=MARKUP)
 
 
-def search(*arguments, timeout=500) -> subprocess.CompletedProcess:
-    """A search by its command."""
+def search(*arguments: object, timeout: float = 500) -> subprocess.CompletedProcess:
+    """Run `python -m tune.search` without a GPU."""
     return subprocess.run([sys.executable, "-m", "tune.search", *map(str, arguments)], cwd=ROOT, timeout=timeout,
                           capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
 
 class Odd(Exception):
-    """Takes other arguments than it has, so it can be pickled and not be made again."""
+    """Can be pickled but not unpickled, because `args` differs from the arguments of `__init__`."""
 
-    def __init__(self, one, other):
+    def __init__(self, one: str, other: str) -> None:
         super().__init__(f"{one} and {other}")
 
 
-def fail(one, other):
+def fail(one: str, other: str) -> None:
     raise Odd(one, other)
 
 
 def linger(folder: str) -> None:
-    """A minute of work with a file that is there as long as it takes; called in another process."""
+    """Work for a minute, with a temporary file until the end; called in another process."""
     file = Path(folder) / "unfinished"
     file.touch()
     try:
@@ -179,7 +182,7 @@ def linger(folder: str) -> None:
 
 
 def every_result_once(out: Path) -> None:
-    """The journal of a search has each epoch of each trial once."""
+    """Assert that the journal of a search has each epoch of each trial once."""
     results = [(event["key"], event["epoch"]) for event in journal.events(out) if event["event"] == "result"]
     trained = [(trial.key, line["epoch"]) for trial in journal.read(out)
                for line in read_metrics(out / "trials" / trial.key)]

@@ -1,6 +1,6 @@
-"""LSQ that takes its time while the file that $NULSQ_TEST_SLOW names is there: a run that a test can interrupt.
+"""LSQ that sleeps in each training step while the file $NULSQ_TEST_SLOW exists, so that a test can interrupt its run.
 
-The file may hold the seconds of each call.
+The file may contain the seconds of each call.
 """
 
 import os
@@ -11,7 +11,7 @@ from nulsq.quantizers.lsq import LSQ
 
 
 class Slowed(LSQ):
-    """Its numbers are LSQ's."""
+    """Computes what LSQ computes."""
 
     def forward(self, x):
         slow = os.environ.get("NULSQ_TEST_SLOW")

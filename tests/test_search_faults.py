@@ -1,4 +1,4 @@
-"""What happens to a search on a real local Ray when it is interrupted, when its trials die, when its time is over."""
+"""Faults of a search on a real local Ray: interruptions, trials that die, a time budget that is used up."""
 
 import csv
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nulsq.files import is_locked
 from nulsq.run import checkpoint
 from nulsq.run.directory import read_metrics
 from nulsq.run.status import read_outcome
@@ -28,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
     pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),
     pytest.param(signal.SIGKILL, id="SIGKILL", marks=pytest.mark.long)])
 def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
-    """The driver gets a signal while trials run; the same command ends all trials, none from zero again, and every
-    rung holds the score of its own epoch."""
+    """The driver gets a signal while trials run. The same command then ends all trials without starting any from
+    scratch, and every rung holds the scores of its own epoch."""
     command = [sys.executable, "-m", "tune.search", str(search_file), f"dir={tmp_path}/out", "trials=2",
                "repeats=0", "studies.bits.values=[2]"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -39,7 +40,7 @@ def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
         while not list(tmp_path.glob("out/trials/*/*/metrics.jsonl")) and time.monotonic() < deadline:
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.2)
-        # it waits for trials, for days perhaps, and has not loaded what they compute with
+        # The driver may wait for trials for days: it has not loaded torch.
         assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
         process.send_signal(number)
         code = process.wait(timeout=120)
@@ -51,7 +52,7 @@ def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     for path, before in lines.items():
-        assert read_metrics(path)[:len(before)] == before  # continued, not trained anew: even the times are the same
+        assert read_metrics(path)[:len(before)] == before  # continued, not trained again: even the times are equal
     rungs = json.loads((tmp_path / "out" / "rungs").read_text())["rungs"]
     for study, recorded in rungs.items():
         for milestone, values in recorded:
@@ -64,7 +65,7 @@ def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
     assert len(outcomes) == 4 and "finished" in outcomes
     if number != signal.SIGUSR1:
         return
-    # ... and a finished search is extended: more trials, the ones before stay as they are
+    # A finished search is extended: it gets more trials, and the earlier ones are unchanged.
     before = {path: path.read_text() for path in tmp_path.glob("out/trials/*/*/metrics.jsonl")}
     ended = subprocess.run([*command, "--extend", "1"], cwd=ROOT, capture_output=True, text=True, timeout=400,
                            env=environment)
@@ -75,7 +76,7 @@ def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
 
 
 def test_a_trial_that_dies_does_not_end_the_search(search_file, tmp_path):
-    """Its process is killed, as by the system when memory runs out: it is tried again, then left, with its reason."""
+    """Its process is killed, as by the system when memory runs out. It is tried again, then fails, with its reason."""
     ended = search(search_file, f"dir={tmp_path}/out", "trials=1", "repeats=0", "studies.bits.values=[2]",
                    "studies.activation.values=[lsq, tests.dying]", "overrides={optim.epochs: 2}")
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
@@ -85,7 +86,7 @@ def test_a_trial_that_dies_does_not_end_the_search(search_file, tmp_path):
     happened = [event["event"] for event in journal.events(tmp_path / "out") if event["key"] == "tests.dying_2/000"]
     assert happened == ["start", "retry", "error", "end"] or happened == ["start", "retry", "end", "error"]
     assert "crashed and is tried again" in ended.stdout and "study tests.dying_2: no trial" in ended.stdout
-    # One that diverges costs the search nothing but its epochs, and has no place in the ranking.
+    # A trial that diverges ends early and is not ranked.
     ended = search(search_file, f"dir={tmp_path}/diverges", "trials=2", "repeats=0", "studies.bits.values=[2]",
                    "studies.activation.values=[lsq]", "overrides={optim.epochs: 2, guard.rollbacks: 0}",
                    "concurrent=1", "space.lr.high=1e13", "points={sane: {lr: 0.01}, mad: {lr: 1e12}}")
@@ -94,7 +95,7 @@ def test_a_trial_that_dies_does_not_end_the_search(search_file, tmp_path):
     assert [row["status"] for row in rows] == ["finished", "diverged"]
     assert not list((tmp_path / "diverges").glob("trials/*/001/checkpoints/*.pt"))
     assert read_outcome(Path(rows[1]["run"]))["outcome"] == "diverged"
-    # One at a time, as it was told: the second was not begun before the first had ended.
+    # concurrent=1: the second trial starts after the first has ended.
     order = [(event["event"], event["key"]) for event in journal.events(tmp_path / "diverges")
              if event["event"] in ("start", "end")]
     assert order == [(what, f"lsq_2/{number:03d}") for number in (0, 1) for what in ("start", "end")]
@@ -102,7 +103,7 @@ def test_a_trial_that_dies_does_not_end_the_search(search_file, tmp_path):
 
 @pytest.mark.long
 def test_a_trial_that_cannot_be_taken_over_is_given_out_again(search_file, tmp_path, monkeypatch):
-    """A stopped trial takes six seconds to end, its process has one of them until it is to have the next trial."""
+    """A stopped trial takes six seconds to end; after one second its process has to take the next trial."""
     monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "1")
     ended = search(search_file, f"dir={tmp_path}/out", "concurrent=1", "repeats=0", "studies.bits.values=[2]",
                    "studies.activation.values=[tests.lingering]")
@@ -118,11 +119,11 @@ def test_a_trial_that_cannot_be_taken_over_is_given_out_again(search_file, tmp_p
 def test_a_search_whose_time_is_used_up_shows_what_it_has_and_goes_on_with_more(search_file, tmp_path):
     arguments = [search_file, f"dir={tmp_path}/out", "trials=1", "repeats=0", "studies.bits.values=[2]",
                  "studies.activation.values=[lsq]"]
-    for _ in range(2):  # the second time nothing is left of it
+    for _ in range(2):  # the second time the budget is used up already
         ended = search(*arguments, "hours=0.0001")
         assert "the time budget of 0.0001 hours is used up" in ended.stdout
         assert ended.returncode == 1 and "no trial has reached its end yet" in ended.stdout
-        assert not (tmp_path / "out" / "finished").exists()  # nor has anything seen the test images
+        assert not (tmp_path / "out" / "finished").exists()  # and nothing was evaluated on the test images
     ended = search(*arguments, "--extend", "1")
     assert ended.returncode == 2 and "has not finished" in ended.stderr
     ended = search(*arguments, "hours=1")
@@ -130,14 +131,8 @@ def test_a_search_whose_time_is_used_up_shows_what_it_has_and_goes_on_with_more(
 
 
 def _wait_for_orphans(out: Path) -> None:
-    """After SIGKILL of the driver Ray's workers notice by themselves; they hold their run directories until then."""
-    import fcntl
+    """After SIGKILL of the driver Ray's workers end by themselves; until then they hold the locks of their runs."""
     deadline = time.monotonic() + 120
-    for lock in out.glob("trials/*/*/lock"):
-        with lock.open("a") as file:
-            while time.monotonic() < deadline:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(0.2)
+    for file in out.glob("trials/*/*/lock"):
+        while is_locked(file) and time.monotonic() < deadline:
+            time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""A whole search on a real local Ray: studies, early stopping, results, and what a second call does."""
+"""A whole search on a real local Ray: studies, early stopping, results, and a second call of the same command."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def test_every_trial_ran_and_some_were_stopped(done):
         assert lines[0]["lr"] == pytest.approx(full)
         assert (row["status"] == "finished") == (len(lines) == 4)
         assert len(lines) in (1, 2, 4)  # rungs at 1 and 2
-        # What nobody goes on with costs no disk; what may be evaluated or looked at is kept.
+        # Checkpoints of stopped trials are removed, those of finished trials are kept.
         assert (row["status"] == "finished") == bool(list(Path(row["run"]).glob("checkpoints/*.pt")))
         bits = float(row["quant.bits"])
         assert bits < float(row["average_bits"]) < bits + 2  # the 8-bit edges are in it
@@ -55,8 +55,8 @@ def test_every_trial_ran_and_some_were_stopped(done):
 
 @pytest.mark.slow
 def test_a_process_trains_many_trials_and_leaves_the_next_nothing(search_file, tmp_path):
-    """One trial at a time, so that both searches ask the same of the rungs: the same numbers as with a process each.
-    The second trial learns next to nothing, so that a rung stops it, whatever a processor's rounding."""
+    """The numbers equal those of a process for each trial. Trials run one at a time, so that both searches compare the
+    same trials at rungs. The second trial learns almost nothing: a rung stops it on any CPU."""
     settings = ["concurrent=1", "studies.activation.values=[nulsq]", "studies.bits.values=[2]", "trials=2", "repeats=0",
                 "points.quick.lr=0.1", "points.slow.lr=0.0001"]
     processes = {}
@@ -80,16 +80,16 @@ def test_each_finalist_is_trained_again_with_another_seed(done):
     again = {row["study"]: row for row in rows if row["repeat"] == "1"}
     assert set(again) == {"nulsq_2", "nulsq_4", "lsq_2", "lsq_4"}
     for study, row in again.items():
-        first = max((each for each in rows if each["study"] == study and each["repeat"] == "0"),
-                    key=lambda each: (int(each["epochs"]), float(each["val_top1"])))
+        first = max((other for other in rows if other["study"] == study and other["repeat"] == "0"),
+                    key=lambda other: (int(other["epochs"]), float(other["val_top1"])))
         assert row["number"] == first["number"] and row["optim.lr"] == first["optim.lr"]
         assert row["source"] == "repeat" and row["status"] == "finished"
-        seeds = [read_recipe(Path(each["run"])).run.seed for each in (first, row)]
+        seeds = [read_recipe(Path(trial["run"])).run.seed for trial in (first, row)]
         assert seeds[1] == seeds[0] + 1
     assert "(2 seeds" in printed
 
 
-def test_the_journal_has_every_trial_andevery_result_once(done):
+def test_the_journal_has_every_trial_and_every_result_once(done):
     out, _ = done
     trials = journal.read(out)
     assert len({trial.key for trial in trials}) == len(trials) == 16
@@ -98,7 +98,7 @@ def test_the_journal_has_every_trial_andevery_result_once(done):
     every_result_once(out)
 
 
-def test_status_from_another_terminal_shows_where_the_search_stands(done):
+def test_status_from_another_terminal_shows_the_trials_of_each_study(done):
     out, _ = done
     ended = subprocess.run([sys.executable, "-m", "tune.status", str(out)], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0 and f"{out}: finished" in ended.stdout
@@ -130,7 +130,7 @@ def test_each_study_has_a_leaderboard_a_winner_on_test_and_a_recipe_for_it(done)
     for study in ("nulsq_2", "nulsq_4", "lsq_2", "lsq_4"):
         assert f"study {study}: winner's test top-1" in printed
         assert (out / "studies" / study / "best.yaml").is_file()
-    assert len(list(out.glob("trials/*/*/test.json"))) == 8  # the winners with both seeds, nobody else
+    assert len(list(out.glob("trials/*/*/test.json"))) == 8  # the winners with both seeds, no other trial
     assert (out / "report" / "index.html").is_file()
     assert all(picture.read_bytes()[:4] == b"\x89PNG" for picture in (out / "report").glob("*.png"))
 
