@@ -1,4 +1,4 @@
-"""What a search's report says, against numbers worked out by hand and slow oracles. The page: test_report_page.py."""
+"""The numbers of a search's report against hand-computed ones and slow oracles. The page: test_report_page.py."""
 
 import json
 import math
@@ -31,8 +31,8 @@ for module in ("matplotlib", "optuna", "pandas", "pyarrow", "sklearn"):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Findings, and the paths of the tables."""
+def exported(tmp_path_factory):
+    """The findings of a search, and the paths of its exported files."""
     findings = two_studies(tmp_path_factory.mktemp("report") / "search")
     return findings, write_exports(findings)
 
@@ -41,11 +41,11 @@ def scores(folder: Path, key: str) -> list[float]:
     return [json.loads(line)["val_top1"] for line in (folder / "trials" / key / METRICS).open()]
 
 
-# ---- tables
+# ---- leaderboard.txt, trials.csv, trials.parquet, best.yaml
 
 
-def test_the_leaderboard_is_what_counting_by_hand_gives(made):
-    findings, _ = made
+def test_leaderboard_matches_the_run_directories(exported):
+    findings, _ = exported
     folder, text = findings.folder, leaderboard(findings.search, findings.results, findings.tests)
     assert (folder / "leaderboard.txt").read_text() == text + "\n"
     epochs = repeated = 0
@@ -62,29 +62,29 @@ def test_the_leaderboard_is_what_counting_by_hand_gives(made):
         lines = part.splitlines()
         assert lines[0] == f"study {study}: winner's test top-1 {tested} +- 1.00 (3 seeds, 359 images)"
         assert re.fullmatch(r"  trial  val_top1  epochs    status +lr  coeff_qparm_lr  +qparm_wd", lines[1])
-        own = {path.name: scores(folder, f"{study}/{path.name}") for path in (folder / "trials" / study).iterdir()}
-        ended = {int(name): curve[-1] for name, curve in own.items() if len(curve) == EPOCHS and "-r" not in name}
+        curves = {path.name: scores(folder, f"{study}/{path.name}") for path in (folder / "trials" / study).iterdir()}
+        ended = {int(name): curve[-1] for name, curve in curves.items() if len(curve) == EPOCHS and "-r" not in name}
         best = sorted(ended, key=lambda number: -ended[number])
         assert [line.split()[:4] for line in lines[2:5]] == [
             [str(number), f"{ended[number]:.2f}", str(EPOCHS), "finished"] for number in best[:3]]
-        seeds = {number: [own[f"{number:03d}{end}"][-1] for end in ("", "-r1", "-r2")] for number in best[:2]}
+        seeds = {number: [curves[f"{number:03d}{end}"][-1] for end in ("", "-r1", "-r2")] for number in best[:2]}
         assert lines[-2:] == [
             f"  finalist {number}: val_top1 {statistics.fmean(seeds[number]):.2f} +- "
             f"{statistics.stdev(seeds[number]):.2f} (3 seeds)"
             for number in sorted(seeds, key=lambda number: -statistics.fmean(seeds[number]))]
 
 
-def test_the_leaderboard_of_single_seeds(tmp_path):
+def test_leaderboard_without_repeats(tmp_path):
     search = marked_search(tmp_path / "search")
-    rows = collect(search, journal.read(search.directory))
-    text = leaderboard(search, rows, {"plain": [evaluation(96.1)]})
+    results = collect(search, journal.read(search.directory))
+    text = leaderboard(search, results, {"plain": [evaluation(96.1)]})
     assert "study plain: winner's test top-1 96.10 (359 images)\n  trial  val_top1  epochs    status  " in text
     assert "study -b-bold--b-: winner not evaluated on test" in text and "finalist" not in text
 
 
-def test_parquet_equals_csv_and_both_equal_the_runs(made):
+def test_parquet_equals_csv_and_both_equal_the_runs(exported):
     import pandas
-    findings, _ = made
+    findings, _ = exported
     csv = pandas.read_csv(findings.folder / "trials.csv", dtype={"study": str})
     parquet = pandas.read_parquet(findings.folder / "trials.parquet")
     pandas.testing.assert_frame_equal(csv, parquet, check_dtype=False)
@@ -102,79 +102,81 @@ def test_parquet_equals_csv_and_both_equal_the_runs(made):
 def test_a_column_of_mixed_or_nested_values_is_text(tmp_path):
     search = Search(name="x", space={"a": Sampler("a.b", "choice", values=[[1], [2, 3]]),
                                      "c": Sampler("c.d", "choice", values=[1, "auto", None])})
-    rows = [TrialResult(Trial("x", i, {"a.b": [1], "c.d": value}), TrialStatus.FINISHED, 1, 5.0, [5.0], 1.0, Path("r"))
-            for i, value in enumerate([1, "auto", None])]
-    table = trial_table(search, rows)
+    results = [TrialResult(Trial("x", i, {"a.b": [1], "c.d": value}), TrialStatus.FINISHED, 1, 5.0, [5.0], 1.0,
+                           Path("r"))
+               for i, value in enumerate([1, "auto", None])]
+    table = trial_table(search, results)
     table.to_parquet(tmp_path / "x.parquet")
     assert list(table["a.b"]) == ["[1]"] * 3 and list(table["c.d"]) == ["1", "auto", "null"]
     assert table["bytes"].isna().all()
 
 
-def test_best_yaml_is_the_winners_own_recipe(made):
-    findings, paths = made
-    for study, own in findings.finalists.items():
-        winner, path = own[0].rows[0], findings.folder / "studies" / study / "best.yaml"
+def test_best_yaml_is_the_winners_recipe(exported):
+    findings, paths = exported
+    for study, finalists in findings.finalists.items():
+        winner, path = finalists[0].rows[0], findings.folder / "studies" / study / "best.yaml"
         assert path in paths
-        wanted, found = load(Recipe, winner.path / "recipe.yaml"), load(Recipe, path)
-        assert found.optim == wanted.optim and found.quant == wanted.quant and found.data == wanted.data
-        assert found.run.seed == wanted.run.seed and found.run.dir is None
+        trained, best = load(Recipe, winner.path / "recipe.yaml"), load(Recipe, path)
+        assert best.optim == trained.optim and best.quant == trained.quant and best.data == trained.data
+        assert best.run.seed == trained.run.seed and best.run.dir is None
         header = path.read_text().split("name:")[0]
         assert f"trial {winner.trial.number}, val_top1 {winner.score:.2f} on the holdout after {EPOCHS}" in header
-        assert f"{own[0].mean:.2f} +- {own[0].spread:.2f} (3 seeds)" in header
+        assert f"{finalists[0].mean:.2f} +- {finalists[0].spread:.2f} (3 seeds)" in header
         assert {"2": "78.00 +- 1.00", "4": "86.00 +- 1.00"}[study] in header
         assert f"# run:      python -m nulsq.train {path}\n" in header
 
 
-# ---- the front
+# ---- the Pareto front
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=12), st.sampled_from(["max", "min"]))
 @settings(deadline=None)
-def test_the_front_is_what_comparing_all_pairs_gives(points, mode):
+def test_the_pareto_front_matches_a_comparison_of_all_pairs(points, mode):
     sign = 1 if mode == "max" else -1
 
     def dominated(i):
         return any(points[j][0] <= points[i][0] and sign * points[j][1] >= sign * points[i][1]
                    and points[j] != points[i] for j in range(len(points)))
 
-    found = pareto_front([cost for cost, _ in points], [score for _, score in points], mode)
-    assert sorted(found) == [i for i in range(len(points)) if not dominated(i)]
-    assert [points[i][0] for i in found] == sorted(points[i][0] for i in found)
+    front = pareto_front([cost for cost, _ in points], [score for _, score in points], mode)
+    assert sorted(front) == [i for i in range(len(points)) if not dominated(i)]
+    assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
 
 
 # ---- importance
 
 
 def compared(count: int, response, seed: int = 0) -> Comparison:
-    draw = random.Random(seed)
-    drawn = [{name: sampler.quantile(draw.random()) for name, sampler in SPACE.items()} for _ in range(count)]
-    rows = [TrialResult(Trial("s", i, {}, each), TrialStatus.FINISHED, 1, 0.0, [0.0], 1.0, Path("r"))
-            for i, each in enumerate(drawn)]
-    return Comparison(1, rows, [response(each, draw) for each in drawn], [False] * count)
+    """Random trials whose scores are `response` of their hyperparameters."""
+    random_ = random.Random(seed)
+    drawn = [{name: sampler.quantile(random_.random()) for name, sampler in SPACE.items()} for _ in range(count)]
+    results = [TrialResult(Trial("s", i, {}, values), TrialStatus.FINISHED, 1, 0.0, [0.0], 1.0, Path("r"))
+               for i, values in enumerate(drawn)]
+    return Comparison(1, results, [response(values, random_) for values in drawn], [False] * count)
 
 
-def of_lr(drawn, draw):
-    return math.log10(drawn["lr"]) + draw.gauss(0, 0.1)
+def of_lr(drawn, random_):
+    return math.log10(drawn["lr"]) + random_.gauss(0, 0.1)
 
 
-def test_importance_finds_what_scores_depend_on_and_is_surer_of_it_with_more_trials():
+def test_importance_finds_the_cause_and_is_more_certain_with_more_trials():
     few, many = (importance(SPACE, compared(count, of_lr), bootstraps=8, shuffles=3) for count in (10, 50))
-    for found in (few, many):
-        assert max(found.mean, key=found.mean.get) == "lr"
+    for shares in (few, many):
+        assert max(shares.mean, key=shares.mean.get) == "lr"
     assert many.mean["lr"] > 0.8 and many.mean["lr"] > 2 * many.chance["lr"]
     assert many.spread["lr"] < few.spread["lr"] / 2
     assert many == importance(SPACE, compared(50, of_lr), bootstraps=8, shuffles=3)
 
 
 def test_a_log_uniform_hyperparameter_counts_by_its_logarithm():
-    """The lower half of lr's range, by its logarithm, is 5 % of it linearly: weighed so, its effect would vanish."""
-    def both(drawn, draw):
+    """The lower half of lr's logarithmic range is 5 % of its linear range, where the effect would vanish."""
+    def both(drawn, _):
         return (drawn["lr"] < 0.0173) + 0.5 * (drawn["coeff_qparm_lr"] > 0.0173)
 
-    found = importance(SPACE, compared(60, both), bootstraps=4, shuffles=1)
-    # variances 1/4 and 1/16; about what a forest of 60 trials makes of them
-    assert found.mean["lr"] == pytest.approx(0.8, abs=0.1)
-    assert found.mean["coeff_qparm_lr"] == pytest.approx(0.2, abs=0.1)
+    shares = importance(SPACE, compared(60, both), bootstraps=4, shuffles=1)
+    # The variances are 1/4 and 1/16. A forest of 60 trials finds about these shares.
+    assert shares.mean["lr"] == pytest.approx(0.8, abs=0.1)
+    assert shares.mean["coeff_qparm_lr"] == pytest.approx(0.2, abs=0.1)
 
 
 @pytest.mark.parametrize(("count", "response", "reason"), [
@@ -182,22 +184,22 @@ def test_a_log_uniform_hyperparameter_counts_by_its_logarithm():
     (20, lambda *_: 3.0, "all 20 trials have the same score at epoch 1"),
 ])
 def test_importance_gives_a_reason_where_it_has_no_numbers(count, response, reason):
-    found = importance(SPACE, compared(count, response))
-    assert found.reason == reason and not found.mean
+    shares = importance(SPACE, compared(count, response))
+    assert shares.reason == reason and not shares.mean
 
 
-def test_trials_are_compared_where_nearly_all_have_a_score(made):
-    findings, _ = made
-    found = findings.comparison("2")
-    own = [row for row in findings.results if row.trial.study == "2" and not row.trial.repeat]
-    assert found.epoch == 1 and len(found) == len(own) == 24
-    assert found.scores == [row.curve[0] for row in sorted(own, key=lambda row: row.trial.number)]
+def test_trials_are_compared_at_an_epoch_that_nearly_all_reached(exported):
+    findings, _ = exported
+    comparison = findings.comparison("2")
+    trials = [result for result in findings.results if result.trial.study == "2" and not result.trial.repeat]
+    assert comparison.epoch == 1 and len(comparison) == len(trials) == 24
+    assert comparison.scores == [result.curve[0] for result in sorted(trials, key=lambda result: result.trial.number)]
 
 
-# ---- time
+# ---- time and effort
 
 
-def test_sessions_side_by_side_and_the_night_between_them_left_out():
+def test_concurrent_trials_have_lanes_and_gaps_between_sessions_are_left_out():
     def event(time, what, key=None):
         return {"time": time, "event": what, "key": key}
 
@@ -212,8 +214,8 @@ def test_sessions_side_by_side_and_the_night_between_them_left_out():
     assert from_events([]).lanes == 0
 
 
-def test_what_early_stopping_saved(made):
-    findings, _ = made
+def test_effort_without_early_stopping(exported):
+    findings, _ = exported
     spent = effort(findings)
     first = [result for result in findings.results if not result.trial.repeat]
     full = sum(result.seconds * (1 if result.status == "diverged" else EPOCHS / result.epochs) for result in first)

@@ -1,4 +1,4 @@
-"""The page of a search's report: as text, and in a real browser, from a disk, offline, on a phone, by keyboard."""
+"""The page of a search's report: its text, and its behavior in a browser, offline, on a phone and by keyboard."""
 
 import json
 import re
@@ -28,15 +28,15 @@ for module in ("matplotlib", "optuna", "pandas", "pyarrow", "sklearn"):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Findings, and the paths of everything written."""
+def written(tmp_path_factory):
+    """The findings of a search, and the paths of its report."""
     findings = two_studies(tmp_path_factory.mktemp("page") / "search")
     return findings, write(findings.search, findings.folder, findings.results, findings.tests)
 
 
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory):
-    """The folder of a search with markup in it."""
+    """The folder of a search with markup in its name and settings."""
     return marked_search(tmp_path_factory.mktemp("marked") / "search").directory
 
 
@@ -79,10 +79,10 @@ def test_the_command_writes_a_page_that_is_escaped_and_loads_nothing(marked, tmp
     assert not re.search(r"https?://|@import|url\(|\bsrc=\"(?!\")", raw)
     assert all(each["src"].startswith("data:image/png;base64,") and len(each["alt"]) > 20 for each in page.all("img"))
     assert all(each["href"].startswith(("#", "data:,")) for each in page.all("a", "link"))
-    there = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
-    referred = {each["href"][1:] for each in page.all("a")} | {
+    ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    references = {each["href"][1:] for each in page.all("a")} | {
         attributes["aria-labelledby"] for _, attributes in page.elements if "aria-labelledby" in attributes}
-    assert referred <= there
+    assert references <= ids
     assert sorted(path.name for path in marked.glob("trials.*")) == ["trials.csv", "trials.jsonl", "trials.parquet"]
     assert main([str(marked), "--out", str(tmp_path / "page"), "--no-test"]) == 0
     assert "91.50" not in Page(file.read_text()).text
@@ -144,23 +144,25 @@ def test_a_search_that_is_not_finished_says_so(marked, tmp_path, capsys):
 
 @pytest.mark.parametrize("metric", ["val_loss", "val_top1"])
 def test_figures_of_every_distribution(tmp_path, metric):
+    """Dollar signs in names and values are no formulas: these would be invalid ones."""
     search = Search(name="kinds", metric=metric, trials=12, space={
-        "choice": Sampler("optim.optimizer", "choice", values=["sgd", "adamw"]),
+        r"$\choice{$": Sampler("optim.optimizer", "choice", values=["sgd", r"$\adamw{$"]),
         "uniform": Sampler("optim.momentum", "uniform", 0.5, 0.99)})
-    rows = []
+    results = []
     for i in range(12):
         drawn = {name: sampler.quantile((i + 0.5) * 0.618 % 1) for name, sampler in search.space.items()}
-        curve = [3 - 2 * drawn["uniform"] + (drawn["choice"] == "sgd"), 1.0, float("nan") if i == 3 else 0.5]
+        curve = [3 - 2 * drawn["uniform"] + (drawn[r"$\choice{$"] == "sgd"), 1.0, float("nan") if i == 3 else 0.5]
         status = TrialStatus.DIVERGED if i == 3 else TrialStatus.FINISHED
-        rows.append(TrialResult(Trial("kinds", i, drawn=drawn), status, 3, curve[-1], curve, 3.0, tmp_path / str(i)))
-    rows.append(TrialResult(Trial("kinds", 12, drawn=drawn), TrialStatus.DIVERGED, 1, 0.0, [float("nan")], 1.0,
-                            tmp_path / "12"))
-    findings = Findings(search, rows, {})
+        results.append(TrialResult(Trial("kinds", i, drawn=drawn), status, 3, curve[-1],
+                                   curve, 3.0, tmp_path / str(i)))
+    results.append(TrialResult(Trial("kinds", 12, drawn=drawn), TrialStatus.DIVERGED, 1, 0.0, [float("nan")], 1.0,
+                               tmp_path / "12"))
+    findings = Findings(search, results, {})
     findings.full_epochs = {"kinds": 3}
     comparison = findings.comparison("kinds")
     assert comparison.epoch == 3 and comparison.imputed.count(True) == 2
     assert "same score" in importance(search.space, comparison).reason
-    rows[:] = [replace(row, curve=row.curve[:1]) for row in rows]
+    results[:] = [replace(result, curve=result.curve[:1]) for result in results]
     comparison = findings.comparison("kinds")
     worst = (max if metric == "val_loss" else min)(comparison.scores)
     assert comparison.epoch == 1 and comparison.scores[-1] == worst
@@ -190,25 +192,25 @@ def browser(tmp_path_factory):
                      f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(driver))  # the driver is named: none is downloaded
-    yield started
-    started.quit()
+    driven = webdriver.Chrome(options=options, service=Service(driver))  # with a named driver none is downloaded
+    yield driven
+    driven.quit()
 
 
-def on_a_phone(browser, width=360, height=740):
+def emulate_phone(browser, width=360, height=740):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
         "width": width, "height": height, "deviceScaleFactor": 2, "mobile": True})
 
 
-def test_the_page_in_a_browser(made, browser):
-    """From a disk, offline, on a phone, by keyboard."""
+def test_the_page_in_a_browser(written, browser):
+    """From disk, offline, on a phone, by keyboard."""
     from selenium.webdriver.common.keys import Keys
-    findings, paths = made
+    findings, paths = written
     page = next(path for path in paths if path.name == "index.html")
     browser.execute_cdp_cmd("Network.enable", {})
     browser.execute_cdp_cmd("Network.emulateNetworkConditions", {
         "offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0})
-    on_a_phone(browser)
+    emulate_phone(browser)
     browser.get(page.as_uri())
     run = browser.execute_script
     run("document.querySelectorAll('details').forEach(each => { each.open = true; })")
@@ -250,19 +252,20 @@ def test_the_page_in_a_browser(made, browser):
     scores_[0].send_keys(Keys.ENTER)
     shown = run("return [...arguments[0].tBodies[0].rows].map(row => row.cells[6].innerText)", every)
     known = [float(text) for text in shown if text != "–"]
-    assert known == sorted(known) and len(shown) == len(findings.results) and shown[-1] == "–"  # unknown ones last
+    assert known == sorted(known) and len(shown) == len(findings.results) and shown[-1] == "–"  # unknown scores last
 
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {each["params"]["request"]["url"] for each in events if each["method"] == "Network.requestWillBeSent"}
-    own = ("data:", "chrome:", "chrome-untrusted:")  # the last two are the browser's own new tab
-    assert {url for url in asked if not url.startswith(own)} == {page.as_uri()}
+    requested = {event["params"]["request"]["url"] for event in events
+                 if event["method"] == "Network.requestWillBeSent"}
+    internal = ("data:", "chrome:", "chrome-untrusted:")  # the last two are the browser's new tab
+    assert {url for url in requested if not url.startswith(internal)} == {page.as_uri()}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_contrast(made, browser, scheme):
-    """At least 4.5 : 1 (WCAG AA) between each text's colour and what is behind it."""
-    _, paths = made
+def test_text_has_contrast(written, browser, scheme):
+    """At least 4.5 : 1 (WCAG AA) between the color of each text and its background."""
+    _, paths = written
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [
         {"name": "prefers-color-scheme", "value": scheme}]})
     browser.get(next(path for path in paths if path.name == "index.html").as_uri())
