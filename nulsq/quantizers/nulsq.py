@@ -1,4 +1,4 @@
-"""nuLSQ: non-uniform learned step sizes (Yamamoto et al., ACCV 2024). Every interval has a step of its own.
+"""nuLSQ: non-uniform learned step sizes (Gongyo et al., ACCV 2024). Every interval has a step of its own.
 
 Unsigned ("Positive nuLSQ", for activations after a ReLU): steps s_1 ... s_K, K = 2^b - 1, and
 

@@ -35,7 +35,7 @@ from typing import Any
 from nulsq.errors import InputError
 from nulsq.run.provenance import SECRETS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEAD = "node:__internal_head__"  # a resource that only the head node has
 # Prefixes of environment variables that trials inherit: caches of compiled kernels and of weights, communication of
 # ranks, settings of loggers. Names that look like secrets are left out: a cluster's dashboard shows these values.
