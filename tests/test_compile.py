@@ -91,14 +91,14 @@ def losses(recipe, images, labels, form, *, kind=torch.float32, compiled=False, 
         fold_(model)
         model.to(kind).train()
         stepped = nulsq.training.compile.compiled(model, torch.device("cpu")) if compiled else model
-        optimizers, counters, found = Optimizers(model, recipe.optim), Counters(torch.device("cpu")), []
+        optimizers, counters, actual = Optimizers(model, recipe.optim), Counters(torch.device("cpu")), []
         for x, y in zip(images[:steps], labels, strict=False):
             before = counters.values.clone()
             optimizers.zero_grad()
             backward(stepped, x.to(kind), y, TaskLoss.of(recipe), counters)
             optimizers.step(0.01)
-            found.append((counters.values - before).tolist())
-    return torch.tensor(found)
+            actual.append((counters.values - before).tolist())
+    return torch.tensor(actual)
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +114,17 @@ def batches(digits):
                                                for each in ("lsq", "lcq", "apot", "uniq"))])
 def test_the_first_ten_losses_equal_the_reference(short, batches, method):
     recipe = short("losses", quant__weight__quantizer=method, quant__activation__quantizer=method)
-    wanted, found = (losses(recipe, *batches, form) for form in ("reference", "fused"))
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    expected, actual = (losses(recipe, *batches, form) for form in ("reference", "fused"))
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.slow
 def test_the_first_ten_losses_of_a_compiled_network_equal_the_reference_in_float64(short, batches):
     """In float32 a compiled batch norm rounds otherwise, and what lies at a threshold falls to the other side."""
     recipe = short("losses")
-    wanted = losses(recipe, *batches, "reference", kind=torch.float64)
-    found = losses(recipe, *batches, "fused", kind=torch.float64, compiled=True)
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    expected = losses(recipe, *batches, "reference", kind=torch.float64)
+    actual = losses(recipe, *batches, "fused", kind=torch.float64, compiled=True)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 
 class Forked(nn.Module):
@@ -152,15 +152,15 @@ def test_forward_is_part_of_what_stands_before_and_backward_is_the_kernel():
     model, x = Forked(nn.Identity()).double(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
     nulsq.calibrate_(nulsq.quantize_(model, nulsq.Policy(preset="none", bits=3)), [x])
     model(x).square().sum().backward()
-    wanted = [each.grad.clone() for each in model.parameters()]
+    expected = [each.grad.clone() for each in model.parameters()]
     model.zero_grad()
     torch._dynamo.reset()
     quick = compiled(model, torch.device("cpu"))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         _, code = run_and_get_code(lambda: quick(x).square().sum().backward())
-    for mine, theirs in zip([each.grad for each in model.parameters()], wanted, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for a, b in zip([each.grad for each in model.parameters()], expected, strict=True):
+        torch.testing.assert_close(a, b)
     assert "ops.nulsq.gradients.default(" in "".join(code) and "ops.nulsq.quantize" not in "".join(code)
     # What the batch norm takes and what one convolution takes; what the quantizers and the other one take is made
     # again, and no comparison is kept for that.
@@ -189,8 +189,8 @@ def test_a_folded_batch_norm_is_two_kernels_of_a_compiled_step(frozen, device):
     torch._dynamo.reset()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         _, code = run_and_get_code(lambda: quick(x).square().sum().backward())
-    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
     code = "".join(code)

@@ -35,19 +35,19 @@ def recorded(monkeypatch):
     plain = nulsq.training.setup.learning_rate
     monkeypatch.setattr(nulsq.training.setup, "learning_rate", lambda *args, **kwargs: torch.tensor(
         plain(*args, **kwargs)).item())
-    with on_the_cpu(monkeypatch) as found:
-        yield found
+    with on_the_cpu(monkeypatch) as actual:
+        yield actual
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_replayed_steps_are_plain_steps(name, short, float_run, recorded):
-    overrides, wanted = CASES[name]
+    overrides, expected = CASES[name]
     if name == "nulsq":
         overrides = overrides | {"distill__teacher": str(float_run), "distill__weight": 0.5}
     graphed, plain = (short(f"{kind}-{name}", **{"model__init_from": str(float_run), "optim__epochs": 2}
                             | EXACT | overrides, run__cuda_graph=kind == "graphed") for kind in ("graphed", "plain"))
     assert train(plain, quiet=True).status == "finished" and recorded == []
-    assert train(graphed, quiet=True).status == "finished" and recorded == wanted
+    assert train(graphed, quiet=True).status == "finished" and recorded == expected
     assert numbers(path_of(graphed)) == numbers(path_of(plain))
     assert_same_state(last(path_of(graphed)), last(path_of(plain)))
 
@@ -73,13 +73,13 @@ def test_a_run_that_goes_back_records_again(short, float_run, recorded, steps_do
             raise Diverged(6)
 
     monkeypatch.setattr(DivergenceGuard, "observe", observe)
-    graphed, wanted = (short(name, model__init_from=str(float_run), run__cuda_graph=name == "graphed-back",
+    graphed, expected = (short(name, model__init_from=str(float_run), run__cuda_graph=name == "graphed-back",
                              optim__epochs=3, **EXACT) for name in ("graphed-back", "plain-back"))
-    states = [train(recipe, quiet=True) for recipe in (graphed, wanted)]
+    states = [train(recipe, quiet=True) for recipe in (graphed, expected)]
     assert [(state.status, state.skipped) for state in states] == 2 * [("finished", [6])]
     assert recorded == 2 * HALVES
-    assert numbers(path_of(graphed)) == numbers(path_of(wanted))
-    assert_same_state(last(path_of(graphed)), last(path_of(wanted)))
+    assert numbers(path_of(graphed)) == numbers(path_of(expected))
+    assert_same_state(last(path_of(graphed)), last(path_of(expected)))
 
 
 def test_a_diverged_run_still_names_its_quantizer(short, float_run, recorded, monkeypatch):
@@ -136,13 +136,13 @@ def test_on_a_gpu(name, compile, short, float_run, monkeypatch):
     """But for the rounding of learning rates."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     recorded = note(monkeypatch, "cuda", cuda_graph.RECORDERS["cuda"])
-    overrides, wanted = CASES[name]
+    overrides, expected = CASES[name]
     graphed, plain = (short(f"{kind}-{name}-{compile}", **{"model__init_from": str(float_run), "optim__epochs": 3}
                             | overrides | {"run__device": "cuda", "run__compile": compile, "optim__lr": 0.001},
                             run__cuda_graph=kind == "graphed") for kind in ("graphed", "plain"))
     for recipe in (plain, graphed):
         assert train(recipe, quiet=True).status == "finished"
-    assert recorded == wanted
+    assert recorded == expected
     losses = torch.tensor([[line["train_loss"], line["val_loss"]] for recipe in (graphed, plain)
                            for line in numbers(path_of(recipe))])
     torch.testing.assert_close(*losses.chunk(2), rtol=0.01, atol=0.0)

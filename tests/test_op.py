@@ -93,9 +93,9 @@ def test_nulsq_gradients_equal_autograd_of_the_definition_in_float64(bits, signe
     y, dx, (ds,) = gradients(quantizer, x, dy, form)
 
     x2, steps = x.clone().requires_grad_(), quantizer.steps.detach().clone().requires_grad_()
-    wanted = straight_through(x2, levels_of, steps)
-    wanted.backward(dy)
-    torch.testing.assert_close(y, wanted.detach(), rtol=1e-12, atol=1e-12)
+    expected = straight_through(x2, levels_of, steps)
+    expected.backward(dy)
+    torch.testing.assert_close(y, expected.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(dx, x2.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ds, steps.grad, rtol=1e-9, atol=1e-9)
 
@@ -178,3 +178,21 @@ def test_every_quantizer_compiles_without_a_graph_break(name, role, bits, channe
         y.square().sum().backward()
         results.append((y.detach(), [parameter.grad.clone() for parameter in quantizer.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["lsq", "nulsq", "lcq"])
+def test_vmap_over_the_parameters_alone_equals_a_call_for_each(name):
+    """An ensemble of quantizers on one input; the table is batched, x is not."""
+    quantizer = ready(name, 3, False)
+    parameters = dict(quantizer.named_parameters())
+    stacked = {key: torch.stack([value, 1.5 * value]).detach() for key, value in parameters.items()}
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0)).abs()
+
+    def loss(parameters):
+        return torch.func.functional_call(quantizer, parameters, (x,)).square().sum()
+
+    batched = torch.func.vmap(torch.func.grad(loss))(stacked)
+    for i in range(2):
+        single = torch.func.grad(loss)({key: value[i] for key, value in stacked.items()})
+        for key in parameters:
+            torch.testing.assert_close(batched[key][i], single[key], rtol=1e-5, atol=1e-5)

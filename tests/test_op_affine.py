@@ -1,4 +1,4 @@
-"""A batch norm as part of a quantizer's pass: kernels equal plain PyTorch on every layout and number of channels."""
+"""A batch norm as part of a quantizer's pass: the kernels equal plain PyTorch for every layout and channel count."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def tensors(shape, memory, dtype=torch.float32, seed=0):
     return [torch.randn(shape, generator=draw).to(dtype).contiguous(memory_format=memory) for _ in range(2)]
 
 
-def lines(count, dtype=torch.float32):
+def norm_of(count, dtype=torch.float32):
     draw = torch.Generator().manual_seed(1)
     values = (torch.randn(count, generator=draw), torch.rand(count, generator=draw) + 0.5,
               torch.randn(count, generator=draw) / 2)
@@ -40,17 +40,18 @@ def ready(name, bits, signed=False):
 def outcome(quantizer, x, dy, affine, form, relu=True):
     """y and the gradients of x, the map (what of it has one) and the quantizer's parameters."""
     x = x.detach().requires_grad_()
-    wanted = [x, *(each for each in affine[:3] if each.requires_grad), *quantizer.parameters()]
+    expected = [x, *(each for each in affine[:3] if each.requires_grad), *quantizer.parameters()]
     y = fake_quantize(x, quantizer.table(), quantizer.rule()._replace(relu=relu), form, affine)
-    return y.detach(), torch.autograd.grad(y, wanted, dy)
+    return y.detach(), torch.autograd.grad(y, expected, dy)
 
 
 def assert_equal_to_reference(quantizer, x, dy, affine, tolerance, relu=True):
-    (y, found), (wanted_y, wanted) = (outcome(quantizer, x, dy, affine, form, relu) for form in ("fused", "reference"))
-    assert torch.equal(y, wanted_y) and y.stride() == x.stride() and y.dtype == x.dtype
-    assert found[0].stride() == x.stride() and found[0].dtype == x.dtype
-    for mine, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+    y, actual = outcome(quantizer, x, dy, affine, "fused", relu)
+    expected_y, expected = outcome(quantizer, x, dy, affine, "reference", relu)
+    assert torch.equal(y, expected_y) and y.stride() == x.stride() and y.dtype == x.dtype
+    assert actual[0].stride() == x.stride() and actual[0].dtype == x.dtype
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("memory", LAYOUTS)
@@ -60,7 +61,7 @@ def test_every_method_equals_the_reference_on_every_shape(name, shape, memory):
     """Levels bit for bit: kernel and plain PyTorch map x by the same multiplication and the same addition."""
     for bits in (2, 3, 4):
         for kind, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-12), (torch.bfloat16, 2**-7)):
-            quantizer, affine = ready(name, bits), lines(shape[1], torch.promote_types(kind, torch.float32))
+            quantizer, affine = ready(name, bits), norm_of(shape[1], torch.promote_types(kind, torch.float32))
             quantizer = quantizer.double() if kind == torch.float64 else quantizer
             assert_equal_to_reference(quantizer, *tensors(shape, memory, kind), affine, tolerance)
 
@@ -72,25 +73,25 @@ def test_every_straight_through_rule_with_and_without_a_relu(ste, signed):
         quantizer = ready("nulsq", 3, signed).double()
         quantizer.ste = ste
         x, dy = tensors((3, 19, 31, 29), torch.channels_last, torch.float64)
-        assert_equal_to_reference(quantizer, x, dy, lines(19, torch.float64), 1e-12, relu)
+        assert_equal_to_reference(quantizer, x, dy, norm_of(19, torch.float64), 1e-12, relu)
 
 
 def test_an_empty_batch_has_no_gradients():
-    quantizer, affine = ready("nulsq", 2), lines(5)
+    quantizer, affine = ready("nulsq", 2), norm_of(5)
     y, (dx, *rest) = outcome(quantizer, torch.empty(0, 5, 4, 4), torch.empty(0, 5, 4, 4), affine, "fused")
     assert y.shape == dx.shape == (0, 5, 4, 4) and all(not each.any() for each in rest)
 
 
 def test_the_number_of_threads_changes_no_bit():
-    quantizer, affine = ready("nulsq", 4), lines(24)
+    quantizer, affine = ready("nulsq", 4), norm_of(24)
     x, dy = tensors((8, 24, 31, 29), torch.channels_last)
-    found = []
+    actual = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
         y, gradients = outcome(quantizer, x, dy, affine, "fused")
         own, mean, var = batch_affine(x, affine.scale, affine.bias, 1e-5)
-        found.append([y, *gradients, mean, var, *outcome(quantizer, x, dy, own, "fused")[1]])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        actual.append([y, *gradients, mean, var, *outcome(quantizer, x, dy, own, "fused")[1]])
+    assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))
 
 
 @pytest.mark.parametrize("memory", LAYOUTS)
@@ -100,9 +101,9 @@ def test_moments_are_mean_and_variance(shape, memory):
     for offset, tolerance in ((0, 5e-6), (1e4, 1e-5)):  # a mean three thousand times the deviation
         moved = x + offset
         var, mean = torch.var_mean(moved.double(), (0, 2, 3), correction=0)
-        found = cpu.moments(moved)
-        torch.testing.assert_close(found[0].double(), mean, rtol=1e-6, atol=3e-6)  # a millionth of the deviation
-        torch.testing.assert_close(found[1].double(), var, rtol=tolerance, atol=tolerance)
+        actual = cpu.moments(moved)
+        torch.testing.assert_close(actual[0].double(), mean, rtol=1e-6, atol=3e-6)  # a millionth of the deviation
+        torch.testing.assert_close(actual[1].double(), var, rtol=tolerance, atol=tolerance)
         assert all(torch.equal(a, b) for a, b in zip(cpu.moments(moved.bfloat16()),
                                                      cpu.moments(moved.bfloat16().float()), strict=True))
 
@@ -115,14 +116,14 @@ def test_a_batchs_own_map_is_batch_norm(shape, memory):
     nn.init.uniform_(norm.weight, 0.5, 2)
     nn.init.uniform_(norm.bias)
     x.requires_grad_()
-    wanted_y = norm(x)
-    wanted = torch.autograd.grad(wanted_y, [x, *norm.parameters()], dy)
+    expected_y = norm(x)
+    expected = torch.autograd.grad(expected_y, [x, *norm.parameters()], dy)
     affine, mean, var = batch_affine(x, norm.weight, norm.bias, norm.eps)
     y = affine.of(x)
-    found = torch.autograd.grad(y, [x, *norm.parameters()], dy)
-    torch.testing.assert_close(y, wanted_y, rtol=1e-12, atol=1e-12)
-    for mine, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+    actual = torch.autograd.grad(y, [x, *norm.parameters()], dy)
+    torch.testing.assert_close(y, expected_y, rtol=1e-12, atol=1e-12)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
     assert not mean.requires_grad and not var.requires_grad
 
 
@@ -130,11 +131,11 @@ def test_a_batchs_own_map_is_batch_norm(shape, memory):
 @pytest.mark.parametrize("ste", ["clip", "half", "none"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_compilers_gradients_are_the_kernels(name, ste, memory):
-    """Its operators, and what the kernels do otherwise."""
+    """The operators in a compiled graph against direct calls of the kernels."""
     torch._dynamo.reset()
     quantizer, (x, dy) = ready(name, 2).double(), tensors((3, 19, 7, 5), memory, torch.float64)
     quantizer.ste = ste
-    weight, _, bias = lines(19, torch.float64)[:3]
+    weight, _, bias = norm_of(19, torch.float64)[:3]
 
     def step(x, weight, bias):
         affine, mean, var = batch_affine(x, weight, bias, 1e-5)
@@ -142,13 +143,13 @@ def test_a_compilers_gradients_are_the_kernels(name, ste, memory):
         return y, mean, var
 
     x.requires_grad_()
-    wanted, found = step(x, weight, bias), torch.compile(step, backend="aot_eager", fullgraph=True)(x, weight, bias)
-    for each in (wanted, found):
+    expected, actual = step(x, weight, bias), torch.compile(step, backend="aot_eager", fullgraph=True)(x, weight, bias)
+    for each in (expected, actual):
         assert not each[1].requires_grad and not each[2].requires_grad
     inputs = [x, weight, bias, *quantizer.parameters()]
-    wanted, found = ([*each, *torch.autograd.grad(each[0], inputs, dy)] for each in (wanted, found))
-    for mine, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11 * float(theirs.detach().abs().max()))
+    expected, actual = ([*each, *torch.autograd.grad(each[0], inputs, dy)] for each in (expected, actual))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11 * float(b.detach().abs().max()))
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own statistics", "fixed"])
@@ -162,23 +163,23 @@ def test_after_a_batch_norm_every_method_equals_the_reference(name, shape, memor
         for kind, tolerance in ((torch.float64, 1e-11), (torch.float32, 3e-5), (torch.bfloat16, 2**-6)):
             computed = torch.promote_types(kind, torch.float32)
             quantizer, (x, dy) = ready(name, bits, signed).to(computed), tensors(shape, memory, kind)
-            quantizer.ste, affine = ste, lines(shape[1], computed)
+            quantizer.ste, affine = ste, norm_of(shape[1], computed)
             if own:
                 affine, *_ = batch_affine(x, affine.scale, affine.bias, 1e-5)
             assert_gradients_equal_to_the_reference(quantizer, x, dy, affine, relu, tolerance)
 
 
 def assert_gradients_equal_to_the_reference(quantizer, x, dy, affine, relu, tolerance):
-    wanted = outcome(quantizer, x, dy, affine, "reference", relu)[1]
+    expected = outcome(quantizer, x, dy, affine, "reference", relu)[1]
     given = [None if each is None else each.detach() for each in affine]
-    wanted_dx, wanted_lines = wanted[0], wanted[1:3 if affine.rstd is not None else 4]
+    expected_dx, expected_lines = expected[0], expected[1:3 if affine.rstd is not None else 4]
     arguments = (Table(*(None if each is None else each.detach() for each in quantizer.table())),
                  quantizer.rule()._replace(relu=relu), Affine(*given))
     dx, *sums = cpu.gradients(x, dy, *arguments)
-    torch.testing.assert_close(dx, wanted_dx, rtol=tolerance, atol=tolerance * float(wanted_dx.abs().max()))
-    lines_found = sums[3:] if affine.rstd is not None else (-affine.scale * sums[4], *sums[3:])
-    for mine, theirs in zip(lines_found, wanted_lines, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+    torch.testing.assert_close(dx, expected_dx, rtol=tolerance, atol=tolerance * float(expected_dx.abs().max()))
+    norm_gradients = sums[3:] if affine.rstd is not None else (-affine.scale * sums[4], *sums[3:])
+    for a, b in zip(norm_gradients, expected_lines, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
 def test_second_derivatives_under_transforms_are_those_of_batch_norm():
@@ -191,13 +192,13 @@ def test_second_derivatives_under_transforms_are_those_of_batch_norm():
     def by_torch(x):
         return nn.functional.batch_norm(x, None, None, weight, bias, training=True).pow(3).sum()
 
-    found, wanted = (torch.func.jvp(torch.func.grad(each), (x,), (direction,))[1] for each in (by_affine, by_torch))
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    actual, expected = (torch.func.jvp(torch.func.grad(each), (x,), (direction,))[1] for each in (by_affine, by_torch))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_the_operators_keep_torchs_contract():
     """Schema and fake tensors, as torch checks them itself; and they are the kernel's functions."""
-    (x, dy), affine = tensors((3, 19, 7, 5), torch.channels_last), [each.detach() for each in lines(19)[:3]]
+    (x, dy), affine = tensors((3, 19, 7, 5), torch.channels_last), [each.detach() for each in norm_of(19)[:3]]
     torch.library.opcheck(torch.ops.nulsq.moments.default, (x,))
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     for name, inverse in itertools.product(METHODS, (None, torch.rand(19))):
@@ -207,16 +208,16 @@ def test_the_operators_keep_torchs_contract():
             arguments = quantizer.table(), quantizer.rule(), Affine(*affine[:3], inverse)
         rest = [each for part in arguments for each in part]
         torch.library.opcheck(gradients.default, (x, dy, *rest), **checks)
-        assert_told(gradients(x, dy, *rest), cpu.gradients(x, dy, *arguments))
+        assert_same_results(gradients(x, dy, *rest), cpu.gradients(x, dy, *arguments))
 
 
-def assert_told(operators, functions):
+def assert_same_results(operators, functions):
     """An operator has an empty tensor where the kernel's function has None."""
-    for told, wanted in zip(operators, functions, strict=True):
-        assert torch.equal(told, told.new_empty(0) if wanted is None else wanted)
+    for told, expected in zip(operators, functions, strict=True):
+        assert torch.equal(told, told.new_empty(0) if expected is None else expected)
 
 
-def test_a_gradient_that_somebody_holds_is_not_written_over():
+def test_an_incoming_gradient_that_a_hook_keeps_is_unchanged():
     quantizer, (x, dy) = ready("nulsq", 2), tensors((2, 16, 8, 8), torch.channels_last)
     weight, bias, held = torch.ones(16, requires_grad=True), torch.zeros(16, requires_grad=True), dy.clone()
     x.requires_grad_()

@@ -46,10 +46,11 @@ def run(quantizer, x, dy, form=None):
 
 
 def assert_equal_to_reference(quantizer, x, dy, tolerance=1e-5):
-    (y, dx, ds), (wanted_y, wanted_dx, wanted_ds) = run(quantizer, x, dy, "fused"), run(quantizer, x, dy, "reference")
-    assert torch.equal(y, wanted_y) and torch.equal(dx, wanted_dx)
+    y, dx, ds = run(quantizer, x, dy, "fused")
+    expected_y, expected_dx, expected_ds = run(quantizer, x, dy, "reference")
+    assert torch.equal(y, expected_y) and torch.equal(dx, expected_dx)
     assert y.stride() == x.stride() and y.dtype == x.dtype
-    for a, b in zip(ds, wanted_ds, strict=True):
+    for a, b in zip(ds, expected_ds, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
@@ -92,7 +93,7 @@ def test_the_relu_before_a_quantizer_can_be_left_to_it(name, signed, form):
         with force(form):
             y = fake_quantize(before.relu(), quantizer.table(quantizer._elements(x)), quantizer.rule())
         y.backward(dy)
-        wanted = [p.grad.clone() for p in quantizer.parameters()]
+        expected = [p.grad.clone() for p in quantizer.parameters()]
         folded = x.clone().requires_grad_()
         quantizer.zero_grad()
         with force(form):
@@ -100,7 +101,7 @@ def test_the_relu_before_a_quantizer_can_be_left_to_it(name, signed, form):
                                   quantizer.rule()._replace(relu=True))
         other.backward(dy)
         assert torch.equal(y, other) and torch.equal(before.grad, folded.grad)
-        for a, b in zip(quantizer.parameters(), wanted, strict=True):
+        for a, b in zip(quantizer.parameters(), expected, strict=True):
             assert torch.equal(a.grad, b)
         assert torch.equal(encode(x, quantizer.table(), quantizer.rule()._replace(relu=True)),
                            encode(x.relu(), quantizer.table(), quantizer.rule()))
@@ -151,16 +152,16 @@ def test_input_and_gradient_with_gaps_in_memory():
 @pytest.mark.parametrize("name", ["lsq", "nulsq", "lcq"])
 def test_any_number_of_threads_gives_the_same_bits(name):
     x, dy = tensors(16, 16, 32, 33)
-    quantizer, before, found = ready(name, 4), torch.get_num_threads(), []
+    quantizer, before, actual = ready(name, 4), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(run(quantizer, x, dy))
+            actual.append(run(quantizer, x, dy))
     finally:
         torch.set_num_threads(before)
-    for y, dx, ds in found[1:]:
-        assert torch.equal(y, found[0][0]) and torch.equal(dx, found[0][1])
-        assert all(torch.equal(a, b) for a, b in zip(ds, found[0][2], strict=True))
+    for y, dx, ds in actual[1:]:
+        assert torch.equal(y, actual[0][0]) and torch.equal(dx, actual[0][1])
+        assert all(torch.equal(a, b) for a, b in zip(ds, actual[0][2], strict=True))
 
 
 def test_frozen_parameters_cost_no_sums():
@@ -203,10 +204,10 @@ def test_a_compiled_quantizer_has_one_graph_and_at_most_two_for_any_shapes(name)
     for size in range(2, 16):
         x, dy = tensors(size, 3, size + 1, size + 2, seed=size)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        y, wanted = quick(a), quantizer(b)
+        y, expected = quick(a), quantizer(b)
         y.backward(dy)
-        wanted.backward(dy)
-        assert torch.equal(y, wanted) and torch.equal(a.grad, b.grad)
+        expected.backward(dy)
+        assert torch.equal(y, expected) and torch.equal(a.grad, b.grad)
     assert graphs.frame_count <= 2
 
 
@@ -224,8 +225,8 @@ def gradients_of(net, run):
     return [p.grad.clone() for p in net.parameters()]
 
 
-def same(found, wanted):
-    for a, b in zip(found, wanted, strict=True):
+def same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
 
 
@@ -245,10 +246,10 @@ def test_a_convolution_that_makes_its_input_again_keeps_less_and_has_the_same_gr
             y = net(x)
         return sum(event.self_cpu_memory_usage for event in profile.key_averages()), y
 
-    wanted, (kept, _) = gradients_of(net, lambda n: n(x)), bytes_kept()
+    expected, (kept, _) = gradients_of(net, lambda n: n(x)), bytes_kept()
     monkeypatch.setattr("nulsq.quant.layers.requantized", lambda y: contextlib.nullcontext())
-    found, (kept_without, _) = gradients_of(net, lambda n: n(x)), bytes_kept()
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    actual, (kept_without, _) = gradients_of(net, lambda n: n(x)), bytes_kept()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert kept_without - kept >= 4 * 8 * 10 * 10 * 4  # the input of the one convolution that nuLSQ quantizes
 
 
@@ -261,19 +262,19 @@ def test_requantized_leaves_other_tensors_alone():
 
 def test_activation_checkpointing():
     net, x = network(), torch.randn(4, 3, 12, 12)
-    wanted = gradients_of(net, lambda n: n(x))
+    expected = gradients_of(net, lambda n: n(x))
     for reentrant in (False, True):
-        same(gradients_of(net, lambda n: checkpoint(n, x.clone().requires_grad_(), use_reentrant=reentrant)), wanted)  # noqa: B023
+        same(gradients_of(net, lambda n: checkpoint(n, x.clone().requires_grad_(), use_reentrant=reentrant)), expected)  # noqa: B023
 
 
 @pytest.mark.parametrize("form", ["reference", "fused"])
 def test_functional_transforms(form):
     net, x = nn.Sequential(network()[2]), torch.randn(4, 8, 12, 12)  # without the edges, which write their ranges
-    wanted = gradients_of(net, lambda n: n(x))
+    expected = gradients_of(net, lambda n: n(x))
     parameters = dict(net.named_parameters())
     with force(form):
-        found = torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).square().sum())(parameters)
-    same([found[name] for name in parameters], wanted)
+        actual = torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).square().sum())(parameters)
+    same([actual[name] for name in parameters], expected)
 
 
 def test_gradients_of_each_sample_by_vmap_add_up_to_those_of_the_batch():

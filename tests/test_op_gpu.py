@@ -1,4 +1,4 @@
-"""The GPU form: equal to the reference in Triton's interpreter or on a GPU, and compiled for sm_90 without one."""
+"""The GPU kernels: equal to the reference form in Triton's interpreter or on a GPU; compiled for sm_90 without one."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ kernel = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 
 
 def test_in_tritons_interpreter():
-    """The tests marked `kernel` once more, in a process that interprets Triton: it has to be decided at its import."""
+    """The tests marked `kernel` in a process that interprets Triton, which reads that setting when it is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "kernel", __file__], capture_output=True,
                           text=True, env=environment, timeout=500)
@@ -37,16 +37,16 @@ def test_in_tritons_interpreter():
 def assert_equal_to_reference(quantizer, x, dy):
     table = Table(*(None if t is None else t.detach() for t in quantizer.table()))
     rule = quantizer.rule()
-    wanted = reference.quantize(x, table, rule)[0].to(x.dtype)
-    found = gpu.quantize(x, table, rule)
-    assert found.dtype == x.dtype and found.stride() == x.stride()
+    expected = reference.quantize(x, table, rule)[0].to(x.dtype)
+    actual = gpu.quantize(x, table, rule)
+    assert actual.dtype == x.dtype and actual.stride() == x.stride()
     if INTERPRETED and x.dtype == torch.bfloat16:  # the interpreter cuts what a GPU rounds to nearest
-        torch.testing.assert_close(found, wanted, rtol=2**-7, atol=0)
+        torch.testing.assert_close(actual, expected, rtol=2**-7, atol=0)
     else:
-        assert torch.equal(found, wanted)
-    wanted, found = reference.gradients(x, dy, table, rule), gpu.gradients(x, dy, table, rule)
-    assert torch.equal(found[0], wanted[0]) and found[0].stride() == x.stride()
-    for a, b in zip(found[1:], wanted[1:], strict=True):
+        assert torch.equal(actual, expected)
+    expected, actual = reference.gradients(x, dy, table, rule), gpu.gradients(x, dy, table, rule)
+    assert torch.equal(actual[0], expected[0]) and actual[0].stride() == x.stride()
+    for a, b in zip(actual[1:], expected[1:], strict=True):
         if b is None:
             assert a is None
         else:
@@ -124,19 +124,19 @@ def test_kernel_over_several_blocks_of_a_program_and_empty_tensors():
 
 
 def test_the_grid_is_long_in_its_first_dimension_only():
-    """CUDA's others end at 65,535: the gradients of each sample make a table for each of them."""
+    """CUDA's other dimensions are limited to 65,535."""
     for shape in ((100_000, 3), (3, 10_000_000)):
         groups, programs = gpu.tiles(torch.empty(shape, device="meta"), shape[0], None, 1024).grid(torch.device("cpu"))
         assert groups == shape[0] and 1 <= programs < 65_536
 
 
 def test_tiles_across_channels_leave_little_empty():
-    found = {}
+    actual = {}
     for channels in (16, 24, 64, 96, 130, 192, 512):
         x = torch.empty(2, channels, 5, 7, device="meta").contiguous(memory_format=torch.channels_last)
         walk = gpu.tiles(x, 1, Affine(*[torch.empty(channels)] * 3), 512)
-        found[channels] = walk.groups, walk.constants["COLS"]
-    assert found == {16: (1, 16), 24: (1, 32), 64: (1, 64), 96: (3, 32), 130: (5, 32), 192: (3, 64),
+        actual[channels] = walk.groups, walk.constants["COLS"]
+    assert actual == {16: (1, 16), 24: (1, 32), 64: (1, 64), 96: (3, 32), 130: (5, 32), 192: (3, 64),
                      512: (4, 128)}
 
 
@@ -144,30 +144,30 @@ def test_tiles_across_channels_leave_little_empty():
 
 
 def assert_after_norm_equal_to_reference(quantizer, x, dy, affine, tolerance):
-    """The kernels beside autograd through the map in plain PyTorch; levels bit for bit."""
+    """The kernels against autograd through the map in plain PyTorch; levels bit for bit."""
     table, rule = Table(*(None if t is None else t.detach() for t in quantizer.table())), quantizer.rule()
     leaves = [x.detach().requires_grad_(), *(each.requires_grad_() for each in affine[1:3])]
     mapped = affine._replace(scale=leaves[1], bias=leaves[2]).of(leaves[0])
-    wanted_y = reference.quantize(mapped, table, rule)[0].to(x.dtype)
+    expected_y = reference.quantize(mapped, table, rule)[0].to(x.dtype)
     dmapped, *sums = reference.gradients(mapped.detach(), dy, table, rule)
     dx, dscale, dshift = torch.autograd.grad(mapped, leaves, dmapped)
-    wanted = [dx, *sums, dscale, dshift]
+    expected = [dx, *sums, dscale, dshift]
 
     affine = Affine(*(each if each is None else each.detach() for each in affine))
     y = gpu.quantize(x, table, rule, affine)
     assert y.dtype == x.dtype and y.stride() == x.stride()
-    assert torch.equal(y, wanted_y) or INTERPRETED and x.dtype == torch.bfloat16
-    found = gpu.gradients(x, dy, table, rule, affine)
-    assert found[0].dtype == x.dtype and found[0].stride() == x.stride()
-    for mine, theirs in zip(found, wanted, strict=True):
-        if theirs is None:
-            assert mine is None
+    assert torch.equal(y, expected_y) or INTERPRETED and x.dtype == torch.bfloat16
+    actual = gpu.gradients(x, dy, table, rule, affine)
+    assert actual[0].dtype == x.dtype and actual[0].stride() == x.stride()
+    for a, b in zip(actual, expected, strict=True):
+        if b is None:
+            assert a is None
         else:
-            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
 def affine_of(x, own):
-    """A map for each channel of x, by the batch's own statistics or any."""
+    """A batch norm for x, with the statistics of the batch or others."""
     kind, draw = torch.promote_types(x.dtype, torch.float32), torch.Generator().manual_seed(2)
     weight, bias, mean = (torch.randn(x.shape[1], generator=draw).to(DEVICE, kind) for _ in range(3))
     if not own:
@@ -223,16 +223,16 @@ def test_kernel_after_a_batch_norm_by_every_straight_through_rule(ste):
 def assert_after_norm_equal_to_reference_without_sums(quantizer, x, dy, affine):
     table, rule = Table(*(None if t is None else t.detach() for t in quantizer.table())), quantizer.rule()
     rule = rule._replace(reduction="none")
-    found, wanted = gpu.gradients(x, dy, table, rule, affine), reference.gradients(x, dy, table, rule)
-    assert torch.equal(found[0], wanted[0])
-    assert found[1:4] == (None,) * 3
-    torch.testing.assert_close(found[5], wanted[0].sum((0, 2, 3)), rtol=1e-12, atol=1e-12)
+    actual, expected = gpu.gradients(x, dy, table, rule, affine), reference.gradients(x, dy, table, rule)
+    assert torch.equal(actual[0], expected[0])
+    assert actual[1:4] == (None,) * 3
+    torch.testing.assert_close(actual[5], expected[0].sum((0, 2, 3)), rtol=1e-12, atol=1e-12)
 
 
 @kernel
 def test_kernel_in_a_network(monkeypatch):
-    """A folded network on the GPU's kernels, where the interpreter has them also for what lies on the CPU, beside the
-    network as it was: in training and in evaluation, running statistics too."""
+    """A folded network on the GPU's kernels, where the interpreter can run them on CPU tensors too, against the
+    unfolded network: in training and in evaluation, running statistics too."""
     monkeypatch.setitem(kernels.KERNELS, DEVICE, gpu)
     monkeypatch.setattr(gpu, "available", lambda: True)
     model, images = test_fold.normed(memory=torch.channels_last, device=DEVICE)
@@ -243,7 +243,7 @@ def test_kernel_in_a_network(monkeypatch):
         test_fold.assert_same(test_fold.outcome(folded, images), test_fold.outcome(model, images))
 
 
-# ---- without a GPU: what the compiler makes of it
+# ---- without a GPU: the compiled code
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
@@ -264,11 +264,11 @@ def test_compiled_for_sm_90_nothing_spills(name, bits, kind, most):
         assert [kernel.__name__ for kernel, *_ in launched] == names
         for launch in launched:
             try:
-                found = instructions.compile_for_sm_90(launch)
+                actual = instructions.compile_for_sm_90(launch)
             except RuntimeError as error:
                 pytest.skip(str(error))
-            assert found.registers <= (230 if bits == 6 else 160) and found.spilled <= 16, found
-            assert launch[0].__name__ == "finish" or found.instructions <= most, found
+            assert actual.registers <= (230 if bits == 6 else 160) and actual.spilled <= 16, actual
+            assert launch[0].__name__ == "finish" or actual.instructions <= most, actual
 
 
 # ---- on a GPU
@@ -282,7 +282,7 @@ class TestOnAGPU:
         assert type(quantizer(x.requires_grad_()).grad_fn).__name__ == "FusedBackward"
 
     def test_no_synchronization_and_the_same_bits_every_time(self):
-        quantizer, (x, dy), found = ready("nulsq", 3).to("cuda"), tensors(64, 1000), []
+        quantizer, (x, dy), actual = ready("nulsq", 3).to("cuda"), tensors(64, 1000), []
         for mode in ("default", "error"):
             torch.cuda.set_sync_debug_mode(mode)
             try:
@@ -290,8 +290,8 @@ class TestOnAGPU:
                 quantizer(x).backward(dy)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            found.append(quantizer.steps.grad.clone())
-        assert torch.equal(*found)
+            actual.append(quantizer.steps.grad.clone())
+        assert torch.equal(*actual)
 
     def test_forward_and_backward_in_a_cuda_graph(self):
         quantizer, (x, dy) = ready("nulsq", 2).to("cuda"), tensors(64, 100)
@@ -309,9 +309,9 @@ class TestOnAGPU:
         with torch.no_grad():
             x.mul_(2)
         graph.replay()
-        found = [x.grad.clone(), quantizer.steps.grad.clone()]
+        actual = [x.grad.clone(), quantizer.steps.grad.clone()]
         quantizer.zero_grad()
         x.grad = None
         with force("reference"):
             quantizer(x).backward(dy)
-        torch.testing.assert_close(found, [x.grad, quantizer.steps.grad], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual, [x.grad, quantizer.steps.grad], rtol=1e-5, atol=1e-5)
