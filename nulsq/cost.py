@@ -1,17 +1,19 @@
-"""What a network costs for one image: bits, bytes, multiply-accumulates, bit operations. Needs torch alone.
+"""Costs of a network for one image: bits, bytes, multiply-accumulates, bit operations. Needs torch alone.
 
-    multiply-accumulates (MACs)   of a layer: output elements x weights that each is made of
+    multiply-accumulates (MACs)   of a layer: output elements x weights per output element
     bit operations                sum over layers of MACs x weight bits x activation bits; a float side counts 32
-    average bits                  weight elements, and elements of the layers' inputs, weighted equally
-    bytes                         a quantized weight packed at its bits, every other parameter 4 bytes each
+    average bits                  mean over weight elements, and over elements of the layers' inputs
+    bytes                         quantized weights packed, every other parameter 4 bytes
 
-Layers are the convolutions (Conv2d) and linear layers, each as often as one forward pass uses it. Every other product
-that torch counts (the two inside attention, layers of other kinds) is float and named apart. What normalization,
-activation functions and the quantizers themselves compute is not counted.
+Layers are convolutions (Conv2d) and linear layers. A layer counts as often as one forward pass calls it. All other
+products that torch counts (the two inside attention, other types of layers) are float and reported separately.
+Normalization, activation functions and the quantizers themselves are not counted.
 """
 
 import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A convolution or linear layer and one image."""
+    """Costs of a convolution or linear layer for one image."""
 
     weights: int  # elements of the weight
     inputs: int  # elements of the input
@@ -41,14 +43,14 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """A network and one image."""
+    """Costs of a network for one image."""
 
     image: tuple[int, ...]  # shape of the image, without the batch
     layers: dict[str, LayerCost]  # by module name
     other_macs: int  # float products outside of the layers
     weight_bytes: int  # quantized weights, packed
     parameter_bytes: int  # every other parameter of the network
-    quantizer_bytes: int  # steps, thresholds, ranges: what the quantizers keep in floats
+    quantizer_bytes: int  # steps, thresholds, ranges: the floats in the quantizers' state
     float_bytes: int  # the float network's parameters
 
     @property
@@ -77,19 +79,19 @@ class Cost:
         return _average([(layer.activation_bits, layer.inputs) for layer in self.layers.values()])
 
 
-def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+def layers_of(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     """The convolutions and linear layers by name, in the order of definition; float or quantized."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
 
 
 @torch.no_grad()
 def cost_of(model: nn.Module, image: Tensor) -> Cost:
-    """The cost of `image` [1, ...], counted in one forward pass. Quantizers have to be calibrated."""
+    """The cost of `image` [1, ...], counted in one forward pass. The model has to be calibrated, or float."""
     layers = layers_of(model)
     inputs, macs = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 
-    def count(name):
-        def hook(layer, args, output):
+    def count(name: str) -> Callable[..., None]:
+        def hook(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             inputs[name] += args[0].numel()
             macs[name] += output.numel() * layer.weight[0].numel()
         return hook
@@ -102,21 +104,22 @@ def cost_of(model: nn.Module, image: Tensor) -> Cost:
         for handle in handles:
             handle.remove()
 
-    found = {name: LayerCost(layer.weight.numel(), inputs[name], macs[name], bits_of(layer, "weight_quantizer"),
+    costs = {name: LayerCost(layer.weight.numel(), inputs[name], macs[name], bits_of(layer, "weight_quantizer"),
                              bits_of(layer, "activation_quantizer")) for name, layer in layers.items()}
     packed = {id(layer.weight): bits * layer.weight.numel() for layer in layers.values()
               if (bits := bits_of(layer, "weight_quantizer")) != FLOAT_BITS}
     quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
     of_quantizers = {id(parameter) for quantizer in quantizers for parameter in quantizer.parameters()}
-    plain = [parameter for parameter in model.parameters() if id(parameter) not in of_quantizers]
-    kept = [value for quantizer in quantizers for value in quantizer.state_dict().values() if value.is_floating_point()]
+    others = [parameter for parameter in model.parameters() if id(parameter) not in of_quantizers]
+    floats = [value for quantizer in quantizers for value in quantizer.state_dict().values()
+              if value.is_floating_point()]
     return Cost(
-        image=tuple(image.shape[1:]), layers=found,
+        image=tuple(image.shape[1:]), layers=costs,
         other_macs=flops.get_total_flops() // 2 - sum(macs.values()),
         weight_bytes=sum(-(-bits // 8) for bits in packed.values()),
-        parameter_bytes=4 * sum(parameter.numel() for parameter in plain if id(parameter) not in packed),
-        quantizer_bytes=4 * sum(value.numel() for value in kept),
-        float_bytes=4 * sum(parameter.numel() for parameter in plain),
+        parameter_bytes=4 * sum(parameter.numel() for parameter in others if id(parameter) not in packed),
+        quantizer_bytes=4 * sum(value.numel() for value in floats),
+        float_bytes=4 * sum(parameter.numel() for parameter in others),
     )
 
 
@@ -127,8 +130,8 @@ def bits_of(layer: nn.Module, side: str) -> int:
 
 
 @contextlib.contextmanager
-def _unfused():
-    """Attention as plain products, which torch's counter sees; it knows only some of the fused kernels."""
+def _unfused() -> Iterator[None]:
+    """Compute attention by plain products: torch's counter knows only some of the fused kernels."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -11,7 +11,7 @@ from nulsq.quantizers.apot import magnitudes
 METHODS = ["lsq", "nulsq", "uniq", "apot", "lcq"]
 
 
-def ready(name, bits, signed, *, role="activation", seed=0, **options):
+def calibrated_quantizer(name, bits, signed, *, role="activation", seed=0, **options):
     """A float64 quantizer with random parameters."""
     quantizer = nulsq.get_quantizer(name)(bits, role, signed=signed, **options)
     draw = torch.Generator().manual_seed(seed)
@@ -89,7 +89,7 @@ DEFINITIONS = {"lsq": lsq, "uniq": uniq, "apot": apot, "lcq": lcq, "nulsq": nuls
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 @pytest.mark.parametrize("name", METHODS)
 def test_values_and_gradients_equal_the_formulas(name, bits, signed, form):
-    quantizer = ready(name, bits, signed, seed=bits)
+    quantizer = calibrated_quantizer(name, bits, signed, seed=bits)
     draw = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(6000, generator=draw, dtype=torch.float64) for _ in range(2))  # random: away from ties
     parameters = {key: value.detach().clone().requires_grad_() for key, value in quantizer.named_parameters()}
@@ -111,7 +111,7 @@ def test_lcq_levels_are_those_of_companding_each_element_in_float32(bits):
     """Thresholds found once instead. At most one of 6 million: where rounding makes the rule itself not monotone."""
     flips = 0
     for seed in range(3):
-        quantizer = ready("lcq", bits, False, seed=seed).float()
+        quantizer = calibrated_quantizer("lcq", bits, False, seed=seed).float()
         x = torch.randn(2_000_000, generator=torch.Generator().manual_seed(seed)).abs()
         with torch.no_grad():
             alpha, share = quantizer.alpha, quantizer.theta.softmax(0)
@@ -128,7 +128,7 @@ def test_lcq_levels_are_those_of_companding_each_element_in_float32(bits):
     ("apot", 2, True, 3), ("lcq", 2, True, 3), ("minmax", 2, True, 3),  # the published ones have no fourth
     ("apot", 4, True, 15), ("apot", 4, False, 16), ("lcq", 4, False, 16), ("lcq", 3, True, 7)])
 def test_number_of_levels(name, bits, signed, count):
-    assert len(ready(name, bits, signed).levels()) == count
+    assert len(calibrated_quantizer(name, bits, signed).levels()) == count
 
 
 @pytest.mark.parametrize(("bits", "units"), [
@@ -146,21 +146,21 @@ def test_apot_six_bits():
 
 
 def test_apot_two_bit_weights_pass_the_whole_gradient():
-    quantizer = ready("apot", 2, True, role="weight")
+    quantizer = calibrated_quantizer("apot", 2, True, role="weight")
     x = torch.tensor([-5.0, -1.0, 0.1, 3.0], dtype=torch.float64, requires_grad=True)
     quantizer(x).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
 def test_uniq_at_one_bit_is_a_sign():
-    quantizer = ready("uniq", 1, True, role="weight")
+    quantizer = calibrated_quantizer("uniq", 1, True, role="weight")
     half = float(quantizer.step.detach()) / 2
     found = quantizer(torch.tensor([-3.0, -1e-9, 1e-9, 0.2], dtype=torch.float64)).tolist()
     assert found == [-half, -half, half, half]
 
 
 def test_lcq_without_companding_is_uniform():
-    quantizer = ready("lcq", 3, False)
+    quantizer = calibrated_quantizer("lcq", 3, False)
     with torch.no_grad():
         quantizer.theta.zero_()
     levels = quantizer.levels()
@@ -179,7 +179,7 @@ def test_gradient_scale_of_the_whole_batch(name, shares):
     x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = []
     for scale in ("none", "batch"):
-        quantizer = ready(name, 3, False, grad_scale=scale)
+        quantizer = calibrated_quantizer(name, 3, False, grad_scale=scale)
         quantizer.batch_shards = shares
         quantizer(x).square().sum().backward()
         found.append([parameter.grad for parameter in quantizer.parameters()])

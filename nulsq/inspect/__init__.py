@@ -1,4 +1,4 @@
-"""What each layer's quantizers do to its values, and what the network costs. Needs torch alone.
+"""Effects of the quantizers on the values of each layer, and costs of the network. Needs torch alone.
 
     import nulsq, nulsq.inspect
 
@@ -9,10 +9,9 @@
 
     measure.py     report(model, batches): every layer
     fidelity.py    one quantizer and its values: clipping, noise, use of its levels
-    cost.py        cost_of(model, image): bits, bytes, multiply-accumulates, bit operations
     table.py       a report as text and as JSON
     pictures.py    plot(report, folder): a report as pictures
-    __main__.py    the command: run directories and recipes
+    __main__.py    the command, for run directories and recipes
 """
 
 from nulsq.cost import Cost, LayerCost

@@ -1,10 +1,10 @@
-"""How true a quantizer is to the values that it sees: clipping, noise, use of its levels. Needs torch alone.
+"""Fidelity of a quantizer: clipping, noise, use of its levels. Needs torch alone.
 
     clipped   share of values below the lowest or above the highest level
-    SNR       10 log10(sum x^2 / sum (x - Q(x))^2) in dB, x as the quantizer sees it (weights: after normalization)
-    entropy   - sum p log2 p over the levels, p the share of values on each: the bits that its b bits carry
+    SNR       10 log10(sum x^2 / sum (x - Q(x))^2) in dB, where x is the quantizer's input (normalized weights)
+    entropy   - sum p log2 p over the levels, where p is the share of values on a level: information in the b bits
 
-Counts and sums run over all values, in float64; a seeded sample is kept for pictures, never the values themselves.
+Counts and sums include all values, in float64. Pictures use a seeded random sample; other values are not kept.
 """
 
 import math
@@ -16,12 +16,12 @@ from torch import Tensor
 from nulsq.quant.base import Quantizer
 
 SAMPLE = 100_000  # values kept for a histogram
-CHUNK = 1 << 22  # values turned to float64 at a time
+CHUNK = 1 << 22  # values converted to float64 at a time
 
 
 @dataclass
 class Fidelity:
-    """One quantizer of a layer, and the values that went through it so far (`add`)."""
+    """One quantizer of a layer and measurements of the values that were passed to `add` so far."""
 
     quantizer: Quantizer
     count: int = 0  # values
@@ -30,48 +30,50 @@ class Fidelity:
     signal: float = 0.0  # sum x^2
     noise: float = 0.0  # sum (x - Q(x))^2
     not_finite: int = 0  # NaN or infinite values; a tensor that has one is not measured
-    levels: Tensor | None = None  # [L] or, per channel, [C, L], as the last tensor saw them; on the CPU
+    levels: Tensor | None = None  # [L] or, per channel, [C, L], as of the last tensor; on the CPU
     thresholds: Tensor | None = None  # [L-1] or [C, L-1]
     occupancy: Tensor | None = None  # values on each level, over all channels: int64 [L]
-    sample: Tensor = field(default_factory=lambda: torch.empty(0))  # some of the values; per channel in `unit`s
-    draw: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
+    sample: Tensor = field(default_factory=lambda: torch.empty(0))  # some of the values; per channel, divided by `unit`
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """Measure a tensor of values; of a per-channel quantizer a whole weight [C, ...]."""
-        y = self.quantizer(x)  # before the levels are read: the range of some follows the tensor
+        """Measure a tensor of values of any shape; for a per-channel quantizer, [C, ...]."""
+        y = self.quantizer(x)  # before the levels are read, since the range of some quantizers depends on the tensor
         self.levels, self.thresholds = self.quantizer.levels().cpu(), self.quantizer.thresholds().cpu()
         rows = self.quantizer.channels or 1
         x, y = x.reshape(rows, -1), y.reshape(rows, -1)
-        bad = int((~torch.isfinite(x)).sum())
-        self.not_finite += bad
-        if bad:
+        not_finite = int((~torch.isfinite(x)).sum())
+        self.not_finite += not_finite
+        if not_finite:
             return
-        self._keep_some(x)
+        self._update_sample(x)
         self.count += x.numel()
         device = torch.device("cpu") if x.device.type == "mps" else x.device  # mps has no float64
         levels = self.levels.to(device, torch.float64).view(rows, -1)
         middle = (levels[:, 1:] + levels[:, :-1]) / 2
         occupancy = torch.zeros(levels.shape[1], dtype=torch.int64, device=device)
-        for part, quantized in zip(*(each.split(max(1, CHUNK // rows), 1) for each in (x, y)), strict=True):
+        columns = max(1, CHUNK // rows)
+        for part, quantized in zip(x.split(columns, 1), y.split(columns, 1), strict=True):
             part, quantized = part.to(device, torch.float64), quantized.to(device, torch.float64)
             self.below += int((part < levels[:, :1]).sum())
             self.above += int((part > levels[:, -1:]).sum())
             self.signal += float(part.square().sum())
             self.noise += float((part - quantized).square().sum())
-            # y is a level, up to its type's rounding: the nearest one
+            # The type of y may round a level, so take the nearest one.
             index = torch.searchsorted(middle, quantized.contiguous())
             occupancy += torch.bincount(index.flatten(), minlength=len(occupancy))
         self.occupancy = occupancy.cpu() + (0 if self.occupancy is None else self.occupancy)
 
     @property
     def gaps(self) -> Tensor:
-        """Step sizes, the distances between neighbouring levels: [L-1] or [C, L-1]."""
+        """Step sizes, the distances between neighbouring levels: [L-1] or [C, L-1]. Only after `add`."""
+        assert self.levels is not None
         return self.levels.diff(dim=-1)
 
     @property
     def unit(self) -> Tensor:
-        """Mean step size, [] or [C]: what channels of different widths are compared in."""
+        """Mean step size, [] or [C]: the unit in which different channels are compared. Only after `add`."""
         return self.gaps.mean(-1)
 
     @property
@@ -87,25 +89,26 @@ class Fidelity:
 
     @property
     def entropy(self) -> float:
-        """In bits; at most the quantizer's."""
-        if not self.count:
+        """In bits; at most the quantizer's bits."""
+        if not self.count or self.occupancy is None:
             return math.nan
         share = self.occupancy[self.occupancy > 0].double() / self.count
         return max(0.0, float(-(share * share.log2()).sum()))
 
     @property
     def used(self) -> int:
-        """Levels that at least one value is on."""
+        """Number of levels with at least one value."""
         return 0 if self.occupancy is None else int((self.occupancy > 0).sum())
 
-    def _keep_some(self, x):
+    def _update_sample(self, x: Tensor) -> None:
+        """Each tensor's share of the sample is its share of all values so far."""
         new, total = x.numel(), self.count + x.numel()
         if total <= SAMPLE:
             index = torch.arange(new)
-        else:  # so that every tensor's share of the sample is its share of the values
-            wanted = max(1, round(SAMPLE * new / total))
-            index = torch.randint(new, (wanted,), generator=self.draw)
-            self.sample = self.sample[torch.randperm(len(self.sample), generator=self.draw)[:SAMPLE - wanted]]
+        else:
+            count = max(1, round(SAMPLE * new / total))
+            index = torch.randint(new, (count,), generator=self.generator)
+            self.sample = self.sample[torch.randperm(len(self.sample), generator=self.generator)[:SAMPLE - count]]
         values = x.reshape(-1)[index.to(x.device)].float().cpu()
         if self.quantizer.channels:
             values /= self.unit[index // x.shape[1]]

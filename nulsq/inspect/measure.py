@@ -1,7 +1,8 @@
-"""report(model, batches): every layer of a network, measured as it runs in evaluation mode."""
+"""report(model, batches): measurements of every layer of a network in evaluation mode."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,55 +19,57 @@ class LayerReport:
     """A convolution or linear layer."""
 
     name: str
-    kind: str  # QuantConv2d, Linear, ...
-    roles: list[str]  # of those in `nulsq.quant.policy`
+    class_name: str  # QuantConv2d, Linear, ...
+    roles: list[str]  # see `nulsq.quant.policy`
     normalization: str  # of the weight before it is quantized
     weight: Fidelity | None  # None: float
     activation: Fidelity | None
     cost: LayerCost
-    oscillating: float | None  # share of the weights, None: not tracked, see `nulsq.quant.oscillation`
-    frozen: float | None
+    oscillating: float | None  # share of the weights; None: not tracked, see `nulsq.quant.oscillation`
+    frozen: float | None  # likewise
 
 
 @dataclass
 class Report:
-    """A network: its layers in the order of definition, its cost, and how many images activations were measured on."""
+    """A network."""
 
-    layers: list[LayerReport]
+    layers: list[LayerReport]  # in the order of definition
     cost: Cost
-    images: int
+    images: int  # number of images that activations were measured on
 
 
 @torch.no_grad()
 def report(model: nn.Module, batches: Iterable[Tensor | tuple | list], *,
            oscillating_above: float = OscillationSettings.oscillating_above) -> Report:
-    """Measure every quantizer of a model, and count what the model costs; the model is left as it was.
+    """Measure every quantizer of a model and count the model's cost. The model does not change.
 
-    Activations are measured as they reach each quantizer of the quantized network, one batch at a time: memory does
-    not grow with the number of batches. A float model has a report too, its cost.
+    Activations are measured at the input of each quantizer of the quantized network, one batch at a time, so memory
+    does not grow with the number of batches. The report of a float model has only its cost.
 
     Args:
-        model: calibrated or trained, float or quantized.
+        model: calibrated or trained, float or quantized, not folded.
         batches: image tensors as the model takes them, or tuples that start with one; at least one.
-        oscillating_above: frequency from which a tracked weight is called oscillating.
+        oscillating_above: frequency above which a tracked weight counts as oscillating.
 
-    Raises ValueError where there is no batch.
+    Raises:
+        ValueError: there is no batch.
     """
     layers = layers_of(model)
     weights, activations = ({name: Fidelity(quantizer) for name, layer in layers.items()
                              if (quantizer := getattr(layer, side, None)) is not None}
                             for side in ("weight_quantizer", "activation_quantizer"))
     for name, fidelity in weights.items():
-        fidelity.add(layers[name].normalized_weight()[0])
+        layer: Any = layers[name]
+        fidelity.add(layer.normalized_weight()[0])
 
     device = next(model.parameters()).device
-    found, images, handles = None, 0, []
+    cost, images, handles = None, 0, []
     try:
         with in_evaluation(model):
             for batch in batches:
                 x = (batch[0] if isinstance(batch, tuple | list) else batch).to(device)
-                if found is None:
-                    found = cost_of(model, x[:1])
+                if cost is None:
+                    cost = cost_of(model, x[:1])
                     handles = [layers[name].register_forward_pre_hook(_adds_input_to(fidelity))
                                for name, fidelity in activations.items()]
                 model(x)
@@ -74,14 +77,14 @@ def report(model: nn.Module, batches: Iterable[Tensor | tuple | list], *,
     finally:
         for handle in handles:
             handle.remove()
-    if found is None:
+    if cost is None:
         raise ValueError("report: there is no batch; give at least one")
 
     of_layer = {name: [role for role, names in roles(model).items() if name in names] for name in layers}
     return Report([LayerReport(name, type(layer).__name__, of_layer[name], getattr(layer, "normalization", "none"),
-                               weights.get(name), activations.get(name), found.layers[name],
+                               weights.get(name), activations.get(name), cost.layers[name],
                                *_oscillations(layer, oscillating_above))
-                   for name, layer in layers.items()], found, images)
+                   for name, layer in layers.items()], cost, images)
 
 
 def _oscillations(layer: nn.Module, above: float) -> tuple[float | None, float | None]:
@@ -92,5 +95,5 @@ def _oscillations(layer: nn.Module, above: float) -> tuple[float | None, float |
     return float((tracker.frequency > above).double().mean()), float(tracker.frozen.double().mean())
 
 
-def _adds_input_to(fidelity):
+def _adds_input_to(fidelity: Fidelity) -> Callable[..., None]:
     return lambda layer, args: fidelity.add(args[0])

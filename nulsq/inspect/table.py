@@ -1,4 +1,4 @@
-"""A report as a table for people and as a dict of plain values for JSON."""
+"""A report as a text table, and as a dict of plain values for JSON."""
 
 import math
 from typing import Any
@@ -6,27 +6,25 @@ from typing import Any
 from nulsq.cost import Cost
 from nulsq.inspect.fidelity import Fidelity
 from nulsq.inspect.measure import LayerReport, Report
+from nulsq.text import aligned
 
 HEADER = ("layer", "role", "MACs", "side", "quantizer", "bits", "levels", "step size", "clipped", "SNR dB", "entropy",
           "oscillating", "frozen")
-LEFT = ("layer", "role", "side", "quantizer")  # the others are numbers
+LEFT = {HEADER.index(name) for name in ("layer", "role", "side", "quantizer")}  # the other columns are numbers
 
 
 def text(report: Report) -> str:
-    """A line for each side of a layer, then the totals."""
+    """A table with a row for each side of a layer, then the totals."""
     rows = [HEADER, *(row for layer in report.layers for row in _rows(layer))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    table = ["  ".join(cell.ljust(width) if name in LEFT else cell.rjust(width)
-                       for name, cell, width in zip(HEADER, row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*table, "", *_notes(report), *_totals(report)])
+    return "\n".join([*aligned(rows, LEFT), "", *_notes(report), *_totals(report)])
 
 
 def content(report: Report) -> dict[str, Any]:
-    """Everything measured, all levels, thresholds and steps included, as JSON has it; null: no such number."""
+    """All measurements, with levels, thresholds and steps, as plain values for JSON; None where there is no number."""
     return {
         "images": report.images,
         "layers": [{
-            "name": layer.name, "kind": layer.kind, "roles": layer.roles, "normalization": layer.normalization,
+            "name": layer.name, "kind": layer.class_name, "roles": layer.roles, "normalization": layer.normalization,
             "weights": layer.cost.weights, "inputs": layer.cost.inputs, "macs": layer.cost.macs,
             "bit_operations": layer.cost.bit_operations,
             "oscillating": layer.oscillating, "frozen": layer.frozen,
@@ -39,8 +37,8 @@ def content(report: Report) -> dict[str, Any]:
 def _side(fidelity: Fidelity | None) -> dict[str, Any] | None:
     if fidelity is None:
         return None
-    quantizer, measured = fidelity.quantizer, fidelity.levels is not None
-    gaps = fidelity.gaps if measured else None
+    quantizer = fidelity.quantizer
+    gaps = fidelity.gaps if fidelity.levels is not None else None
     return {
         "quantizer": quantizer.name(), "bits": quantizer.bits, "signed": quantizer.signed,
         "channels": quantizer.channels,
@@ -49,11 +47,11 @@ def _side(fidelity: Fidelity | None) -> dict[str, Any] | None:
         "snr_db": _number(fidelity.snr), "signal": fidelity.signal, "noise": fidelity.noise,
         "entropy": _number(fidelity.entropy), "levels_used": fidelity.used,
         "occupancy": None if fidelity.occupancy is None else fidelity.occupancy.tolist(),
-        "smallest_step": float(gaps.min()) if measured else None,
-        "largest_step": float(gaps.max()) if measured else None,
-        "steps": gaps.tolist() if measured else None,
-        "levels": fidelity.levels.tolist() if measured else None,
-        "thresholds": fidelity.thresholds.tolist() if measured else None,
+        "smallest_step": None if gaps is None else float(gaps.min()),
+        "largest_step": None if gaps is None else float(gaps.max()),
+        "steps": None if gaps is None else gaps.tolist(),
+        "levels": None if fidelity.levels is None else fidelity.levels.tolist(),
+        "thresholds": None if fidelity.thresholds is None else fidelity.thresholds.tolist(),
     }
 
 
@@ -80,18 +78,19 @@ def _rows(layer: LayerReport) -> list[tuple[str, ...]]:
 def _cells(fidelity: Fidelity | None, normalization: str = "none") -> tuple[str, ...]:
     if fidelity is None:
         return ("float", "32", *"-" * 5)
-    what = (describe(fidelity, normalization), str(fidelity.quantizer.bits))
-    if fidelity.levels is None:  # this layer is not called by the model
-        return (*what, *"-" * 5)
+    quantizer = (describe(fidelity, normalization), str(fidelity.quantizer.bits))
+    if fidelity.levels is None:  # the model does not call this layer
+        return (*quantizer, *"-" * 5)
     gaps = fidelity.gaps
     ends = [f"{float(gap):.3g}" for gap in (gaps.min(), gaps.max())]
     steps = ends[0] if ends[0] == ends[1] else " .. ".join(ends)
     measured = (percent(fidelity.clipped), decibels(fidelity.snr), f"{fidelity.entropy:.2f}")
-    return (*what, f"{fidelity.used}/{fidelity.levels.shape[-1]}", steps, *(measured if fidelity.count else "-" * 3))
+    used = f"{fidelity.used}/{fidelity.levels.shape[-1]}"
+    return (*quantizer, used, steps, *(measured if fidelity.count else "-" * 3))
 
 
 def describe(fidelity: Fidelity, normalization: str = "none") -> str:
-    """As in "lsq signed per channel lwn"."""
+    """For example "lsq signed per channel lwn"."""
     quantizer = fidelity.quantizer
     words = [quantizer.name(), "signed" if quantizer.signed else "unsigned"]
     if quantizer.channels:
@@ -110,13 +109,13 @@ def decibels(ratio: float) -> str:
 
 
 def _notes(report: Report) -> list[str]:
-    notes = [f"{layer.name}: {fidelity.not_finite} values of its {side} are NaN or infinite; what holds them was not "
-             "measured" for layer in report.layers
+    notes = [f"{layer.name}: {fidelity.not_finite} values of its {side} are NaN or infinite; tensors with such values "
+             "were not measured" for layer in report.layers
              for side, fidelity in (("weight", layer.weight), ("input", layer.activation))
              if fidelity is not None and fidelity.not_finite]
-    idle = [layer.name for layer in report.layers if not layer.cost.macs]
-    if idle:
-        notes.append(f"not called by the network, which may use their weights otherwise: {', '.join(idle)}")
+    uncalled = [layer.name for layer in report.layers if not layer.cost.macs]
+    if uncalled:
+        notes.append(f"not called by the network, which may use their weights directly: {', '.join(uncalled)}")
     if all(layer.weight is None and layer.activation is None for layer in report.layers):
         notes.append("nothing is quantized")
     return notes
@@ -125,7 +124,7 @@ def _notes(report: Report) -> list[str]:
 def _totals(report: Report) -> list[str]:
     cost = report.cost
     size = " x ".join(str(side) for side in cost.image)
-    other = f", {short(cost.other_macs)} of them outside of these layers, float" if cost.other_macs else ""
+    other = f", {short(cost.other_macs)} of them outside these layers, in float" if cost.other_macs else ""
     parts = [f"packed weights {short(cost.weight_bytes)}", f"other parameters {short(cost.parameter_bytes)}",
              f"quantizers {short(cost.quantizer_bytes)}"]
     return [

@@ -1,7 +1,7 @@
-"""A histogram whose bins are fixed before any data is seen, so that those of batches and ranks simply add up.
+"""A histogram with fixed bins, so that histograms of batches and ranks can be added.
 
-Bins are logarithmic: each octave of |x| from 2^-30 to 2^20 has 32 of them, for either sign, and there is one for
-zero. Within a bin values differ by at most 3 percent; its count and its exact sum are kept, in float64.
+Bins are logarithmic: 32 per octave of |x| from 2^-30 to 2^20, for either sign, and one for zero. Values of a bin differ
+by at most 3 percent. Each bin keeps its count and its exact sum in float64.
 """
 
 import functools
@@ -18,7 +18,7 @@ LARGEST = 2.0**HIGHEST
 
 @dataclass
 class Histogram:
-    """count, total: float64 on the CPU, [BINS] or, per channel, [C, BINS]; bins in ascending order of x."""
+    """Counts and sums of the bins, in ascending order of x: float64 on the CPU, [BINS] or, per channel, [C, BINS]."""
 
     count: Tensor
     total: Tensor
@@ -44,26 +44,27 @@ class Histogram:
     def cells(self, thresholds: Tensor) -> tuple[Tensor, Tensor]:
         """Count and sum of the values in each interval between ascending thresholds [..., K]: two [..., K+1].
 
-        Within a bin that a threshold cuts, values are taken to be spread evenly.
+        Where a threshold lies inside a bin, the values of the bin are assumed to be spread evenly.
         """
-        edges = _edges()
-        thresholds = thresholds.to(edges)
-        at = (torch.searchsorted(edges, thresholds.contiguous(), right=True) - 1).clamp(0, BINS - 1)
-        left, right = edges[at], edges[at + 1]
+        ends = _bin_ends()
+        thresholds = thresholds.to(ends)
+        at = (torch.searchsorted(ends, thresholds.contiguous(), right=True) - 1).clamp(0, BINS - 1)
+        left, right = ends[at], ends[at + 1]
         inside = thresholds.clamp(left, right)
-        share = (inside - left) / (right - left)  # of the count; the sum's share follows from the even spread
+        share = (inside - left) / (right - left)  # of the count; `weighted` is the share of the sum
         weighted = torch.where(at == SIDE, share, (inside.square() - left.square()) / (right.square() - left.square()))
-        found = []
-        for values, part in ((self.count, share), (self.total, weighted)):
-            running = torch.nn.functional.pad(values.cumsum(-1), (1, 0))
-            below = running.gather(-1, at) + part * values.gather(-1, at)
-            below = torch.cat([torch.zeros_like(running[..., :1]), below, running[..., -1:]], -1)
-            found.append(below.diff(dim=-1))
-        return found[0], found[1]
+        return _between(self.count, at, share), _between(self.total, at, weighted)
+
+
+def _between(values: Tensor, at: Tensor, share: Tensor) -> Tensor:
+    """Sums of the bins' values between thresholds that lie at a share of the bins `at`."""
+    running = torch.nn.functional.pad(values.cumsum(-1), (1, 0))
+    below = running.gather(-1, at) + share * values.gather(-1, at)
+    return torch.cat([torch.zeros_like(running[..., :1]), below, running[..., -1:]], -1).diff(dim=-1)
 
 
 @functools.cache
-def _edges() -> Tensor:
+def _bin_ends() -> Tensor:
     """The BINS + 1 ends of the bins, ascending."""
     steps = 1 + torch.arange(PER_OCTAVE, dtype=torch.float64) / PER_OCTAVE
     positive = torch.cat([2.0**octave * steps for octave in range(LOWEST, HIGHEST)] + [2.0**HIGHEST * steps[:1]])

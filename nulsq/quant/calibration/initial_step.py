@@ -1,13 +1,14 @@
-"""Initial step sizes from statistics: pure functions of (statistics, bits, sign), each from its paper.
+"""Initial step sizes from statistics: pure functions of (statistics, bits, sign), each from a paper.
 
-They start with equal steps, so one number (per tensor) or one per channel is all that they return:
+All initial steps of a quantizer are equal, so each function returns one number per tensor or per channel:
 
     nmse       minimizes E[(x - Q(x))^2] of a normal (signed) or half-normal (unsigned) tensor
     lsq        2 E|x| / sqrt(Qp)                                       (Esser et al., LSQ, ICLR 2020)
-    const      a fixed clipping range over Qp: 3 for weights, 8 for activations, as the reference of nuLSQ has it
-    lloyd_max  from nmse to the least squared error on the data's histogram, see `nulsq.quant.calibration.lloyd_max`
+    const      a fixed clipping range over Qp: 3 for weights, 8 for activations, as in the reference of nuLSQ
+    lloyd_max  starts at nmse and minimizes the squared error on the data's histogram, see
+               `nulsq.quant.calibration.lloyd_max`
 
-`Qp` is the highest level's number: 2^bits - 1 unsigned, 2^(bits-1) - 1 signed (0 for one signed bit).
+`Qp` is the number of the highest level: 2^bits - 1 unsigned, 2^(bits-1) - 1 signed (0 for one signed bit).
 """
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from nulsq.quant.calibration.statistics import Statistics
 
 # Optimal step of a standard normal tensor on the mid-rise grid of 2^b levels, by Qp = 2^(b-1) - 1.
-# The digits are those of the UniQ and nuLSQ authors: two units in the last place more or less move whole networks.
+# The digits are those of the UniQ and nuLSQ authors: a difference of two units in the last place changes networks.
 NORMAL_STEP = {
     0: 1.5957691216057308, 1: 0.9956866859435065, 3: 0.5860194414434872, 7: 0.33520061219993685,
     15: 0.18813879027991698, 31: 0.10406300944201481, 63: 0.05686767238235839, 127: 0.03076238758025524,
@@ -28,13 +29,13 @@ HALF_NORMAL_STEP = {
 }
 CLIP_RANGE = {"weight": 3.0, "activation": 8.0}
 
-SMALLEST_STEP = 1e-6  # a tensor of zeros still gets a usable grid
+SMALLEST_STEP = 1e-6  # so that a tensor of zeros gets a usable grid
 
 
 def nmse(statistics: Statistics, qp: int, role: str, signed: bool) -> Tensor:
     if role == "weight":
         return statistics.std * NORMAL_STEP[qp]
-    if signed:  # activations need not be centred: their grid has a level at zero and must reach both tails
+    if signed:  # activations need not have mean zero: their grid has a level at zero and must reach both tails
         return statistics.mean_square.sqrt() * NORMAL_STEP[qp]
     return (2 * statistics.mean_square).sqrt() * HALF_NORMAL_STEP[qp]
 

@@ -1,10 +1,11 @@
-"""Mergeable statistics of a tensor, the only thing that an initializer sees.
+"""Mergeable statistics of a tensor: the input of every initializer.
 
-Two `Statistics` of disjoint samples merge into those of their union, so any number of batches and ranks ends
-with the numbers of one process. Sums are kept in float64: their order does not show in a float32 parameter.
+`Statistics` of disjoint samples merge into the statistics of their union, so any number of batches and ranks gives the
+numbers of one process. Sums are in float64, so that their order does not change a float32 parameter.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from nulsq.quant.calibration.histogram import Histogram
 class Statistics:
     """Sums and extrema of samples, each a float64 tensor on the CPU of shape [] or, per channel, [C].
 
-    The histogram is there if it was asked for: it costs more than all the rest.
+    The histogram is optional, because it costs more than everything else.
     """
 
     count: Tensor
@@ -42,9 +43,8 @@ class Statistics:
             raise ValueError(f"cannot take statistics: {int((~torch.isfinite(x)).sum())} of {x.numel()} values "
                              "are NaN or infinite")
         count = torch.full_like(total, x.shape[-1])
-        found = (count, total, x.abs().sum(-1), x.square().sum(-1), low, high)
-        return cls(*(value.cpu() for value in found),
-                   histogram=Histogram.of(x, per_channel=per_channel) if histogram else None)
+        return cls(count.cpu(), total.cpu(), x.abs().sum(-1).cpu(), x.square().sum(-1).cpu(), low.cpu(), high.cpu(),
+                   Histogram.of(x, per_channel=per_channel) if histogram else None)
 
     def merge(self, other: "Statistics") -> "Statistics":
         return Statistics(self.count + other.count, self.total + other.total, self.absolute + other.absolute,
@@ -53,19 +53,20 @@ class Statistics:
                           self.histogram.merge(other.histogram) if self.histogram and other.histogram else None)
 
     def over_ranks(self, device: torch.device) -> "Statistics":
-        """Statistics of all ranks' samples; unchanged outside a process group. A collective call."""
+        """Statistics of the samples of all ranks; unchanged outside a process group. A collective operation."""
         if not (dist.is_available() and dist.is_initialized()):
             return self
         sums = torch.stack([self.count, self.total, self.absolute, self.square]).to(device)
         ends = torch.stack([-self.low, self.high]).to(device)
         dist.all_reduce(sums)
         dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-        sums, ends, histogram = sums.cpu(), ends.cpu(), None
+        count, total, absolute, square = sums.cpu()
+        ends, histogram = ends.cpu(), None
         if self.histogram is not None:
             both = torch.stack([self.histogram.count, self.histogram.total]).to(device)
             dist.all_reduce(both)
             histogram = Histogram(*both.cpu())
-        return Statistics(*sums, -ends[0], ends[1], histogram)
+        return Statistics(count, total, absolute, square, -ends[0], ends[1], histogram)
 
     @property
     def mean_absolute(self) -> Tensor:
@@ -88,16 +89,19 @@ class Statistics:
 
 
 class BatchStatistics(Statistics):
-    """Statistics of one tensor in its own precision, by torch's own mean and standard deviation.
+    """Statistics of one tensor in its own precision, by torch's mean and standard deviation.
 
-    For parity with the authors' calibration: there an ulp flips thresholds and moves a whole network's logits.
+    For parity with the authors' calibration, where a difference of one ulp moves values across thresholds and changes
+    the logits of the network.
     """
+
+    x: Tensor
 
     @classmethod
     def of(cls, x: Tensor, *, per_channel: bool = False, histogram: bool = False) -> "BatchStatistics":
-        found = super().of(x, per_channel=per_channel, histogram=histogram)
-        found.x = x.detach().flatten(1) if per_channel else x.detach().reshape(-1)
-        return found
+        statistics: Any = super().of(x, per_channel=per_channel, histogram=histogram)
+        statistics.x = x.detach().flatten(1) if per_channel else x.detach().reshape(-1)
+        return statistics
 
     @property
     def mean_absolute(self) -> Tensor:
