@@ -253,7 +253,7 @@ def timeline_figure(findings: Findings, timeline: Timeline, path: Path) -> Saved
             axes.axvline(time / unit, color=INK, linewidth=1)
         axes.invert_yaxis()
         axes.locator_params(axis="y", integer=True)
-        axes.set_ylabel("concurrent trials")
+        axes.set_ylabel("trials at once")
         axes.set_xlabel(f"running time of the search in {unit_name}")
         axes.set_xlim(0, timeline.seconds / unit)
         figure.legend(loc="outside upper left", ncols=len(BARS))
