@@ -129,11 +129,13 @@ def test_random_search_starts_only_what_is_paid_for():
 def test_the_choice_is_the_searchs_own():
     from tune.space import Trial
     from tune.store.results import TrialResult, ranked
+    from tune.store.status import TrialStatus
     draw = random.Random(0)
     for _ in range(50):
         runs = []
         for number in range(6):
-            epochs, status = draw.choice([(3, "stopped"), (9, "stopped"), (10, "finished"), (4, "diverged")])
+            epochs, status = draw.choice([(3, TrialStatus.STOPPED), (9, TrialStatus.STOPPED),
+                                           (10, TrialStatus.FINISHED), (4, TrialStatus.DIVERGED)])
             scores = tuple(float(draw.randrange(5)) for _ in range(3 if status == "diverged" else 10))
             runs.append(Run(Curve("s", number, scores), epochs, status))
         rows = [TrialResult(trial=Trial("s", run.curve.number), status=run.status, epochs=run.epochs, seconds=1.0,

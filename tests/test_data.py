@@ -341,7 +341,7 @@ def test_evaluation_with_the_mirror_image_does_not_see_which_way_an_image_looks(
         def epoch(self, number):
             return ((images.flip(3), labels, indices) for images, labels, indices in loader.epoch(number))
 
-    a, b = (evaluate(model, each, normalize, ranks, recipe, "val") for each in (loader, Mirrored()))
+    a, b = (evaluate(model, each, normalize, ranks, flip=True) for each in (loader, Mirrored()))
     assert a == pytest.approx(b, rel=1e-5)
-    plain = evaluate(model, loader, normalize, ranks, short("plain", **FLOAT), "val")
+    plain = evaluate(model, loader, normalize, ranks)
     assert plain["val_loss"] != pytest.approx(a["val_loss"], rel=1e-5)
