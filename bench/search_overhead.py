@@ -1,16 +1,16 @@
-"""What a search costs beside its trials: time in which none computes, a trial's start, memory beside the workers.
+"""The cost of a search in addition to its trials: idle time, the start of a trial, memory of other processes.
 
     python -m bench.search_overhead                                    # 8 trials of a minute, two at a time
     python -m bench.search_overhead configs/search/curves.yaml trials=4 dir=runs/overhead
-    python -m bench.search_overhead --folder runs/search-demo          # of a search that has run: no memory
+    python -m bench.search_overhead --folder runs/search-demo          # a search that has finished; without memory
 
-Times come from the search's events.jsonl: a trial computes from its first step (the arrival of its first result less
-the seconds of that epoch) to its last result. The clock starts with the first trial, when the cluster is up.
+Times come from the search's events.jsonl. A trial computes from its first step (the time of its first result minus the
+seconds of that epoch) to its last result. The clock starts with the first trial, when the cluster is up.
 
-    idle       share of the search in which no trial computed, target 0.10
-    slots      share of all places' time without a trial that computes (nothing is asked of it)
-    start      seconds from the decision for a trial to its first step, median and worst, target 8
-    memory     proportional set size of everything beside the trials' own processes, per trial at once, target 0.3 GB
+    idle       share of the search's time in which no trial computed; target 0.10
+    slots      share of all places' time in which the place had no computing trial; no target
+    start      seconds from the decision to start a trial to its first step, median and worst; target 8
+    memory     proportional set size of all processes but the trials' own, per concurrent trial; target 0.3 GB
 """
 
 import os
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from bench.timing import machine, report, scratch
 from nulsq.errors import InputError, Parser, exit_on_input_error
@@ -28,16 +29,18 @@ DEFAULT = ["configs/search/curves.yaml", "trials=4"]
 TARGETS = {"idle": 0.10, "start_median": 8.0, "memory_gb_per_trial": 0.3}
 
 
-def times_of(events: list[dict], places: int) -> dict[str, float]:
-    """Idle shares and start times of a search's one session."""
-    starts, firsts, spans = {}, {}, []
+def times_of(events: list[dict[str, Any]], places: int) -> dict[str, Any]:
+    """Idle shares and start times of a search that ran in one session, with `places` trials at a time."""
+    starts: dict[str, float] = {}
+    firsts: dict[str, float] = {}  # when each trial began its first step
+    spans = []
     for event in events:
         if event["event"] == "start":
             starts[event["key"]] = event["time"]
         elif event["event"] == "result" and "seconds" in event:
-            began = event["time"] - event["seconds"]
-            firsts.setdefault(event["key"], began)
-            spans.append((began, event["time"]))
+            begin = event["time"] - event["seconds"]
+            firsts.setdefault(event["key"], begin)
+            spans.append((begin, event["time"]))
     if not spans:
         raise InputError("no trial of this search has reported an epoch")
     first, last = min(starts.values()), max(end for _, end in spans)
@@ -51,108 +54,110 @@ def times_of(events: list[dict], places: int) -> dict[str, float]:
 
 
 def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Intervals that do not overlap and cover the same time."""
-    found: list[tuple[float, float]] = []
+    """Disjoint intervals that cover the same time."""
+    disjoint: list[tuple[float, float]] = []
     for begin, end in sorted(spans):
-        if found and begin <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], end)
+        if disjoint and begin <= disjoint[-1][1]:
+            disjoint[-1] = disjoint[-1][0], max(disjoint[-1][1], end)
         else:
-            found.append((begin, end))
-    return found
+            disjoint.append((begin, end))
+    return disjoint
 
 
-def _durations(events, firsts):
+def _durations(events: list[dict[str, Any]], firsts: dict[str, float]) -> list[float]:
     last = {event["key"]: event["time"] for event in events if event["event"] == "result"}
     return [last[key] - firsts[key] for key in firsts]
 
 
 class Memory(threading.Thread):
-    """Looks at the memory of a process and all that it has started, once in two seconds, until it ends."""
+    """Samples the memory of a process and its descendants every two seconds until it ends."""
 
     def __init__(self, process: subprocess.Popen, places: int):
         super().__init__(daemon=True)
-        self.process, self.places, self.seen = process, places, []
+        self.process, self.places = process, places
+        self.samples: list[tuple[int, float]] = []  # (trials, bytes of all other processes)
 
-    def run(self):
+    def run(self) -> None:
         while True:
             try:
                 self.process.wait(2.0)
                 return
             except subprocess.TimeoutExpired:
-                trials, beside = 0, 0.0
+                trials, others = 0, 0.0
                 for pid in _tree(self.process.pid):
                     name = _read(f"/proc/{pid}/cmdline").replace("\0", " ")
                     trial = name.startswith(("ray::ImplicitFunc", "ray::run"))
                     trials += trial
-                    beside += 0 if trial else _pss(pid)
+                    others += 0 if trial else _pss(pid)
                 if trials:
-                    self.seen.append((trials, beside))
+                    self.samples.append((trials, others))
 
     def per_trial(self) -> float | None:
-        """GB, at the median of the moments at which all places were taken."""
-        full = [beside for trials, beside in self.seen if trials >= self.places]
+        """GB of all other processes per trial: the median over the samples in which all places were taken."""
+        full = [others for trials, others in self.samples if trials >= self.places]
         return round(statistics.median(full) / self.places / 2**30, 3) if full else None
 
 
-def _tree(pid):
-    """A process and its descendants; Ray's own are in sessions of their own but keep their parents."""
-    parents = {}
+def _tree(pid: int) -> list[int]:
+    """A process and its descendants. (Ray's processes have their own sessions but keep their parents.)"""
+    children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         fields = _read(folder / "stat").rpartition(")")[2].split()
         if fields:
-            parents.setdefault(int(fields[1]), []).append(int(folder.name))
-    found, todo = [], [pid]
+            children.setdefault(int(fields[1]), []).append(int(folder.name))
+    tree, todo = [], [pid]
     while todo:
-        found.append(todo.pop())
-        todo += parents.get(found[-1], [])
-    return found
+        tree.append(todo.pop())
+        todo += children.get(tree[-1], [])
+    return tree
 
 
-def _pss(pid):
+def _pss(pid: int) -> int:
+    """Proportional set size in bytes."""
     line = next((line for line in _read(f"/proc/{pid}/smaps_rollup").splitlines() if line.startswith("Pss:")), "")
     return int(line.split()[1]) * 1024 if line else 0
 
 
-def _read(path):
+def _read(path: str | Path) -> str:
     try:
         return Path(path).read_text(errors="replace")
-    except OSError:  # it has ended meanwhile
+    except OSError:  # the process has ended
         return ""
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m bench.search_overhead", description=__doc__)
-    made.add_argument("search", nargs="*", default=DEFAULT, metavar="SEARCH key=value",
-                      help="what tune.search is told (%(default)s), in a scratch folder unless dir is among it")
-    made.add_argument("--folder", type=Path, metavar="DIR", help="measure a search that has run")
-    made.add_argument("--places", type=int, default=len(os.sched_getaffinity(0)),
-                      help="trials at once (%(default)s: the cores)")
-    made.add_argument("--json", type=Path, help="write what was found to this file")
-    return made
+    parser = Parser(prog="python -m bench.search_overhead", description=__doc__)
+    parser.add_argument("search", nargs="*", default=DEFAULT, metavar="SEARCH key=value",
+                        help="arguments of tune.search (%(default)s); without dir= in a temporary folder")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="measure a search that has finished")
+    parser.add_argument("--places", type=int, default=len(os.sched_getaffinity(0)),
+                        help="trials at the same time (%(default)s, the number of cores)")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    return parser
 
 
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_intermixed_args(argv)
     if arguments.folder is not None:
-        journal.load_folder(arguments.folder)  # says so where it is none
-        found = times_of(journal.events(arguments.folder), arguments.places)
+        journal.load_folder(arguments.folder)  # raises InputError if it is not the folder of a search
+        result = times_of(journal.events(arguments.folder), arguments.places)
     else:
         with scratch("search-overhead-") as folder:
-            given = [each.partition("=")[2] for each in arguments.search if each.startswith("dir=")]
-            there = Path(given[0]) if given else folder / "search"
-            command = [sys.executable, "-m", "tune.search", *arguments.search, f"dir={there}",
+            given = [word.partition("=")[2] for word in arguments.search if word.startswith("dir=")]
+            search = Path(given[0]) if given else folder / "search"
+            command = [sys.executable, "-m", "tune.search", *arguments.search, f"dir={search}",
                        f"concurrent={arguments.places}"]
             process = subprocess.Popen(command)
             memory = Memory(process, arguments.places)
             memory.start()
             if process.wait():
                 return process.returncode
-            found = times_of(journal.events(there), arguments.places)
-            found["memory_gb_per_trial"] = memory.per_trial()
+            result = times_of(journal.events(search), arguments.places)
+            result["memory_gb_per_trial"] = memory.per_trial()
     print(machine())
-    met = {name: found[name] <= target for name, target in TARGETS.items() if found.get(name) is not None}
-    report(found | {"targets": TARGETS, "met": met}, arguments.json)
+    met = {name: result[name] <= target for name, target in TARGETS.items() if result.get(name) is not None}
+    report(result | {"targets": TARGETS, "met": met}, arguments.json)
     return 0
 
 

@@ -1,19 +1,18 @@
-"""A search played back from recorded learning curves: what a scheduler would have done, without training anything.
+"""Simulate a search from recorded learning curves: what a scheduler would have done, without training anything.
 
 A search is a list of trials in their order of start, some workers that each take the next trial when they are free, and
-a scheduler that hears the score of every trial after every epoch and answers CONTINUE or STOP. If every trial was once
-trained to its end, then any scheduler, any order and any number of workers can be tried on the same curves in
-milliseconds, hundreds of times; and since the end of each curve is known, also of the trials that were stopped, so is
-what stopping them has cost:
+a scheduler that gets the score of every trial after every epoch and answers CONTINUE or STOP. Once every trial has been
+trained to its end, any scheduler, order and number of workers can be simulated from the same curves in milliseconds.
+The end of each curve is known, also for trials that the scheduler stops, and so is the cost of stopping them:
 
     runs = simulate(curves, scheduler, epochs=16, workers=8)    # curves in the order in which the trials start
     found = judge(runs, [curve for curve in curves if curve.study == "2"], epochs=16)
 
 Time is simulated because asynchronous halving depends on it: a trial is compared with those that reached its rung
-before it did, so a slow one meets another cut-off than a quick one. Epochs end in the order of their recorded seconds;
-of two that end at once, that of the trial that started first is told first. Nothing here is random.
+before, so a slow trial meets another cut-off than a quick one. Epochs end in the order given by their recorded seconds;
+of two that end at the same time, the trial that started first comes first. Nothing is random.
 
-The scheduler is whatever has `decide(study, key, epoch, score)`; this module knows none.
+A scheduler is any object with `decide(study, key, epoch, score)`.
 """
 
 import heapq
@@ -23,58 +22,58 @@ from typing import Protocol
 
 from tune.store.status import TrialStatus
 
-CONTINUE, STOP = "CONTINUE", "STOP"  # as Ray spells them
+CONTINUE, STOP = "CONTINUE", "STOP"  # Ray's constants
 WORST = 0.0  # top-1 of a trial that diverged
 
 
 class Scheduler(Protocol):
     def decide(self, study: str, key: str, epoch: int, score: float | None) -> str:
-        """CONTINUE or STOP, after an epoch; the score is None where the trial diverged in it."""
+        """CONTINUE or STOP, after an epoch. score: None if the trial diverged in it."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What one configuration did when nothing stopped it."""
+    """The learning curve of one configuration, trained to its end."""
 
     study: str
     number: int
-    scores: tuple[float, ...]  # by epoch, more is better; fewer than the schedule has: it diverged in the next one
-    seconds: float = 1.0  # that an epoch takes
+    scores: tuple[float, ...]  # by epoch, higher is better; if it is too short, the trial diverged in the next epoch
+    seconds: float = 1.0  # per epoch
 
     @property
     def key(self) -> str:
         return f"{self.study}/{self.number:03d}"
 
     def score(self, epoch: int) -> float | None:
-        """At the end of an epoch, 1 is the first; None: it diverged before."""
+        """Score at the end of an epoch, counted from 1; None if the trial has diverged by then."""
         return self.scores[epoch - 1] if epoch <= len(self.scores) else None
 
     def final(self, epochs: int) -> float:
-        """Where the full schedule ends."""
+        """Score at the end of the full schedule."""
         score = self.score(epochs)
         return WORST if score is None else score
 
 
 @dataclass
 class Run:
-    """What became of a configuration's trial in one simulated search."""
+    """A configuration's trial in one simulated search."""
 
     curve: Curve
-    epochs: int = 0  # paid for: the one in which a trial diverges counts whole
+    epochs: int = 0  # trained; the one in which a trial diverges counts
     status: TrialStatus = TrialStatus.WAITING
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one simulated search made of one study."""
+    """The result of one simulated search for one study."""
 
-    regret: float  # points between the best configuration there was and the one that was chosen, both trained in full
-    share: float  # epochs paid for, of those that the full schedule of all its configurations has
+    regret: float  # final score of the best configuration minus that of the chosen one, in points
+    share: float  # trained epochs / epochs of the full schedules of all configurations
     survivors: int  # trials that reached the last epoch
 
 
 class Patience:
-    """The scheduler that stops nothing."""
+    """A scheduler that stops no trial."""
 
     def decide(self, study: str, key: str, epoch: int, score: float | None) -> str:
         return CONTINUE
@@ -84,7 +83,7 @@ def simulate(curves: Sequence[Curve], scheduler: Scheduler, epochs: int, workers
     """Run the trials of all curves, which start in the order of the list; returns them in that order."""
     runs = [Run(curve) for curve in curves]
     waiting = iter(range(len(runs)))
-    running: list[tuple[float, int, int]] = []  # a heap: when an epoch ends, whose (place in the order), which
+    running: list[tuple[float, int, int]] = []  # a heap: (time at which an epoch ends, index of the trial, epoch)
 
     def start_next(now: float) -> None:
         place = next(waiting, None)
@@ -113,12 +112,13 @@ def simulate(curves: Sequence[Curve], scheduler: Scheduler, epochs: int, workers
 
 
 def affordable(curves: Sequence[Curve], epochs: int, budget: float) -> list[Curve]:
-    """The first trials that so many epochs pay for in full: random search.
+    """Random search: the first trials that can be trained in full within `budget` epochs.
 
-    A trial starts only if its whole schedule is paid for, for that it will diverge is not known before; what it then
-    leaves over pays for others.
+    A trial starts only if the budget covers its whole schedule, because nobody knows in advance that it will diverge.
+    The epochs that it then saves are spent on others.
     """
-    taken, spent = [], 0
+    taken: list[Curve] = []
+    spent = 0
     for curve in curves:
         if spent + epochs > budget:
             break
@@ -134,7 +134,7 @@ def chosen(runs: Sequence[Run]) -> Curve:
 
 
 def judge(runs: Sequence[Run], curves: Sequence[Curve], epochs: int) -> Found:
-    """Judge one study's runs by all of its recorded curves, those that the search never started among them."""
+    """Judge one study's runs by all of its recorded curves, including those that the search never started."""
     best = max(curve.final(epochs) for curve in curves)
     return Found(regret=best - chosen(runs).final(epochs),
                  share=sum(run.epochs for run in runs) / (epochs * len(curves)),

@@ -1,28 +1,30 @@
-"""A whole training step, quantized beside float, through the trainer's own parts; ratios in one run.
+"""The time of a whole training step, quantized relative to float, with the trainer's own parts.
 
-    python -m bench.step --smoke                     the headline rows, under six minutes
+    python -m bench.step --smoke                     the most important rows, under six minutes
     python -m bench.step [--settings compiled eager ...] [--methods nulsq-a ...] [--bits 2 3 4] [--json FILE]
 
-A step is what `nulsq.train` does with a batch: forward, loss, backward, the guard's look, both optimizers, counters;
-one image tensor over and over, so no loader takes part. Float is the same recipe with the quantizers off, in the same
-setting.
+A step is what `nulsq.train` does with a batch: forward, loss, backward, divergence guard, both optimizers, counters.
+Every step takes the same image tensor, so no loader takes part. Float is the same recipe without quantizers, in the
+same setting. Settings:
 
     compiled      torch.compile, channels last          eager-nchw    eager, contiguous
     eager         channels last                          no-compiler   eager, with no C++ compiler on the machine
     traced        compiled, with the reference form in the graph in place of the fused operator
     bf16, bf16-eager   under autocast                    preresnet18, preresnet18-eager   32 images of 224 pixels
-    memory, memory-eager     bytes that a step allocates at its peak
-    cuda-graph, compiled-cuda-graph    eager and compiled, replayed: what it costs the GPU alone (--device cuda)
-    syncs         reads of a device number by the host in a step (the ratio is their count, the target none)
-    graphs        graph breaks of a compiled step, compilations over 14 activation shapes (likewise counts)
+    memory, memory-eager     peak of the bytes that a step allocates
+    cuda-graph, compiled-cuda-graph    eager and compiled, replayed: the time of the GPU alone (--device cuda)
+    syncs         how often the host waits for a number from the device in a step (a count; the target is 0)
+    graphs        graph breaks of a compiled step, and compilations over 14 activation shapes (counts)
 
-`--profile` has the milliseconds of an eager step's operations instead, float beside quantized.
+`--profile` prints the milliseconds of an eager step's operations instead, of float and of quantized steps.
 """
+
+from typing import Any
 
 import torch
 
 from bench.counts import compilations, graph_breaks, operations, peak_bytes, synchronizations
-from bench.timing import add_options, begin, clock_of, interleaved, row, show, table, timed_row, write_json
+from bench.timing import Row, add_options, begin, clock_of, interleaved, row, show, table, timed_row, write_json
 from nulsq.config import load_recipe
 from nulsq.distributed import Ranks
 from nulsq.errors import InputError, Parser, exit_on_input_error
@@ -31,6 +33,7 @@ from nulsq.quant.calibration.calibrate import calibrate_
 from nulsq.quant.fold import fold_
 from nulsq.quant.op import force
 from nulsq.quant.projection import quantizers_of
+from nulsq.text import markdown_table
 from nulsq.training.compile import compiled
 from nulsq.training.divergence import DivergenceGuard
 from nulsq.training.metrics import Counters
@@ -108,72 +111,72 @@ def quantized(method: str, bits: int) -> list[str]:
     return [f"quant.weight.quantizer={weight}", f"quant.activation.quantizer={activation}", f"quant.bits={bits}"]
 
 
-def measure(setting: str, wanted: list[tuple[str, int]], rounds: int, device: torch.device = CPU) -> list[dict]:
-    """Rows of one setting. Methods one after the other, each beside a float step of its own rounds."""
-    rows = []
+def measure(setting: str, methods: list[tuple[str, int]], rounds: int, device: torch.device = CPU) -> list[Row]:
+    """Rows of one setting for (method, bits), printed as they come. Every method has a float step in its rounds."""
+    rows: list[Row] = []
     if setting in ("graphs", "syncs"):
-        for method, bits in wanted:
+        for method, bits in methods:
             rows += _counted(setting, method, bits, device)
         return rows
-    for method in dict.fromkeys(method for method, _ in wanted):
-        torch._dynamo.reset()  # more than eight networks of one class, and torch.compile would go eager
-        steps = {"float": Step(FLOAT, setting, device)}
-        steps |= {bits: Step(quantized(method, bits), setting, device) for name, bits in wanted if name == method}
+    for method in dict.fromkeys(method for method, _ in methods):
+        torch._dynamo.reset()  # for more than eight networks of one class torch.compile would fall back to eager
+        steps: dict[Any, Step] = {"float": Step(FLOAT, setting, device)}
+        steps |= {bits: Step(quantized(method, bits), setting, device) for name, bits in methods if name == method}
         if setting in COUNTED:
             peaks = {name: peak_bytes(step, device.type) for name, step in steps.items()}
-            found = [row(METHODS[method][0], bits, setting, peaks[bits] / peaks["float"], target(setting, method, bits),
-                         megabytes=round(peaks[bits] / 2**20, 1)) for bits in peaks if bits != "float"]
+            new = [row(METHODS[method][0], bits, setting, peaks[bits] / peaks["float"], target(setting, method, bits),
+                       megabytes=round(peaks[bits] / 2**20, 1)) for bits in peaks if bits != "float"]
         else:
             times = interleaved(steps, rounds, warm_up=6, clock=clock_of(device))  # the first ones also grow the heap
-            found = [timed_row(METHODS[method][0], bits, setting, times[bits], times["float"],
-                               target(setting, method, bits)) for bits in times if bits != "float"]
-        rows += found
-        show(found)
+            new = [timed_row(METHODS[method][0], bits, setting, times[bits], times["float"],
+                             target(setting, method, bits)) for bits in times if bits != "float"]
+        rows += new
+        show(new)
     return rows
 
 
-def _counted(setting: str, method: str, bits: int, device: torch.device) -> list[dict]:
+def _counted(setting: str, method: str, bits: int, device: torch.device) -> list[Row]:
     step = Step(quantized(method, bits), setting, device)
     if setting == "syncs":
         counts = {setting: synchronizations(step, device.type)}
     else:
-        quantizer = next(each for each in quantizers_of(step.model) if each.role == "activation" and each.bits == bits)
+        quantizer = next(q for q in quantizers_of(step.model) if q.role == "activation" and q.bits == bits)
         counts = {"graph breaks": graph_breaks(step.model, step.images),
                   "compilations": compilations(quantizer, device.type)}
-    found = [row(METHODS[method][0], bits, name, float(count), target(name, method, bits))
-             for name, count in counts.items()]
-    show(found)
-    return found
+    rows = [row(METHODS[method][0], bits, name, float(count), target(name, method, bits))
+            for name, count in counts.items()]
+    show(rows)
+    return rows
 
 
 def profile(method: str, bits: int, count: int = 12) -> None:
-    """Print where the time of an eager step goes: the operations that take most of it, and all others together."""
+    """Print the operations that take most of an eager step's time, and the sum of all others."""
     float_step, step = (operations(Step(overrides, "eager")) for overrides in (FLOAT, quantized(method, bits)))
     longest = list(step)[:count]
-    print(f"| operation | float, ms | {METHODS[method][0]} {bits} bits, ms |", "|---" * 3 + "|", sep="\n")
-    for name in longest:
-        print(f"| {name} | {float_step.get(name, 0.0):.1f} | {step[name]:.1f} |")
-    rest = (sum(value for name, value in each.items() if name not in longest) for each in (float_step, step))
-    print("| all others | {:.1f} | {:.1f} |".format(*rest), flush=True)
+    cells = [["operation", "float, ms", f"{METHODS[method][0]} {bits} bits, ms"]]
+    cells += [[name, f"{float_step.get(name, 0.0):.1f}", f"{step[name]:.1f}"] for name in longest]
+    cells.append(["all others", *(f"{sum(value for name, value in times.items() if name not in longest):.1f}"
+                                  for times in (float_step, step))])
+    print(*markdown_table(cells), sep="\n", flush=True)
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m bench.step", description=__doc__)
-    made.add_argument("--smoke", action="store_true", help="only the headline rows: " + ", ".join(
+    parser = Parser(prog="python -m bench.step", description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="only the most important rows: " + ", ".join(
         f"{setting} {method} {bits}" for setting, method, bits in SMOKE))
-    made.add_argument("--settings", nargs="+", choices=TIMED + COUNTED, default=["compiled", "eager"],
-                      help="(compiled eager)")
-    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
-    made.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="(2 3 4)")
-    made.add_argument("--profile", action="store_true", help="where an eager step's time goes, by operation")
-    add_options(made, rounds=21, devices=("cpu", "cuda"))
-    return made
+    parser.add_argument("--settings", nargs="+", choices=TIMED + COUNTED, default=["compiled", "eager"],
+                        help="what to measure, see above (compiled eager)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="bit-widths (2 3 4)")
+    parser.add_argument("--profile", action="store_true", help="print the time of an eager step's operations")
+    add_options(parser, rounds=21, devices=("cpu", "cuda"))
+    return parser
 
 
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    graphs = [each for each in arguments.settings if each.endswith("cuda-graph")]
+    graphs = [setting for setting in arguments.settings if setting.endswith("cuda-graph")]
     if graphs and arguments.device != "cuda":
         raise InputError(f"--settings {graphs[0]} needs --device cuda")
     if arguments.profile and arguments.device != "cpu":
@@ -185,15 +188,14 @@ def main(argv: list[str]) -> int:
                 profile(method, bits)
         return 0
     print(table([]))
-    wanted = {setting: [(method, bits) for method in arguments.methods for bits in arguments.bits]
-              for setting in arguments.settings}
+    methods = {setting: [(method, bits) for method in arguments.methods for bits in arguments.bits]
+               for setting in arguments.settings}
     if arguments.smoke:
-        wanted = {setting: [(method, bits) for kind, method, bits in SMOKE if kind == setting]
-                  for setting in ("eager", "compiled")}
-    rows = [each for setting, pairs in wanted.items() for each in measure(setting, pairs, arguments.rounds, device)]
+        methods = {setting: [(method, bits) for smoke_setting, method, bits in SMOKE if smoke_setting == setting]
+                   for setting in ("eager", "compiled")}
+    rows = [line for setting, pairs in methods.items() for line in measure(setting, pairs, arguments.rounds, device)]
     write_json(arguments.json, rows)
-    missed = [each for each in rows if each["met"] is False]
-    print(f"{len(rows)} rows, {len(missed)} over their target")
+    print(f"{len(rows)} rows, {sum(line['met'] is False for line in rows)} over their target")
     return 0
 
 
