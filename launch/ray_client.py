@@ -79,5 +79,7 @@ def _cause(text: str) -> str:
     """The innermost cause of a connection error, or the last line of a server's traceback, in one line."""
     causes = re.findall(r"\[Errno -?\d+\] [\w ]+|^[\w.]+(?:Error|Exception): .*", text, re.MULTILINE) or [text]
     cause = " ".join(causes[-1].split())[:400]
-    return cause + ("; two Rays on the head's machine want the same port, ray start --dashboard-agent-listen-port=N "
-                    "there gives one of them another port" if "No available agent" in cause else "")
+    if "No available agent" in cause:
+        cause += ("; the head's agent has not started yet, or another Ray on that machine has its port: ray start "
+                  "--dashboard-agent-listen-port=N there gives it another one")
+    return cause

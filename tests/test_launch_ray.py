@@ -245,7 +245,9 @@ def cluster(tmp_path_factory):
         file.write(secrets.token_hex(32))
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
                                 "NULSQ_TEST_SLOW": str(folder / "slow"), "CUDA_VISIBLE_DEVICES": "",
-                                "RAY_raylet_start_wait_time_s": "120"}  # 30 are not enough on a busy machine
+                                # Ray's own limits are too short for a busy machine.
+                                "RAY_raylet_start_wait_time_s": "120", "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "240",
+                                "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "120"}
     with (folder / "log").open("w") as log, subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE,
                                                              stdout=subprocess.PIPE, stderr=log, text=True,
                                                              env=environment) as process:
