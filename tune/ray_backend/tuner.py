@@ -1,4 +1,8 @@
-"""One Ray Tuner runs all trials of a search: its searcher suggests them, its scheduler stops them early."""
+"""One Ray Tuner runs all trials of a search: its searcher suggests them, its scheduler stops them early.
+
+Ray reads its token when it is imported, and `open_cluster` sets the token. So modules that import Ray are imported
+inside `_tuner`, after that.
+"""
 
 import contextlib
 import logging
@@ -8,21 +12,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-import ray.tune
+from typing import TYPE_CHECKING
 
 from nulsq.text import duration
 from tune.checks import NetworkCosts
 from tune.queue import TrialQueue
-from tune.ray_backend import trial, workers
 from tune.ray_backend.cluster import check_fits, check_placement, open_cluster
-from tune.ray_backend.progress import SearchProgress
-from tune.ray_backend.scheduler import StratifiedAsha
-from tune.ray_backend.searcher import StudySearcher
 from tune.ray_backend.trial_protocol import TrialSettings
 from tune.space import Search, base_recipe, full_epochs
 from tune.store import journal
 from tune.store.directory import RUNGS, SearchDirectory
+
+if TYPE_CHECKING:
+    import ray.tune
 
 ENVIRONMENT = {  # unless the user has set them
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each trial's run directory has its own logs
@@ -61,7 +63,14 @@ def run_trials(search: Search, folder: SearchDirectory, queue: TrialQueue, costs
         return queue.finished
 
 
-def _tuner(search: Search, folder: Path, queue: TrialQueue, costs: NetworkCosts, concurrent: int) -> ray.tune.Tuner:
+def _tuner(search: Search, folder: Path, queue: TrialQueue, costs: NetworkCosts, concurrent: int) -> "ray.tune.Tuner":
+    import ray.tune
+
+    from tune.ray_backend import trial, workers
+    from tune.ray_backend.progress import SearchProgress
+    from tune.ray_backend.scheduler import StratifiedAsha
+    from tune.ray_backend.searcher import StudySearcher
+
     resources = {"cpu": search.cpus} | ({"gpu": search.gpus} if search.gpus else {})
     trainable = ray.tune.with_resources(trial.run, resources) if search.workers == 1 else \
         ray.tune.with_resources(workers.run, workers.DRIVER)
@@ -84,7 +93,7 @@ def _tuner(search: Search, folder: Path, queue: TrialQueue, costs: NetworkCosts,
     )
 
 
-def _loggers(search: Search, folder: Path) -> Iterator[ray.tune.Callback]:
+def _loggers(search: Search, folder: Path) -> "Iterator[ray.tune.Callback]":
     """Ray's own callbacks for Weights & Biases and MLflow."""
     if search.wandb:
         from ray.air.integrations.wandb import WandbLoggerCallback
@@ -96,5 +105,5 @@ def _loggers(search: Search, folder: Path) -> Iterator[ray.tune.Callback]:
         yield MLflowLoggerCallback(tracking_uri=search.mlflow, experiment_name=search.name)
 
 
-def _trial_name(tune_trial: ray.tune.experiment.Trial) -> str:
+def _trial_name(tune_trial: "ray.tune.experiment.Trial") -> str:
     return TrialSettings.from_config(tune_trial.config).key.replace("/", "-")
