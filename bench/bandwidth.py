@@ -29,7 +29,7 @@ PASSES = {"forward": 2, "backward": 3, "forward after a batch norm": 2, "backwar
 
 
 def measure(method: str, bits: int, kind: torch.dtype, device: torch.device, elements: int, rounds: int) -> list[dict]:
-    """Rows for a tensor of so many elements, to the next whole image."""
+    """Rows for a tensor of this many elements, rounded to whole images."""
     draw, images = torch.Generator(device).manual_seed(0), -(-elements // math.prod(IMAGE))
     x, dy = (torch.randn(images, *IMAGE, generator=draw, device=device).to(kind, memory_format=torch.channels_last)
              for _ in range(2))

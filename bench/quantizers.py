@@ -1,4 +1,4 @@
-"""One quantizer's forward and backward pass beside ReLU's, for every method and width, and independent operators.
+"""Time of one quantizer's forward and backward pass relative to a ReLU's, for every method and width, and independent operators.
 
     python -m bench.quantizers [--json FILE]
     python -m bench.quantizers --scaling
@@ -6,7 +6,7 @@
 Both sides run on one activation, 128 x 16 x 32 x 32, that needs a gradient; a side is forward and backward through
 autograd, with the quantizer's own parameters. Targets are those of the project for the fused form on two cores; on a
 GPU (`--device cuda`) there are none, see bench.bandwidth.
-`--scaling` has time per element for bits 2 to 8, batches 32 to 512 and 16 to 256 channels, beside ReLU's.
+`--scaling` has time per element for bits 2 to 8, batches 32 to 512 and 16 to 256 channels, relative to a ReLU's.
 """
 
 import importlib.util
