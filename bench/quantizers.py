@@ -1,4 +1,4 @@
-"""Time of one quantizer's forward and backward pass relative to a ReLU's, for every method and width, and independent operators.
+"""Time of a quantizer's forward and backward pass relative to a ReLU's, for every method, width and some libraries.
 
     python -m bench.quantizers [--json FILE]
     python -m bench.quantizers --scaling

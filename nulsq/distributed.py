@@ -1,8 +1,8 @@
 """The ranks of a run: this process's rank, how many there are, its device, and what they do together.
 
 The code that creates the process group destroys it. Ray Train's workers, and a program that trains and then evaluates,
-have created one before `train` is called: `join_ranks` uses it and leaves it alone. Under torchrun or Slurm it is created
-from the environment. A process on its own is the only rank.
+have created one before `train` is called: `join_ranks` uses it and leaves it alone. Under torchrun or Slurm it is
+created from the environment. A process on its own is the only rank.
 """
 
 import gc
