@@ -16,7 +16,7 @@ from nulsq.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 TEST_SHARE, SEED = 0.2, 0
-MEASURED_IMAGES = 1000  # mean and standard deviation are measured on this many
+MEASURED_IMAGES = 1000  # images that mean and standard deviation are measured on
 
 ClassFolders = dict[str, list[Path]]  # class name -> its files, sorted
 
