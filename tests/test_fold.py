@@ -192,7 +192,7 @@ def test_a_batch_norm_that_cannot_be_folded_stays():
 
 
 @with_kernel
-def test_an_observer_behind_a_folded_batch_norm_sees_what_it_gave():
+def test_an_observer_after_a_folded_batch_norm_sees_what_it_gave():
     model, images = normed()
     seen = []
     for each in (model.eval(), copy.deepcopy(model)):
@@ -266,7 +266,7 @@ def test_a_network_that_cannot_be_traced_stays_as_it_is():
     assert fold_(model) == [] and type(model[1]) is nn.ReLU
 
 
-def test_an_observer_behind_a_folded_relu_sees_what_the_relu_gave():
+def test_an_observer_after_a_folded_relu_sees_what_the_relu_gave():
     model, images = quantized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)))
     fold_(model)
     seen = []

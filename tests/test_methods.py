@@ -245,7 +245,7 @@ def test_histograms_of_parts_add_up_and_keep_counts_and_sums():
     torch.testing.assert_close(total, torch.stack([x.double().clamp(max=0).sum(1), x.double().clamp(min=0).sum(1)], 1))
 
 
-def test_both_normalizations_are_one_network_behind_a_batch_norm():
+def test_both_normalizations_are_one_network_before_a_batch_norm():
     """The batch norm undoes the deviation: same outputs, same gradients of weight and threshold (float64, tiny eps)."""
     found = []
     for normalization in ("wn", "lwn"):
