@@ -43,7 +43,9 @@ def test_rows_say_whether_the_target_is_met_and_are_written_as_json(tmp_path):
 
 @pytest.mark.parametrize(("case", "wanted"), [
     (("compiled", "nulsq-a", 2), 1.05), (("compiled", "lsq", 4), 1.10), (("compiled", "lcq", 4), 1.30),
-    (("compiled", "apot", 3), 1.15), (("eager", "nulsq-wa", 2), 1.18), (("eager", "uniq", 2), 1.25),
+    (("compiled", "apot", 3), 1.15), (("eager", "nulsq-wa", 2), 1.18), (("eager", "nulsq-a", 2), 1.15),
+    (("eager", "nulsq-a", 4), 1.18), (("bf16", "nulsq-a", 3), 1.08), (("bf16", "nulsq-a", 4), 1.12),
+    (("eager", "uniq", 2), 1.25),
     (("eager", "lcq", 2), 1.6), (("bf16", "lsq", 2), 1.05), (("memory-eager", "lsq", 2), 1.25),
     (("preresnet18", "nulsq-a", 2), 1.05), (("no-compiler", "lsq", 2), None)])
 def test_targets_are_the_projects(case, wanted):
