@@ -104,16 +104,16 @@ PLAIN, TWO_RANKS = ["nulsq.train"], ["launch", "local", "train", "--nproc", "2"]
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_the_first_signal_asks_and_one_that_comes_later_acts_as_usual(name):
-    """The same word twice at once, as a batch system and torchrun say it, is one word."""
+    """Slurm and torchrun both send the signal at once: that counts as one request."""
     code = f"""
 import os, signal, time
-from nulsq.training.stop import PRESSED_AGAIN, SAME_WORD, stop_on_signal
+from nulsq.training.stop import DEBOUNCE, DEBOUNCE_CTRL_C, stop_on_signal
 with stop_on_signal() as stop:
     print(stop(), flush=True)
     os.kill(os.getpid(), signal.{name})
     os.kill(os.getpid(), signal.{name})
     print(stop(), flush=True)
-    time.sleep(1.1 * (PRESSED_AGAIN if "{name}" == "SIGINT" else SAME_WORD))
+    time.sleep(1.1 * (DEBOUNCE_CTRL_C if "{name}" == "SIGINT" else DEBOUNCE))
     os.kill(os.getpid(), signal.{name})
     print("still here", flush=True)
 """
