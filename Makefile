@@ -56,7 +56,7 @@ proofs-others:
 # The oldest torch that setup.cfg allows, with the libraries that belong to it.
 OLD := .venv-torch2.11
 OLD_PACKAGES := torch==2.11.0 torchvision==0.26.0 timm pytorchcv omegaconf numpy pyyaml pillow safetensors \
-	scikit-learn tqdm hypothesis pytest pytest-timeout
+	scikit-learn tqdm hypothesis pytest pytest-timeout pytest-xdist
 
 $(OLD)/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(OLD)
@@ -65,7 +65,7 @@ $(OLD)/installed: setup.cfg constraints.txt
 	@touch $@
 
 proofs-torch: $(OLD)/installed
-	$(OLD)/bin/python -m pytest --durations 5 -m "quant and not slow and not long"
+	$(OLD)/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations 5 -m "quant and not slow and not long"
 
 long: .venv/installed
 	$(BIN)/python -m pytest --timeout 3600 -m long

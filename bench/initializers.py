@@ -1,4 +1,4 @@
-"""Quantization error of the initial step sizes: nmse, lsq, const and lloyd_max on the tensors of a real network.
+"""Quantization error of the initial step sizes: mse, nmse, lsq and const on the tensors of a real network.
 
     python -m bench.initializers --init WEIGHTS --data data/cifar10 --write docs/initializers.md
 
@@ -38,8 +38,8 @@ Made by
 ```
 
 sum (x - Q(x))^2 / sum x^2 in percent, mean over all layers but the first and the last; inputs of one batch of training
-images. The first rows are a normal tensor, for which NMSE's assumption holds. `lloyd_max` gives every quantizer the
-best common step for the data, and nuLSQ, whose steps are free, Lloyd's levels. `const` is meant for normalized weights,
+images. The first rows are a normal tensor, for which NMSE's assumption holds. `mse` gives every quantizer the best
+common step for the data, and nuLSQ, whose steps are free, Lloyd's levels. `const` is meant for normalized weights,
 which these are not.
 
 {table}
@@ -53,7 +53,7 @@ FLOAT = ["quant.weight.quantizer=fp", "quant.activation.quantizer=fp", "quant.ru
 def error(x: Tensor, method: str, bits: int, init: str, role: str, per_channel: bool = False) -> float:
     """sum (x - Q(x))^2 / sum x^2 in percent, of a quantizer whose step sizes the initializer `init` has set."""
     quantizer = get_quantizer(method)(bits, role, init=init, channels=x.shape[0] if per_channel else None)
-    quantizer.reset_(Statistics.of(x, per_channel=per_channel, histogram=init == "lloyd_max"))
+    quantizer.reset_(Statistics.of(x, per_channel=per_channel))
     return 100 * float((quantizer(x) - x).square().sum() / x.square().sum())
 
 

@@ -5,8 +5,8 @@
     average bits                  mean over weight elements, and over elements of the layers' inputs
     bytes                         quantized weights packed, every other parameter 4 bytes
 
-Layers are convolutions (Conv2d) and linear layers. A layer counts as often as one forward pass calls it. All other
-products that torch counts (the two inside attention, other types of layers) are float and reported separately.
+Layers are convolutions (Conv1d, Conv2d) and linear layers. A layer counts as often as one forward pass calls it. All
+other products that torch counts (the two inside attention, other types of layers) are float and reported separately.
 Normalization, activation functions and the quantizers themselves are not counted.
 """
 
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nulsq.quant.base import Quantizer
+from nulsq.quant.layers import LAYERS
 from nulsq.quant.modes import in_evaluation
 
 FLOAT_BITS = 32
@@ -79,9 +80,9 @@ class Cost:
         return _average([(layer.activation_bits, layer.inputs) for layer in self.layers.values()])
 
 
-def layers_of(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+def layers_of(model: nn.Module) -> dict[str, Any]:
     """The convolutions and linear layers by name, in the order of definition; float or quantized."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
 
 
 @torch.no_grad()
@@ -91,12 +92,12 @@ def cost_of(model: nn.Module, image: Tensor) -> Cost:
     inputs, macs = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 
     def count(name: str) -> Callable[..., None]:
-        def hook(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[name] += args[0].numel()
+        def hook(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+            inputs[name] += next(iter((*args, *kwargs.values()))).numel()
             macs[name] += output.numel() * layer.weight[0].numel()
         return hook
 
-    handles = [layer.register_forward_hook(count(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(count(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with in_evaluation(model), _unfused(), FlopCounterMode(display=False) as flops:
             model(image)

@@ -49,6 +49,6 @@ def test_the_pages_quantizer_trains(lab, short, float_run, monkeypatch):
     monkeypatch.syspath_prepend(str(lab))
     recipe = short("powers", model__init_from=str(float_run), quant__bits=3, optim__epochs=1,
                    quant__weight__quantizer="my_lab.powers", quant__activation__quantizer="my_lab.powers",
-                   quant__activation__init="lloyd_max")
+                   quant__activation__init="lsq")
     assert train(recipe, quiet=True).status == "finished"
     assert read_metrics(path_of(recipe))[0]["train_loss"] < 10

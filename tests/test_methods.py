@@ -7,6 +7,7 @@ import nulsq
 from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.op import FORMS, fake_quantize
 from nulsq.quantizers.apot import magnitudes
+from tests.float64 import to_float64
 
 METHODS = ["lsq", "nulsq", "uniq", "apot", "lcq"]
 
@@ -23,7 +24,7 @@ def calibrated_quantizer(name, bits, signed, *, role="activation", seed=0, **opt
         if name in ("apot", "lcq"):
             quantizer.alpha.fill_(1.7)
     quantizer.mark_calibrated_()
-    return quantizer.double()
+    return to_float64(quantizer)
 
 
 def through(x, rounded):
@@ -254,7 +255,7 @@ def test_both_normalizations_are_one_network_before_a_batch_norm():
         policy = nulsq.Policy(bits=3, rules={}, weight=nulsq.SideRule(quantizer="apot", normalization=normalization),
                               activation=nulsq.SideRule(quantizer="fp"))
         nulsq.calibrate_(nulsq.quantize_(model, policy), [])
-        model.double().train()
+        to_float64(model).train()
         x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         y = model(x)
         (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).sum().backward()

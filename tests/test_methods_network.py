@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import nulsq
 from nulsq.quant.settings import Policy, SideRule
+from tests.float64 import to_float64
 
 
 def by_the_formula(quantizer):
@@ -48,7 +49,7 @@ def test_a_training_step_equals_that_of_the_formulas(weight, activation, bits, g
     sides = [SideRule(quantizer=name, grad_scale=grad_scale) for name in (weight, activation)]
     nulsq.quantize_(model, Policy(bits=bits, weight=sides[0], activation=sides[1], rules={}))
     nulsq.calibrate_(model, [images])
-    model.double().train()
+    to_float64(model).train()
     with torch.no_grad():  # away from equal steps and from ties
         for quantizer in nulsq.quantizers_of(model):
             for parameter in quantizer.parameters():

@@ -18,7 +18,7 @@ import nulsq
 from nulsq.config import Recipe, load
 from nulsq.models.libraries import build_model
 from nulsq.models.network import build_network
-from nulsq.quant.layers import QUANTIZED
+from nulsq.quant.layers import QuantizedLayer
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("pytorchcv")
@@ -73,7 +73,7 @@ def test_every_layer_of_a_network_is_quantized_and_learns(name, classes, size, b
         warnings.simplefilter("error")  # nothing stays float, nothing is clipped to zero
         nulsq.quantize_(model, policy)
         nulsq.calibrate_(model, [images(size)])
-    layers = {where: module for where, module in model.named_modules() if type(module) in QUANTIZED.values()}
+    layers = {where: module for where, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     assert list(layers) == wanted
     assert all(layer.weight_quantizer and layer.activation_quantizer for layer in layers.values())
 
@@ -120,15 +120,25 @@ def test_the_summary_lists_what_stays_float(name, lines):
     assert [line for line in text.splitlines() if line.startswith("stays float")] == lines
 
 
-def test_subclasses_of_convolutions_stay_float_and_are_named():
-    model = build_model("timm:tf_efficientnet_lite0", 10)
-    with pytest.warns(UserWarning, match=r"not quantized.*: conv_stem \(Conv2dSame\), .* and 2 more"):
-        nulsq.quantize_(model)
-    text = nulsq.summary(model)
-    assert "5 x Conv2dSame, a subclass" in text
-    assert type(model.blocks[0][0].conv_dw).__name__ == "QuantConv2d"
-    # The stem is the first layer, quantized or not: the next one has the bits of all the others.
-    assert model.blocks[0][0].conv_dw.weight_quantizer.bits == 2
+@pytest.mark.parametrize(("name", "class_name"), [
+    ("timm:tf_efficientnet_lite0", "QuantConv2dSame"), ("timm:nf_resnet26", "QuantScaledStdConv2d")])
+def test_convolutions_that_pad_or_standardize_are_quantized_with_that_kept(name, class_name):
+    """At 8 bits the network computes what the float network does, so nothing of the layers' own work is lost."""
+    torch.manual_seed(0)
+    model, x = build_model(name, 10), images(64, seed=1)
+    model(images(64))  # batch norms get statistics
+    with torch.no_grad():
+        expected = model.eval()(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing stays float
+        nulsq.quantize_(model, nulsq.Policy(bits=8, preset="none", weight=nulsq.SideRule("lsq", per_channel=True)))
+    nulsq.calibrate_(model, [x])
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    assert all(isinstance(layer, QuantizedLayer) for layer in layers)
+    assert class_name in {type(layer).__name__ for layer in layers}
+    with torch.no_grad():
+        actual = model(x)
+    assert float((actual - expected).norm() / expected.norm()) < 0.1
 
 
 def test_torchs_attention_stays_float_and_is_named():
@@ -136,7 +146,8 @@ def test_torchs_attention_stays_float_and_is_named():
     with pytest.warns(UserWarning, match=r"not quantized.*: 2.self_attn.out_proj"):
         nulsq.quantize_(model)
     text = nulsq.summary(model)
-    for part in ("in_proj_weight of MultiheadAttention", "NonDynamicallyQuantizableLinear, a subclass",
+    for part in ("in_proj_weight of MultiheadAttention",
+                 "NonDynamicallyQuantizableLinear (torch's attention uses its weight without calling it)",
                  "two products inside attention"):
         assert part in text
 

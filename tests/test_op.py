@@ -6,6 +6,7 @@ import torch
 import nulsq
 from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.op import FORMS, fake_quantize, force
+from tests.float64 import to_float64
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -17,7 +18,7 @@ def ready(name, bits, signed, dtype=torch.float32, **options):
         for parameter in quantizer.parameters():
             parameter.copy_(0.2 + 0.4 * torch.rand(parameter.shape, generator=draw))
     quantizer.mark_calibrated_()
-    return quantizer.to(dtype)
+    return to_float64(quantizer) if dtype == torch.float64 else quantizer
 
 
 def gradients(quantizer, x, dy, form=None):
@@ -104,8 +105,8 @@ def test_nulsq_gradients_equal_autograd_of_the_definition_in_float64(bits, signe
 @pytest.mark.parametrize("role", ["weight", "activation"])
 def test_equal_steps_make_nulsq_equal_lsq(bits, role):
     signed = role == "weight"
-    lsq = nulsq.get_quantizer("lsq")(bits, role, signed=signed).double()
-    non_uniform = nulsq.get_quantizer("nulsq")(bits, role, signed=signed).double()
+    lsq = to_float64(nulsq.get_quantizer("lsq")(bits, role, signed=signed))
+    non_uniform = to_float64(nulsq.get_quantizer("nulsq")(bits, role, signed=signed))
     with torch.no_grad():
         lsq.step.fill_(0.37)
         non_uniform.steps.fill_(0.37)
@@ -165,12 +166,12 @@ def test_minmax_range_is_the_running_average_of_the_batches_maxima():
 def test_every_quantizer_compiles_without_a_graph_break(name, role, bits, channels):
     """fullgraph raises at a break; the backend runs what was traced, so no compiler is needed."""
     torch._dynamo.reset()
-    quantizer = nulsq.get_quantizer(name)(bits, role, channels=channels, grad_scale="lsq").double()
+    quantizer = nulsq.get_quantizer(name)(bits, role, channels=channels, grad_scale="lsq")
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 5, 5, generator=draw, dtype=torch.float64)
     x = x if role == "weight" else x.relu()
     quantizer.reset_(Statistics.of(x, per_channel=channels is not None))
-    quantizer.double().eval()
+    to_float64(quantizer).eval()
     results = []
     for module in (quantizer, torch.compile(quantizer, fullgraph=True, backend="aot_eager")):
         y = module(x.clone().requires_grad_())

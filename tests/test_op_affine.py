@@ -11,6 +11,7 @@ from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.op import Affine, Table, available, fake_quantize
 from nulsq.quant.op.batch_affine import batch_affine
 from nulsq.quant.op.cpu import kernel as cpu
+from tests.float64 import to_float64
 
 pytestmark = pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
 METHODS = ("lsq", "nulsq", "lcq", "apot", "uniq")
@@ -62,7 +63,7 @@ def test_every_method_equals_the_reference_on_every_shape(name, shape, memory):
     for bits in (2, 3, 4):
         for kind, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-12), (torch.bfloat16, 2**-7)):
             quantizer, affine = ready(name, bits), norm_of(shape[1], torch.promote_types(kind, torch.float32))
-            quantizer = quantizer.double() if kind == torch.float64 else quantizer
+            quantizer = to_float64(quantizer) if kind == torch.float64 else quantizer
             assert_equal_to_reference(quantizer, *tensors(shape, memory, kind), affine, tolerance)
 
 
@@ -70,7 +71,7 @@ def test_every_method_equals_the_reference_on_every_shape(name, shape, memory):
 @pytest.mark.parametrize("signed", [False, True])
 def test_every_straight_through_rule_with_and_without_a_relu(ste, signed):
     for relu in (False, True):
-        quantizer = ready("nulsq", 3, signed).double()
+        quantizer = to_float64(ready("nulsq", 3, signed))
         quantizer.ste = ste
         x, dy = tensors((3, 19, 31, 29), torch.channels_last, torch.float64)
         assert_equal_to_reference(quantizer, x, dy, norm_of(19, torch.float64), 1e-12, relu)
@@ -133,7 +134,7 @@ def test_a_batchs_own_map_is_batch_norm(shape, memory):
 def test_a_compilers_gradients_are_the_kernels(name, ste, memory):
     """The operators in a compiled graph against direct calls of the kernels."""
     torch._dynamo.reset()
-    quantizer, (x, dy) = ready(name, 2).double(), tensors((3, 19, 7, 5), memory, torch.float64)
+    quantizer, (x, dy) = to_float64(ready(name, 2)), tensors((3, 19, 7, 5), memory, torch.float64)
     quantizer.ste = ste
     weight, _, bias = norm_of(19, torch.float64)[:3]
 

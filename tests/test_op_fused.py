@@ -19,6 +19,7 @@ from nulsq.quant.op import FORMS, available, encode, fake_quantize, force, requa
 from nulsq.quant.op.cpu import build
 from nulsq.quant.op.cpu import kernel as cpu
 from nulsq.quant.op.reference import Rule, Table
+from tests.float64 import to_float64
 
 pytestmark = pytest.mark.skipif(not available("cpu"), reason="no C++ compiler on this machine")
 METHODS = ("lsq", "nulsq", "lcq", "apot", "uniq")
@@ -67,7 +68,7 @@ def test_every_method_type_and_width_equals_the_reference(name, bits, kind):
     except ValueError:
         pytest.skip(f"{name} has no {bits} bits")
     x, dy = tensors(3, 7, 31, 29, dtype=kind)
-    assert_equal_to_reference(quantizer.double() if kind == torch.float64 else quantizer, x, dy)
+    assert_equal_to_reference(to_float64(quantizer) if kind == torch.float64 else quantizer, x, dy)
 
 
 @pytest.mark.parametrize(("x_type", "table_type"), [
@@ -232,7 +233,7 @@ def same(actual, expected):
 
 def test_a_compiled_network_equals_eager_in_float64():
     torch._dynamo.reset()
-    net, x = network().double(), torch.randn(4, 3, 12, 12, dtype=torch.float64)
+    net, x = to_float64(network()), torch.randn(4, 3, 12, 12, dtype=torch.float64)
     same(gradients_of(torch.compile(net, fullgraph=True, backend="aot_eager"), lambda n: n(x)),
          gradients_of(net, lambda n: n(x)))
 

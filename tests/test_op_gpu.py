@@ -17,6 +17,7 @@ from nulsq.quant.op import force, kernels, reference
 from nulsq.quant.op.gpu import kernel as gpu
 from nulsq.quant.op.reference import Affine, Table
 from tests import test_fold, test_op_fused
+from tests.float64 import to_float64
 
 ready = functools.partial(test_op_fused.ready, rows=1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,7 +65,7 @@ def tensors(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("name", ["lsq", "nulsq", "apot", "lcq", "uniq"])
 def test_kernel_of_every_method_width_and_type(name, bits, dtype):
     quantizer = ready(name, bits).to(DEVICE)
-    quantizer = quantizer.double() if dtype == torch.float64 else quantizer
+    quantizer = to_float64(quantizer) if dtype == torch.float64 else quantizer
     assert_equal_to_reference(quantizer, *tensors(5, 7, 11, dtype=dtype))
 
 
@@ -204,7 +205,7 @@ def test_kernel_after_a_batch_norm_of_every_method_width_and_type(name, bits, dt
         quantizer.does_relu = lambda unsigned=not signed: unsigned
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in tensors(4, 6, 5, 7, dtype=dtype))
         tolerance = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float64: 1e-10}[dtype]
-        quantizer = quantizer.double() if dtype == torch.float64 else quantizer
+        quantizer = to_float64(quantizer) if dtype == torch.float64 else quantizer
         assert_after_norm_equal_to_reference(quantizer, x, dy, affine_of(x, own=True), tolerance)
 
 
@@ -212,7 +213,7 @@ def test_kernel_after_a_batch_norm_of_every_method_width_and_type(name, bits, dt
 @pytest.mark.parametrize("ste", ["clip", "none"])
 def test_kernel_after_a_batch_norm_by_every_straight_through_rule(ste):
     for name in ("lsq", "nulsq"):
-        quantizer = ready(name, 2, signed=True, ste=ste).to(DEVICE).double()
+        quantizer = to_float64(ready(name, 2, signed=True, ste=ste).to(DEVICE))
         x, dy = tensors(4, 6, 5, 7, dtype=torch.float64)
         x[0, :, 0, 0] = torch.cat([quantizer.levels()[:4], torch.tensor([0.0, torch.inf]).to(x)])
         plain = Affine(*(torch.full((6,), value, dtype=torch.float64, device=DEVICE) for value in (0, 1, 0)))

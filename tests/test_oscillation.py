@@ -13,9 +13,10 @@ from nulsq.config import Recipe, load
 from nulsq.errors import InputError
 from nulsq.quant.batch_norm import freeze_batch_norm_, reestimate_batch_norm_
 from nulsq.quant.calibration.statistics import Statistics
-from nulsq.quant.layers import QuantConv2d, QuantLinear
+from nulsq.quant.layers import QuantConv2d, QuantLinear, quantize_layer_
 from nulsq.quant.oscillation import Oscillations, dampening_loss, oscillating_fraction
 from nulsq.quant.settings import OscillationSettings
+from tests.float64 import to_float64
 
 GRIDS = [("lsq", 2, False), ("nulsq", 3, False), ("nulsq", 2, True), ("uniq", 1, False), ("lsq", 4, True)]
 NORMALIZED = [("lcq", "lwn"), ("apot", "wn")]
@@ -29,7 +30,7 @@ def quantized(name, bits, per_channel=False, normalization="none", kind=QuantCon
         layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
         layer.bias.zero_()
     quantizer = nulsq.get_quantizer(name)(bits, "weight", channels=4 if per_channel else None)
-    layer = kind.from_float(layer, quantizer, None, normalization)
+    layer = quantize_layer_(layer, quantizer, None, normalization)
     quantizer.reset_(Statistics.of(layer.normalized_weight()[0].detach(), per_channel=per_channel))
     with torch.no_grad():
         if name == "nulsq":
@@ -203,7 +204,7 @@ def test_a_weight_whose_optimum_lies_between_levels_oscillates_until_dampened_or
 @pytest.mark.parametrize(("aggregate", "share"), [("kernel_mean", 1 / 27), ("sum", 1.0), ("mean", 1 / 108)])
 def test_dampening_gradient_is_the_formulas(name, bits, per_channel, aggregate, share):
     model, layer = quantized(name, bits, per_channel)
-    model.double()
+    to_float64(model)
     oscillations = Oscillations(model, OscillationSettings(dampening=0.3, aggregate=aggregate, start=0.5))
     quantizer, weight = layer.weight_quantizer, layer.weight
     assert oscillations.dampening(0.49) is None and oscillations.dampening(0.5) is None
@@ -223,7 +224,7 @@ def test_dampening_gradient_is_the_formulas(name, bits, per_channel, aggregate, 
 def test_dampening_goes_through_the_normalization(name, normalization):
     """Central differences in float64, away from thresholds: there Q is constant and the loss smooth."""
     model, layer = quantized(name, 3, normalization=normalization)
-    model.double()
+    to_float64(model)
     loss = dampening_loss(layer)
     loss.backward()
     for i in range(0, 108, 9):

@@ -68,7 +68,7 @@ def test_first_matching_rule_wins_and_sides_win_over_rules():
     (Policy(activation=SideRule(quantizer="nulsq", per_channel=True)), "per-channel steps are defined for weights"),
     (Policy(weight=SideRule(quantizer="lsq", options={"colour": 3})), "has no such option"),
     (Policy(weight=SideRule(quantizer="lsq", signed=False)), "signed = False, allowed for weights: True"),
-    (Policy(weight=SideRule(quantizer="lsq", init="best")), "init = 'best', allowed: nmse, lsq, const"),
+    (Policy(weight=SideRule(quantizer="lsq", init="best")), "init = .best., allowed: mse, nmse, lsq, const"),
 ])
 def test_what_does_not_fit_is_an_error_and_leaves_the_model_alone(policy, message):
     model = network()
@@ -100,7 +100,8 @@ def test_calibration_measures_the_float_network():
     with torch.no_grad():
         model(images())
     handle.remove()
-    nulsq.calibrate_(nulsq.quantize_(model), [images()])
+    nmse = Policy(weight=SideRule("lsq", init="nmse"), activation=SideRule("nulsq", init="nmse"))
+    nulsq.calibrate_(nulsq.quantize_(model, nmse), [images()])
     wanted = (2 * seen[0].square().mean()).sqrt() * HALF_NORMAL_STEP[3]
     torch.testing.assert_close(model[3].activation_quantizer.steps.detach(), wanted.expand(3))
     wanted = model[3].weight.std() * NORMAL_STEP[1]

@@ -5,7 +5,7 @@ from nulsq.config.holdout import parse_holdout
 from nulsq.config.recipe import Distill, Recipe
 from nulsq.errors import InputError, did_you_mean
 from nulsq.quant.registry import available, get_quantizer
-from nulsq.quant.settings import FLOAT, GRAD_SCALES, INITIALIZERS, NORMALIZATIONS, PRESETS, STE_RULES
+from nulsq.quant.settings import FLOAT, GRAD_SCALES, INITIALIZERS, NORMALIZATIONS, OLD_INITIALIZERS, PRESETS, STE_RULES
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -13,8 +13,8 @@ def check_recipe(recipe: Recipe) -> None:
 
     Raises InputError that names the keys. Reads nothing from disk, except to import a quantizer that is no built-in.
     """
-    allowed = {"init": INITIALIZERS, "grad_scale": GRAD_SCALES, "ste": STE_RULES, "preset": PRESETS,
-               "normalization": NORMALIZATIONS}
+    allowed = {"init": (*INITIALIZERS, *OLD_INITIALIZERS), "grad_scale": GRAD_SCALES, "ste": STE_RULES,
+               "preset": PRESETS, "normalization": NORMALIZATIONS}
     for key, value in flatten(recipe.quant, "quant").items():
         name = key.rpartition(".")[2]
         if value is None or ".options" in key:

@@ -39,7 +39,8 @@ class Fidelity:
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Measure a tensor of values of any shape; for a per-channel quantizer, [C, ...]."""
-        y = self.quantizer(x)  # before the levels are read, since the range of some quantizers depends on the tensor
+        self.quantizer.set_range_(x)
+        y = self.quantizer.forward(x)  # not a call: it may be called from a hook of the quantizer
         self.levels, self.thresholds = self.quantizer.levels().cpu(), self.quantizer.thresholds().cpu()
         rows = self.quantizer.channels or 1
         x, y = x.reshape(rows, -1), y.reshape(rows, -1)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nulsq.cost import Cost, LayerCost, cost_of, layers_of
 from nulsq.inspect.fidelity import Fidelity
+from nulsq.quant.calibration.batches import images_of
 from nulsq.quant.modes import in_evaluation
 from nulsq.quant.policy import roles
 from nulsq.quant.settings import OscillationSettings
@@ -39,7 +40,7 @@ class Report:
 
 
 @torch.no_grad()
-def report(model: nn.Module, batches: Iterable[Tensor | tuple | list], *,
+def report(model: nn.Module, batches: Iterable[Any], *,
            oscillating_above: float = OscillationSettings.oscillating_above) -> Report:
     """Measure every quantizer of a model and count the model's cost. The model does not change.
 
@@ -48,7 +49,7 @@ def report(model: nn.Module, batches: Iterable[Tensor | tuple | list], *,
 
     Args:
         model: calibrated or trained, float or quantized, not folded.
-        batches: image tensors as the model takes them, or tuples that start with one; at least one.
+        batches: as `calibrate_` takes them; at least one.
         oscillating_above: frequency above which a tracked weight counts as oscillating.
 
     Raises:
@@ -66,12 +67,11 @@ def report(model: nn.Module, batches: Iterable[Tensor | tuple | list], *,
     cost, images, handles = None, 0, []
     try:
         with in_evaluation(model):
-            for batch in batches:
-                x = (batch[0] if isinstance(batch, tuple | list) else batch).to(device)
+            for x in images_of(batches, device):
                 if cost is None:
                     cost = cost_of(model, x[:1])
-                    handles = [layers[name].register_forward_pre_hook(_adds_input_to(fidelity))
-                               for name, fidelity in activations.items()]
+                    handles = [fidelity.quantizer.register_forward_pre_hook(_adds_input_to(fidelity))
+                               for fidelity in activations.values()]
                 model(x)
                 images += len(x)
     finally:
@@ -96,4 +96,4 @@ def _oscillations(layer: nn.Module, above: float) -> tuple[float | None, float |
 
 
 def _adds_input_to(fidelity: Fidelity) -> Callable[..., None]:
-    return lambda layer, args: fidelity.add(args[0])
+    return lambda quantizer, args: fidelity.add(args[0])

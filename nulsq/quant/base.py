@@ -6,23 +6,26 @@ sizes) and *declares* what they mean: `table()` returns levels and thresholds, c
 code, exporters included, uses only `levels`, `thresholds`, `encode`, `decode` and `reset_`.
 
 Two things come from data: the steps, and the sign of an activation quantizer built with `signed=None`. `reset_` sets
-both; `calibrate_` calls it. Until then `forward` raises an error. Both are part of the state dict.
+both; `calibrate_` calls it. Until then `forward` raises an error. Both are part of the state dict, see
+`nulsq.quant.state`.
 
-Steps stay positive because they are projected after the optimizer's step (`after_step_`, see `nulsq.quant.projection`).
-A check in `forward` would cost a device synchronization. NaN in the input stays NaN in the output.
+Steps stay positive because they are projected after the optimizer's step (`after_step_`, see `nulsq.quant.projection`),
+and before a forward pass if something else wrote them. NaN in the input stays NaN in the output.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nulsq.quant.calibration.histogram import LARGEST
 from nulsq.quant.calibration.initial_step import SMALLEST_STEP, initial_step
-from nulsq.quant.calibration.lloyd_max import best_step, lloyd_max
+from nulsq.quant.calibration.least_squares import best_step, lloyd_max
 from nulsq.quant.calibration.statistics import Statistics
 from nulsq.quant.op import Rule, Table, encode, fake_quantize
-from nulsq.quant.settings import GRAD_SCALES, INITIALIZERS, STE_RULES
+from nulsq.quant.settings import GRAD_SCALES, INITIALIZERS, OLD_INITIALIZERS, STE_RULES
+from nulsq.quant.state import QuantizerState, project_
 
 if TYPE_CHECKING:
     from nulsq.quant.fold import AbsorbedBatchNorm2d, AbsorbedReLU
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 ROLES = ("weight", "activation")
 
 
-class Quantizer(nn.Module):
+class Quantizer(QuantizerState):
     """Base class of all quantizers.
 
     Args:
@@ -39,7 +42,8 @@ class Quantizer(nn.Module):
         signed: whether negative values have levels. Weights: always. Activations: None lets `reset_` decide by the
             minimum of the data.
         channels: number of output channels (dimension 0) that get a set of steps each; None for one set per tensor.
-        init: how initial step sizes are computed, see `nulsq.quant.calibration.initial_step`.
+        init: how initial step sizes are computed, see `nulsq.quant.calibration.initial_step`. None: `mse`, and `nmse`
+            in the calibration protocol "reference".
         grad_scale: factor on the gradient of the steps. "none": 1. "lsq": 1/sqrt(N Qp) of the LSQ paper, where N is
             the number of weights, or of features of one sample. The others differ in N for activations: "channels" is
             the number of input channels, as in the reference implementation of nuLSQ; "batch" is the number of
@@ -61,10 +65,10 @@ class Quantizer(nn.Module):
     normalization = "none"  # of the weight before quantization, as published; done by the layer
 
     def __init__(self, bits: int, role: str, *, signed: bool | None = None, channels: int | None = None,
-                 init: str = "nmse", grad_scale: str = "none", ste: str | None = None):
-        super().__init__()
+                 init: str | None = None, grad_scale: str = "none", ste: str | None = None):
         _one_of("role", role, ROLES)
-        _one_of("init", init, INITIALIZERS)
+        init = OLD_INITIALIZERS.get(init or "", init)
+        _one_of("init", init or "mse", INITIALIZERS)
         _one_of("grad_scale", grad_scale, GRAD_SCALES)
         _one_of("ste", self.ste if ste is None else ste, STE_RULES)
         if role == "weight":
@@ -76,21 +80,15 @@ class Quantizer(nn.Module):
             raise ValueError(f"{self.name()}: bits = {bits!r}, allowed for {role}s: {smallest} to {self.largest_bits}")
         if role == "activation" and channels is not None:
             raise ValueError(f"{self.name()}: per-channel steps are defined for weights only, not for activations")
-        self.bits, self.role, self.channels = bits, role, channels
+        super().__init__(bits, role, signed)
+        self.channels = channels
         # What `nulsq.quant.fold` folded into this quantizer: at most one of each, in tuples to be no submodules
         self.batch_norm: tuple[AbsorbedBatchNorm2d, ...] = ()
         self.relu: tuple[AbsorbedReLU, ...] = ()
         self.batch_shards = 1  # number of inputs of this size in the global batch: ranks x micro-batches
         self.init, self.grad_scale = init, grad_scale
         self.ste = self.ste if ste is None else ste
-        self.configured_sign = signed
-        self.signed = signed  # None until `reset_` decides
         self.channel_dimension = 1  # of activations; a linear layer sets it to the last dimension
-        self.calibrated = False  # a plain attribute: reading it costs nothing and does not break a compiled graph
-        # `calibrated` and `signed` in the state dict: -1 where not calibrated, else 1 for signed and 0 for unsigned
-        self.sign: Tensor
-        self.register_buffer("sign", torch.tensor(-1, dtype=torch.int8))
-        self.register_load_state_dict_post_hook(_read_sign)
 
     # ---- what a quantizer file declares ----
 
@@ -119,7 +117,10 @@ class Quantizer(nn.Module):
 
         (0, 2^b - 1) unsigned; signed (-2^(b-1), 2^(b-1) - 1), or (-2^(b-1) + 1, 2^(b-1) - 1) where `symmetric`.
         """
-        if not self.signed:
+        return self.level_range_of(self.signed)
+
+    def level_range_of(self, signed: bool | None) -> tuple[int, int]:
+        if not signed:
             return 0, 2**self.bits - 1
         highest = 2 ** (self.bits - 1) - 1
         return (-highest if self.symmetric else -highest - 1), highest
@@ -127,7 +128,7 @@ class Quantizer(nn.Module):
     # ---- what other code uses ----
 
     def forward(self, x: Tensor) -> Tensor:
-        self._require_calibrated()
+        self.prepare_()
         affine = None
         for norm in self.batch_norm:
             affine = norm.affine_of(x, self)
@@ -151,14 +152,17 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def levels(self) -> Tensor:
         """Output values, ascending: [L], or [C, L] per channel. L is at most 2^bits."""
-        self._require_calibrated()
+        self.prepare_()
         return self.levels_of(self.table())
 
     @torch.no_grad()
     def thresholds(self) -> Tensor:
         """Decision boundaries between neighbouring levels, ascending: [L-1] or [C, L-1]."""
-        self._require_calibrated()
+        self.prepare_()
         return self.thresholds_of(self.table())
+
+    def set_range_(self, x: Tensor) -> None:
+        """Make `levels` those of this tensor, where they depend on each tensor ("dynamic" MinMax)."""
 
     def levels_of(self, table: Table) -> Tensor:
         if table.levels is not None:
@@ -178,7 +182,7 @@ class Quantizer(nn.Module):
 
         Raises ValueError where x has NaN or infinite elements.
         """
-        self._require_calibrated()
+        self.prepare_()
         not_finite = ~torch.isfinite(x)
         if not_finite.any():
             raise ValueError(f"{self.name()}.encode: {int(not_finite.sum())} of {x.numel()} elements are NaN or "
@@ -204,50 +208,38 @@ class Quantizer(nn.Module):
 
         Args:
             statistics: per channel ([C]) where the quantizer has `channels`, else per tensor ([]).
-            init: None takes the quantizer's own.
+            init: None takes the quantizer's own; without one, `mse`.
 
         Raises:
-            ValueError: negative values at fewer bits than a signed grid needs; for "lloyd_max", statistics without a
+            ValueError: negative values at fewer bits than a signed grid needs; for `mse`, statistics without a
                 histogram or values that exceed its range.
         """
-        init = init or self.init
+        init = init or self.init or "mse"
         histogram = statistics.histogram
         signed = bool((statistics.low < 0).any()) if self.configured_sign is None else self.configured_sign
         if signed and self.bits < self.smallest_bits:
             raise ValueError(f"{self.name()}: the input has negative values (minimum {statistics.low.min():.3g}); "
                              f"a signed grid needs at least {self.smallest_bits} bits, not {self.bits}")
-        if init == "lloyd_max" and histogram is None:
-            raise ValueError("init = lloyd_max needs statistics with a histogram: Statistics.of(x, histogram=True)")
-        if init == "lloyd_max" and statistics.largest.max() >= LARGEST:
-            raise ValueError(f"init = lloyd_max: values up to {statistics.largest.max():.3g}, allowed: below "
-                             f"{LARGEST:g}")
-        self.signed = signed
-        step = initial_step(init, statistics, self.level_range[1], self.role, signed)
-        if init == "lloyd_max" and histogram is not None:
-            step = best_step(self, histogram, step).clamp(min=SMALLEST_STEP)
-        self.set_steps_(step.to(torch.float32))
-        if init == "lloyd_max" and histogram is not None and self.free_levels:
-            start = self.levels_of(self.table())
-            self.set_levels_(lloyd_max(histogram, start, -self.level_range[0]).to(torch.float32))
+        self.set_sign_(signed)
+        if init != "mse":
+            self.set_steps_(initial_step(init, statistics, self.level_range[1], self.role, signed).to(torch.float32))
+        elif any(True for _ in self.parameters()):
+            if histogram is None:
+                raise ValueError("init = mse needs statistics with a histogram, but these were made without")
+            if statistics.largest.max() >= LARGEST:
+                raise ValueError(f"init = mse: values up to {statistics.largest.max():.3g}, allowed: below {LARGEST:g}")
+            step = best_step(self, histogram, statistics.largest).clamp(min=SMALLEST_STEP)
+            self.set_steps_(step.to(torch.float32))
+            if self.free_levels:
+                start = self.levels_of(self.table())
+                self.set_levels_(lloyd_max(histogram, start, -self.level_range[0]).to(torch.float32))
+        project_([self])
         self.mark_calibrated_()
-
-    def mark_calibrated_(self) -> None:
-        self.calibrated = True
-        self.sign.fill_(int(bool(self.signed)))
 
     @torch.no_grad()
     def after_step_(self) -> None:
         """Called after every optimizer step. Projects the steps to positive values; NaN stays NaN."""
         project_([self])
-
-    def positive_parameters(self) -> list[Tensor]:
-        """The parameters that have to stay positive: steps and clipping thresholds. By default all parameters."""
-        return list(self.parameters(recurse=False))
-
-    @classmethod
-    def name(cls) -> str:
-        """The name in recipes: the last part of the name of the Python module."""
-        return cls.__module__.rpartition(".")[2]
 
     def extra_repr(self) -> str:
         sign = {None: "sign from data", True: "signed", False: "unsigned"}[self.signed]
@@ -257,7 +249,7 @@ class Quantizer(nn.Module):
 
     def gradient_factor(self, elements: int | None, levels: int, numerator: float = 1.0) -> float:
         """numerator / sqrt(N Q), where N is `elements` and Q is `levels`; 1 where the gradient is not scaled."""
-        return 1.0 if elements is None else numerator / (elements * max(levels, 1)) ** 0.5
+        return 1.0 if not elements else numerator / (elements * max(levels, 1)) ** 0.5  # 0: an empty tensor
 
     def absorbed(self) -> list[str]:
         """The batch norm and the ReLU whose work this quantizer does, as "name (class)", in order of execution."""
@@ -271,28 +263,7 @@ class Quantizer(nn.Module):
             return x.numel() // (self.channels or 1)
         if self.grad_scale == "batch":
             return x.numel() * self.batch_shards
-        return x.shape[self.channel_dimension] if self.grad_scale == "channels" else x[0].numel()
-
-    def _require_calibrated(self) -> None:
-        if not self.calibrated:
-            raise RuntimeError(f"this {self.name()} {self.role} quantizer has no step sizes yet: "
-                               "call nulsq.calibrate_(model, batches) or load a state dict first")
-
-
-@torch.no_grad()
-def project_(quantizers: list[Quantizer]) -> None:
-    """Clamp the positive parameters of all quantizers to at least SMALLEST_STEP, in one operation."""
-    parameters = [parameter for quantizer in quantizers for parameter in quantizer.positive_parameters()]
-    if parameters:
-        torch._foreach_clamp_min_(parameters, SMALLEST_STEP)
-
-
-def _read_sign(quantizer: Any, incompatible_keys: object) -> None:
-    """Set `calibrated` and `signed` after a state dict was loaded."""
-    sign = int(quantizer.sign)
-    quantizer.calibrated = sign >= 0
-    if quantizer.calibrated:
-        quantizer.signed = bool(sign)
+        return x.shape[self.channel_dimension] if self.grad_scale == "channels" else math.prod(x.shape[1:])
 
 
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -6,11 +6,13 @@ evaluation, on 50 training batches.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nulsq.quant.calibration.batches import images_of
 from nulsq.quant.calibration.calibrate import average_batch_norm_
 from nulsq.quant.modes import in_evaluation
 
@@ -28,7 +30,7 @@ def freeze_batch_norm_(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Set running means and variances to the plain average over the batches. In place; returns the model.
 
     The network runs in evaluation mode, quantized and without dropout, except that its batch norms use the statistics
@@ -37,10 +39,10 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mo
     are averaged over the ranks.
 
     Args:
-        batches: image tensors as the model takes them.
+        batches: as `calibrate_` takes them.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: there is no batch, or one without an image tensor.
     """
     norms = batch_norms(model)
     before = [(norm.momentum, _batches_tracked(norm).clone()) for norm in norms]
@@ -51,7 +53,7 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mo
                 norm.train()
                 norm.reset_running_stats()
                 norm.momentum = None  # plain average over the batches
-            for x in batches:
+            for x in images_of(batches, next(model.parameters()).device):
                 model(x)
                 count += 1
     finally:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from nulsq.quant.base import Quantizer
-from nulsq.quant.layers import QUANTIZED
+from nulsq.quant.layers import USUAL, QuantizedLayer
 from nulsq.quant.op import Affine, available
 from nulsq.quant.op.batch_affine import batch_affine
 from nulsq.quant.projection import quantizers_of
@@ -222,7 +222,7 @@ def _absorb(model: nn.Module, name: str, readers: Readers, passes: ForwardPasses
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return type(module) in (*QUANTIZED.values(), AbsorbedReLU) or super().is_leaf_module(module, name)
+        return isinstance(module, QuantizedLayer | AbsorbedReLU) or super().is_leaf_module(module, name)
 
 
 def _foldable(graph: fx.Graph, model: nn.Module, kind: type[nn.Module]) -> dict[str, Readers]:
@@ -243,7 +243,8 @@ def _foldable(graph: fx.Graph, model: nn.Module, kind: type[nn.Module]) -> dict[
                 yield from users(user)
 
     def can_absorb(node: fx.Node) -> bool:
-        return (type(module(node)) in QUANTIZED.values() and calls[node.target] == 1
+        # A layer that pads its input before it quantizes would pad what the batch norm has not mapped yet.
+        return (isinstance(module(node), USUAL) and calls[node.target] == 1
                 and _has_usual_forward(module(node).activation_quantizer))
 
     foldable = {}

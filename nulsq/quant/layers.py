@@ -1,7 +1,14 @@
-"""QuantConv2d and QuantLinear: float layers with a quantizer for the weight and one for the input.
+"""Quantized layers: a convolution or linear layer with a quantizer for its weight and one for its input.
 
-They are subclasses of the float layers, so parameters and checkpoints keep their keys. `from_float` shares the
-parameters instead of copying them. Either quantizer may be None; that side then stays float.
+`quantize_layer_` changes the class of a float layer in place, as torch.nn.utils.parametrize does. The layer stays the
+same object, so everything that refers to it or is attached to it stays valid: other names, parameters, hooks,
+attributes, reparametrizations of the weight. State-dict keys stay the same. Either quantizer may be None; that side
+then stays float.
+
+    Conv1d, Conv2d, Linear                  QuantConv1d, QuantConv2d, QuantLinear; also subclasses with the same forward
+    subclasses with a forward of their own  a class with `ProductLayer`, which quantizes the operands of the one
+                                            convolution or linear operation that the forward calls: after its padding,
+                                            after its transform of the weight (`nulsq.quant.product`)
 
 The layer, not the quantizer, normalizes the weight. With m and s the mean and the standard deviation of the layer's
 whole weight (gradients go through both), and Q the weight quantizer:
@@ -13,25 +20,30 @@ whole weight (gradients go through both), and Q the weight quantizer:
 """
 
 from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import Any, Self, cast
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from nulsq.quant.base import Quantizer
 from nulsq.quant.op import requantized
+from nulsq.quant.product import Intercept, product_operands
 from nulsq.quant.settings import NORMALIZATIONS
 
 
-class _Quantized:
-    """The common part of both layers. An `observer` receives the layer's float input and disables quantization."""
+class QuantizedLayer(nn.Module):
+    """The common part of all quantized layers.
 
-    weight: Tensor
+    An `observer` gets the float input and weight of the layer's product and returns whether to quantize them.
+    """
+
+    float_class: type[nn.Module]
     channel_dimension: int  # of the input
+    weight: Tensor
     weight_quantizer: Quantizer | None
     activation_quantizer: Quantizer | None
     normalization: str
-    observer: Callable[[Tensor], object] | None
+    observer: Callable[[Tensor, Tensor], bool] | None
 
     def attach(self, weight_quantizer: Quantizer | None, activation_quantizer: Quantizer | None,
                normalization: str = "none") -> Self:
@@ -44,81 +56,171 @@ class _Quantized:
         self.observer = None
         return self
 
-    def normalized_weight(self) -> tuple[Tensor, Tensor | None]:
-        """The weight that the quantizer gets, and the factor of the quantized weight (None: 1)."""
+    def product_weight(self) -> Tensor:
+        """The weight that the layer's product gets before quantization, with its gradient."""
+        return self.weight
+
+    def normalized_weight(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The weight that the quantizer gets, and the factor of the quantized weight (None: 1).
+
+        weight: of the product; None takes `product_weight()`.
+        """
+        weight = self.product_weight() if weight is None else weight
         if self.normalization == "none":
-            return self.weight, None
-        deviation = self.weight.std().clamp(min=1e-12)  # that of a constant weight is 0
-        normalized = (self.weight - self.weight.mean()) / deviation
+            return weight, None
+        deviation = weight.std().clamp(min=1e-12)  # that of a constant weight is 0
+        normalized = (weight - weight.mean()) / deviation
         return normalized, deviation if self.normalization == "lwn" else None
 
-    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def quantized(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight of the layer's product."""
         quantizer = self.activation_quantizer
         if self.observer is not None:
-            x = x if quantizer is None else quantizer.received(x)
-            self.observer(x)
-            return x, self.weight
+            received = x if quantizer is None else quantizer.received(x)
+            if not self.observer(received, weight):
+                return received, weight
         if quantizer is not None:
             x = quantizer(x)
-        return x, self.weight if self.weight_quantizer is None else self.quantized_weight()
+        return x, weight if self.weight_quantizer is None else self.quantized_weight(weight)
 
-    def quantized_weight(self) -> Tensor:
-        """The weight of the layer's product: quantized, in the shape and type of `weight`. Needs a weight quantizer."""
+    def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
+        """The weight of the layer's product: quantized, in its shape and type. Needs a weight quantizer.
+
+        weight: of the product before quantization; None takes `product_weight()`.
+        """
         assert self.weight_quantizer is not None
-        weight, factor = self.normalized_weight()
+        weight, factor = self.normalized_weight(weight)
         weight = self.weight_quantizer(weight)
         return weight if factor is None else weight * factor
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by the float layer's class: the quantized class may have been made at run time."""
+        if type(self) is not quantized_class(self.float_class, "forward_of_instance" in self.__dict__):
+            return super().__reduce_ex__(protocol)  # torch.nn.utils.parametrize changed the class afterwards
+        return _new_layer, (self.float_class, "forward_of_instance" in self.__dict__), self.__dict__.copy()
 
-class QuantConv2d(_Quantized, nn.Conv2d):
+
+class QuantConv1d(QuantizedLayer, nn.Conv1d):
+    """A convolution with quantized weight [out, in/groups, k] and input [batch, in, length]."""
+
+    float_class = nn.Conv1d
+    channel_dimension = -2
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return call_as_leaf(self, input)
+        input, weight = self.quantized(input, self.weight)
+        with requantized(input):
+            return self._conv_forward(input, weight, self.bias)
+
+
+class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """A convolution with quantized weight [out, in/groups, kh, kw] and input [batch, in, h, w]."""
 
-    channel_dimension = 1
+    float_class = nn.Conv2d
+    channel_dimension = -3
 
-    @classmethod
-    def from_float(cls, conv: nn.Conv2d, *options: Any) -> "QuantConv2d":
-        """A quantized layer with the parameters of `conv`; options: those of `attach`."""
-        new: Any = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,  # type: ignore[arg-type]
-                       conv.padding, conv.dilation, conv.groups, conv.bias is not None,  # type: ignore[arg-type]
-                       conv.padding_mode, device="meta")
-        return _share_parameters(new, conv).attach(*options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, weight = self.quantized(x)
-        with requantized(x):
-            return self._conv_forward(x, weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return call_as_leaf(self, input)
+        input, weight = self.quantized(input, self.weight)
+        with requantized(input):
+            return self._conv_forward(input, weight, self.bias)
 
 
-class QuantLinear(_Quantized, nn.Linear):
+class QuantLinear(QuantizedLayer, nn.Linear):
     """A linear layer with quantized weight [out, in] and input [..., in]."""
 
+    float_class = nn.Linear
     channel_dimension = -1
 
-    @classmethod
-    def from_float(cls, linear: nn.Linear, *options: Any) -> "QuantLinear":
-        """A quantized layer with the parameters of `linear`; options: those of `attach`."""
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        return _share_parameters(new, linear).attach(*options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, weight = self.quantized(x)
-        with requantized(x):
-            return F.linear(x, weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return call_as_leaf(self, input)
+        input, weight = self.quantized(input, self.weight)
+        with requantized(input):
+            return F.linear(input, weight, self.bias)
 
 
-LAYERS = (nn.Conv2d, nn.Linear)
-QUANTIZED: dict[type[nn.Module], type[QuantConv2d] | type[QuantLinear]] = {nn.Conv2d: QuantConv2d,
-                                                                           nn.Linear: QuantLinear}
-Layer = TypeVar("Layer", QuantConv2d, QuantLinear)
+class ProductLayer(QuantizedLayer):
+    """A layer whose own forward calls one product; the product's operands are quantized."""
+
+    forward_of_instance: Callable[..., Tensor]  # only where the float layer's instance overrides its class
+
+    def float_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward of the float layer."""
+        if "forward_of_instance" in self.__dict__:
+            return self.forward_of_instance(*args, **kwargs)
+        return cast(Any, self.float_class).forward(self, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+            return call_as_leaf(self, *args, **kwargs)
+        with Intercept(self.quantized):
+            return self.float_forward(*args, **kwargs)
+
+    def product_weight(self) -> Tensor:
+        return product_operands(self, self.float_forward)[1]
 
 
-def _share_parameters(new: Layer, old: nn.Conv2d | nn.Linear) -> Layer:
-    new.weight, new.bias = old.weight, old.bias  # type: ignore[assignment]
-    new.train(old.training)
-    return new
+# Layers whose quantizers get the layer's own input and weight: nothing is padded or transformed in between.
+USUAL: tuple[type[QuantizedLayer], ...] = (QuantConv1d, QuantConv2d, QuantLinear)
+LAYERS: tuple[type[nn.Module], ...] = tuple(layer.float_class for layer in USUAL)
 
 
-def is_unsupported_subclass(module: nn.Module) -> bool:
-    """Whether a module is a subclass of Conv2d or Linear. It may use its weight in another way, so it stays float."""
-    return isinstance(module, LAYERS) and type(module) not in (*QUANTIZED, *QUANTIZED.values())
+def quantize_layer_(layer: nn.Module, weight_quantizer: Quantizer | None, activation_quantizer: Quantizer | None,
+                    normalization: str = "none") -> QuantizedLayer:
+    """Make a float layer a quantized one, in place; returns the layer. `reason_not_quantizable` must be None for it."""
+    override = layer.__dict__.pop("forward", None)
+    if override is not None:
+        layer.__dict__["forward_of_instance"] = override
+    layer.__class__ = quantized_class(type(layer), override is not None)
+    return cast(QuantizedLayer, layer).attach(weight_quantizer, activation_quantizer, normalization)
+
+
+_classes: dict[tuple[type, bool], type[QuantizedLayer]] = {}
+
+
+def quantized_class(float_class: type, own_forward: bool = False) -> type[QuantizedLayer]:
+    """The class of a quantized layer. own_forward: whether an instance overrides the class's forward."""
+    key = float_class, own_forward
+    if key not in _classes:
+        _classes[key] = _make_class(float_class, own_forward)
+    return _classes[key]
+
+
+def _make_class(float_class: type, own_forward: bool) -> type[QuantizedLayer]:
+    usual = next(layer for layer in USUAL if issubclass(float_class, layer.float_class))
+    if not own_forward and float_class is usual.float_class:
+        return usual
+    same = not own_forward and all(getattr(float_class, name, None) is getattr(usual.float_class, name, None)
+                                   for name in ("forward", "_conv_forward"))
+    return type(f"Quant{float_class.__name__}", (usual if same else ProductLayer, float_class),
+                {"__module__": __name__, "__doc__": f"A quantized {float_class.__name__}.", "float_class": float_class,
+                 "channel_dimension": usual.channel_dimension})
+
+
+def reason_not_quantizable(layer: nn.Module) -> str | None:
+    """Why a convolution or linear layer has to stay float; None if it can be quantized."""
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "torch's attention uses its weight without calling it"
+    if any(isinstance(parameter, nn.UninitializedParameter) for parameter in layer.parameters(recurse=False)):
+        return "its shape is not known yet: run one batch through the model first"
+    try:
+        same = quantized_class(type(layer), "forward" in layer.__dict__)
+        if issubclass(same, USUAL):
+            return None
+        product_operands(layer, layer.forward)
+    except Exception as error:  # whatever the layer's own code raises
+        return f"its forward does not call exactly one convolution or linear operation: {error}"
+    return None
+
+
+def call_as_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Under torch.fx tracing: a call of the whole module as one node, since its forward depends on values."""
+    tracer = next(value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)).tracer
+    return tracer.create_proxy("call_module", cast(Any, tracer).path_of_module(module), args, kwargs)
+
+
+def _new_layer(float_class: type[nn.Module], own_forward: bool) -> nn.Module:
+    return cast(nn.Module, object.__new__(quantized_class(float_class, own_forward)))

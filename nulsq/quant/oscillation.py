@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from nulsq.quant.base import Quantizer
-from nulsq.quant.layers import QuantConv2d, QuantLinear
+from nulsq.quant.layers import USUAL, QuantizedLayer
 from nulsq.quant.settings import OscillationSettings
 
 
@@ -55,14 +55,14 @@ class OscillationTracker(nn.Module):
             self.register_buffer(name, torch.zeros_like(weight.detach(), dtype=dtype))
 
     @torch.no_grad()
-    def start_(self, layer: QuantConv2d | QuantLinear) -> None:
+    def start_(self, layer: QuantizedLayer) -> None:
         """Record the current levels as those of step 0."""
         index = _level_index(layer)
         self.index.copy_(index)
         self.average.copy_(index)
 
     @torch.no_grad()
-    def update_(self, layer: QuantConv2d | QuantLinear, momentum: float, threshold: float | Tensor | None) -> None:
+    def update_(self, layer: QuantizedLayer, momentum: float, threshold: float | Tensor | None) -> None:
         """Call it once after each optimizer step. Sets frozen weights of `layer` to their level.
 
         threshold: weights of a higher frequency are frozen; None freezes nothing. No device synchronization.
@@ -80,7 +80,7 @@ class OscillationTracker(nn.Module):
             self.frozen.logical_or_(new)
             self._hold_(layer)
 
-    def _hold_(self, layer: QuantConv2d | QuantLinear) -> None:
+    def _hold_(self, layer: QuantizedLayer) -> None:
         """Set the frozen weights to their levels."""
         weight, level = layer.weight, _weight_quantizer(layer).decode(self.index.long())
         if layer.normalization == "none":
@@ -98,7 +98,7 @@ class OscillationTracker(nn.Module):
 class Oscillations:
     """Tracks, dampens and freezes oscillating weights of a model. All its state is in the model.
 
-    The constructor adds a tracker to every QuantConv2d and QuantLinear whose weight has at most `max_bits`. Trackers
+    The constructor adds a tracker to every layer whose weight has at most `max_bits` (see `tracked_layers`). Trackers
     are part of the model's state dict: to continue a run, construct this first, then load. All ranks compute the same
     values from the same weights.
 
@@ -169,17 +169,20 @@ def oscillating_fraction(counts: dict[str, dict[str, int]]) -> dict[str, float]:
             for state in ("oscillating", "frozen")}
 
 
-def tracked_layers(model: nn.Module, max_bits: int) -> dict[str, QuantConv2d | QuantLinear]:
-    """Quantized layers whose weight has at most `max_bits`, by name. Raises ValueError where there is none."""
+def tracked_layers(model: nn.Module, max_bits: int) -> dict[str, QuantizedLayer]:
+    """Quantized layers whose weight has at most `max_bits`, by name. Raises ValueError where there is none.
+
+    Left out are layers whose weight is computed from other parameters: freezing could not write it.
+    """
     layers = {name: module for name, module in model.named_modules()
-              if isinstance(module, QuantConv2d | QuantLinear) and module.weight_quantizer is not None
-              and module.weight_quantizer.bits <= max_bits}
+              if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None
+              and module.weight_quantizer.bits <= max_bits and _owns_weight(module)}
     if not layers:
         raise ValueError(f"oscillation: no layer has a weight quantizer of at most oscillation.max_bits = {max_bits}")
     return layers
 
 
-def dampening_loss(layer: QuantConv2d | QuantLinear, aggregate: str = "kernel_mean") -> Tensor:
+def dampening_loss(layer: QuantizedLayer, aggregate: str = "kernel_mean") -> Tensor:
     """Squared distance of a layer's normalized weights from their levels, see above: [].
 
     Weights beyond the end levels have distance 0, because they cannot oscillate.
@@ -195,17 +198,22 @@ def dampening_loss(layer: QuantConv2d | QuantLinear, aggregate: str = "kernel_me
     return distance.sum() if aggregate == "sum" else distance.mean()
 
 
-def _weight_quantizer(layer: QuantConv2d | QuantLinear) -> Quantizer:
+def _owns_weight(layer: nn.Module) -> bool:
+    """Whether the quantizer gets a parameter of the layer as it is, up to normalization."""
+    return isinstance(layer, USUAL) and any(name == "weight" for name, _ in layer.named_parameters(recurse=False))
+
+
+def _weight_quantizer(layer: QuantizedLayer) -> Quantizer:
     assert layer.weight_quantizer is not None  # `tracked_layers` selects only layers that have one
     return layer.weight_quantizer
 
 
-def _tracker(layer: QuantConv2d | QuantLinear) -> OscillationTracker:
+def _tracker(layer: QuantizedLayer) -> OscillationTracker:
     assert isinstance(layer.oscillation, OscillationTracker)
     return layer.oscillation
 
 
-def _level_index(layer: QuantConv2d | QuantLinear) -> Tensor:
+def _level_index(layer: QuantizedLayer) -> Tensor:
     """Indices of the levels of a layer's weights. That of a NaN weight is arbitrary, but valid."""
     low, high = _weight_quantizer(layer).level_range
     return _weight_quantizer(layer).level_index(layer.normalized_weight()[0]).clamp(0, high - low)

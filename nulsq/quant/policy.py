@@ -13,11 +13,12 @@ model does not have is ignored if another pattern of the same rule matches.
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from nulsq.errors import did_you_mean
-from nulsq.quant.layers import QUANTIZED
+from nulsq.quant.layers import LAYERS, reason_not_quantizable
 from nulsq.quant.settings import LayerRule, Policy, SideRule
 
 SHORTCUTS = {"downsample", "identity_conv", "shortcut"}
@@ -31,7 +32,7 @@ def resolve(policy: Policy, model: nn.Module) -> dict[str, tuple[SideRule, SideR
     """
     names = quantizable(model)
     if not names:
-        raise ValueError("the model has no Conv2d or Linear layer to quantize")
+        raise ValueError("the model has no Conv1d, Conv2d or Linear layer to quantize")
     policy, roles_of_model = policy.without_preset(), roles(model)
     chosen: dict[str, str] = {}
     for label, rule in policy.rules.items():
@@ -49,12 +50,9 @@ def resolve(policy: Policy, model: nn.Module) -> dict[str, tuple[SideRule, SideR
 
 
 def quantizable(model: nn.Module) -> list[str]:
-    """Names of the layers that can be quantized, in the order of definition.
-
-    Only Conv2d and Linear themselves: a subclass may use its weight in another way (timm's Conv2dSame pads, its
-    StdConv2d normalizes, torch's attention never calls its output layer), so it stays float and `quantize_` warns.
-    """
-    return [name for name, module in model.named_modules() if type(module) in QUANTIZED]
+    """Names of the layers that can be quantized, in the order of definition; see `reason_not_quantizable`."""
+    return [name for name, module in model.named_modules()
+            if isinstance(module, LAYERS) and reason_not_quantizable(module) is None]
 
 
 def roles(model: nn.Module) -> dict[str, list[str]]:
@@ -64,13 +62,13 @@ def roles(model: nn.Module) -> dict[str, list[str]]:
     `last` follow the order of definition, `depthwise` the shape, `downsample` and `qkv` the names that the three model
     libraries use.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
     names = list(layers)
     return {
         "first": names[:1],
         "last": names[-1:],
         "depthwise": [name for name, layer in layers.items()
-                      if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1],
+                      if not isinstance(layer, nn.Linear) and layer.groups == layer.in_channels > 1],
         "downsample": [name for name in names if SHORTCUTS & set(name.split("."))],
         "qkv": [name for name in names if name.rpartition(".")[2] in PROJECTIONS],
     }

@@ -1,22 +1,24 @@
-"""quantize_(model, policy): replace layers by their quantized forms, in place."""
+"""quantize_(model, policy): quantize layers in place."""
 
 import warnings
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from nulsq.quant.base import Quantizer
-from nulsq.quant.layers import QUANTIZED, is_unsupported_subclass
+from nulsq.quant.layers import LAYERS, QuantizedLayer, quantize_layer_, reason_not_quantizable
 from nulsq.quant.policy import resolve
 from nulsq.quant.registry import get_quantizer
 from nulsq.quant.settings import FLOAT, Policy, SideRule
 
 
 def quantize_(model: nn.Module, policy: Policy | None = None, *, batch_shards: int = 1) -> nn.Module:
-    """Replace each Conv2d and Linear by its quantized form, as the policy says. In place; returns the model.
+    """Quantize each convolution (1-D and 2-D) and linear layer, as the policy says. In place; returns the model.
 
-    Parameters are shared with the old layers and keep their names. Step sizes are still missing afterwards:
-    `calibrate_(model, batches)` sets them. Layers of a subclass of Conv2d or Linear stay float; a warning names them.
+    Layers stay the same objects with the same parameters, hooks and state-dict keys. Step sizes are still missing
+    afterwards: `calibrate_(model, batches)` sets them. A subclass whose forward does not call exactly one convolution
+    or linear operation stays float; a warning names it. Layers that share a weight share its quantizer.
 
     Args:
         policy: None uses the default policy, the paper's.
@@ -25,37 +27,77 @@ def quantize_(model: nn.Module, policy: Policy | None = None, *, batch_shards: i
 
     Raises:
         ValueError: an unknown quantizer, bits that it does not support, a pattern or role that matches no layer,
-            contradicting settings, or a model that is quantized already.
+            contradicting settings, a model that is quantized, compiled or wrapped for several devices already.
     """
-    if any(isinstance(module, Quantizer) for module in model.modules()):
-        raise ValueError("the model is quantized already; build a float one and call quantize_ once")
+    _require_plain_float(model)
     if not isinstance(batch_shards, int) or batch_shards < 1:
         raise ValueError(f"batch_shards = {batch_shards!r}, allowed: whole numbers from 1")
     plan = resolve(policy or Policy(), model)
-    replacements: dict[str, nn.Module] = {}
+    of_weights: dict[int, tuple[str, SideRule, Quantizer | None]] = {}  # by id of the parameter
+    quantizers: dict[str, tuple[Quantizer | None, Quantizer | None, str]] = {}
     for name, (weight, activation) in plan.items():
         layer: Any = model.get_submodule(name)
-        sides = (_build(name, "weight", weight, layer.weight.shape[0]), _build(name, "activation", activation, None))
-        if sides == (None, None):
-            continue
-        for quantizer in filter(None, sides):
-            quantizer.batch_shards = batch_shards
-        normalization = weight.normalization or getattr(sides[0], "normalization", "none")
-        quantized = QUANTIZED[type(layer)].from_float(layer, *sides, normalization)
-        replacements[name] = quantized.to(layer.weight.device)
+        parameter = dict(layer.named_parameters(recurse=False)).get("weight")
+        if parameter is not None and id(parameter) in of_weights:
+            other, rule, of_weight = of_weights[id(parameter)]
+            if rule != weight:
+                raise ValueError(f"{other} and {name} share one weight, but their weight settings differ: give both "
+                                 "the same, in one rule that matches both names")
+        else:
+            of_weight = _build(name, "weight", weight, layer.weight.shape[0])
+            if parameter is not None:
+                of_weights[id(parameter)] = name, weight, of_weight
+        of_activation = _build(name, "activation", activation, None)
+        if of_weight is not None or of_activation is not None:
+            published = "none" if of_weight is None else of_weight.normalization
+            quantizers[name] = of_weight, of_activation, weight.normalization or published
+    not_quantized = [f"{name} ({type(module).__name__}: {reason})" for name, module in model.named_modules()
+                     if isinstance(module, LAYERS) and (reason := reason_not_quantizable(module))]
     # The model is unchanged up to here, so an error above leaves it as it was.
-    for name, replacement in replacements.items():
-        if not name:
-            raise ValueError("the model is itself one layer: wrap it (nn.Sequential(layer)) to replace it in place")
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacement)
-    subclasses = [f"{name} ({type(module).__name__})" for name, module in model.named_modules()
-                  if is_unsupported_subclass(module)]
-    if replacements and subclasses:
-        more = f" and {len(subclasses) - 3} more" if len(subclasses) > 3 else ""
-        warnings.warn("not quantized, since a subclass of Conv2d or Linear may use its weight in another way: "
-                      f"{', '.join(subclasses[:3])}{more}", stacklevel=2)
+    for name, sides in quantizers.items():
+        layer = model.get_submodule(name)
+        device = layer.weight.device
+        quantize_layer_(layer, *sides)
+        for quantizer in filter(None, sides[:2]):
+            quantizer.batch_shards = batch_shards
+            quantizer.to(device).train(layer.training)
+    _avoid_fused_transformer(model)
+    if quantizers and not_quantized:
+        more = f" and {len(not_quantized) - 3} more" if len(not_quantized) > 3 else ""
+        warnings.warn(f"not quantized: {', '.join(not_quantized[:3])}{more}", stacklevel=2)
     return model
+
+
+def _require_plain_float(model: nn.Module) -> None:
+    """Raise ValueError for a model that is quantized or that a wrapper or compiler refers to already."""
+    order = ("The order is: build the float model, load its weights, nulsq.quantize_, nulsq.calibrate_, then wrap or "
+             "compile it, then build the optimizers")
+    for name, module in model.named_modules():
+        where = f"{name} is" if name else "the model is"
+        classes = {cls.__name__ for cls in type(module).__mro__}
+        if isinstance(module, DistributedDataParallel | DataParallel):
+            raise ValueError(f"{where} wrapped in {type(module).__name__}, which would keep the float layers. {order}")
+        if classes & {"FullyShardedDataParallel", "FSDPModule"}:
+            raise ValueError(f"{where} wrapped for FSDP, which would keep the float parameters. {order}")
+        if "OptimizedModule" in classes or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"{where} compiled, so its graph would keep the float layers. {order}")
+        if isinstance(module, Quantizer):
+            raise ValueError("the model is quantized already; build a float one and call quantize_ once")
+
+
+def _avoid_fused_transformer(model: nn.Module) -> None:
+    """Switch off torch's fused inference of transformer layers that hold quantized layers: it reads weights only."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(
+                isinstance(child, QuantizedLayer) for child in module.modules()):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False  # only the fused layer computes with nested tensors
+            else:
+                module.register_forward_pre_hook(_no_change)  # torch does not fuse a layer that has hooks
+
+
+def _no_change(module: nn.Module, args: Any) -> None:
+    pass
 
 
 def _build(name: str, role: str, rule: SideRule, channels: int | None) -> Quantizer | None:

@@ -20,7 +20,8 @@ from nulsq.errors import did_you_mean
 
 FLOAT = "fp"  # in the place of a quantizer's name: none
 PRESETS = ("paper", "none", "weights_only")
-INITIALIZERS = ("nmse", "lsq", "const", "lloyd_max")  # see `nulsq.quant.calibration.initial_step`
+INITIALIZERS = ("mse", "nmse", "lsq", "const")  # see `nulsq.quant.calibration.initial_step`
+OLD_INITIALIZERS = {"lloyd_max": "mse"}  # name in earlier recipes -> name
 GRAD_SCALES = ("none", "lsq", "channels", "batch")  # see `nulsq.quant.base.Quantizer`
 STE_RULES = ("clip", "clip_open", "half", "none")  # see `nulsq.quant.op.Rule`
 NORMALIZATIONS = ("none", "wn", "lwn")  # see `nulsq.quant.layers`

@@ -5,7 +5,7 @@ from collections import Counter
 from torch import nn
 
 from nulsq.quant.base import Quantizer
-from nulsq.quant.layers import LAYERS, QuantConv2d, QuantLinear, is_unsupported_subclass
+from nulsq.quant.layers import LAYERS, QuantizedLayer, reason_not_quantizable
 from nulsq.quant.policy import roles
 from nulsq.text import aligned
 
@@ -25,7 +25,7 @@ def summary(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
             weight, activation, absorbed = "float", "float", []
-            if isinstance(module, QuantConv2d | QuantLinear):
+            if isinstance(module, QuantizedLayer):
                 weight = _side(module.weight_quantizer, module.normalization)
                 activation = _side(module.activation_quantizer)
                 absorbed = module.activation_quantizer.absorbed() if module.activation_quantizer is not None else []
@@ -69,11 +69,11 @@ def _stays_float(model: nn.Module) -> list[str]:
         class_name = type(module).__name__
         if "attention" in class_name.lower():
             attention[class_name] += 1
-        if isinstance(module, Quantizer | QuantConv2d | QuantLinear):
+        if isinstance(module, Quantizer | QuantizedLayer):
             continue
         own = [name for name, _ in module.named_parameters(recurse=False)]
-        if is_unsupported_subclass(module):
-            subclasses[f"{class_name}, a subclass"] += 1
+        if isinstance(module, LAYERS) and (reason := reason_not_quantizable(module)):
+            subclasses[f"{class_name} ({reason})"] += 1
         elif set(own) - {"bias"} == {"weight"}:
             layers[class_name] += 1
         else:

@@ -66,10 +66,13 @@ class APoT(Quantizer):
             ste = "none"
         super().__init__(bits, role, signed=signed, channels=channels, ste=ste, **options)
         self.alpha = nn.Parameter(torch.ones(1) if channels is None else torch.ones(channels, 1))
-        self.register_buffer("unsigned_units", torch.tensor(magnitudes(bits), dtype=torch.float32), persistent=False)
-        positive = magnitudes(bits - 1) if bits > 1 else [0]
+        self.register_computed_buffers()
+
+    def computed_buffers(self) -> dict[str, Tensor]:
+        positive = magnitudes(self.bits - 1) if self.bits > 1 else [0]
         signed_units = [-unit for unit in positive[:0:-1]] + positive
-        self.register_buffer("signed_units", torch.tensor(signed_units, dtype=torch.float32), persistent=False)
+        return {"unsigned_units": torch.tensor(magnitudes(self.bits), dtype=torch.float32),
+                "signed_units": torch.tensor(signed_units, dtype=torch.float32)}
 
     def table(self, elements: int | None = None) -> Table:
         units = self.signed_units if self.signed else self.unsigned_units
@@ -86,7 +89,7 @@ class APoT(Quantizer):
         return (True,) * -low + (False,) * high
 
     def gradient_factor(self, elements: int | None, levels: int, numerator: float = 1.0) -> float:
-        return 1.0 if elements is None else (levels / elements) ** 0.5
+        return 1.0 if not elements else (levels / elements) ** 0.5
 
     def set_steps_(self, step: Tensor) -> None:
         self.alpha.copy_((step * self.level_range[1]).view(self.alpha.shape))

@@ -108,7 +108,7 @@ class LCQ(Quantizer):
         return (False,) * -low + (self.theta is not None,) * high  # a threshold is the first value of the outer level
 
     def gradient_factor(self, elements: int | None, levels: int, numerator: float = 1.0) -> float:
-        return 1.0 if elements is None else (levels / elements) ** 0.5
+        return 1.0 if not elements else (levels / elements) ** 0.5
 
     def set_steps_(self, step: Tensor) -> None:
         self.alpha.copy_((step * self.level_range[1]).view(self.alpha.shape))

@@ -8,6 +8,7 @@ For weights, m comes from the weight itself in every forward pass. For activatio
 
     running    m is a moving average of max|x| over batches (weight of the new one: `momentum`), kept in the state dict.
                Forward uses m as it was before the step; the batch's maximum, over all ranks, enters after the step.
+               A batch with infinite or NaN values does not enter.
     static     m as calibration measured it
     dynamic    m of the current batch, also in evaluation: not deployable, and several ranks differ from one
     reference  as `dynamic`, with max(x) instead of max|x| and no clamp, as in the authors' code; for parity only.
@@ -42,36 +43,52 @@ class MinMax(Quantizer):
             raise ValueError(f"minmax: range = {range!r}, allowed: {', '.join(RANGES)}")
         self.momentum = momentum
         self.range = "dynamic" if role == "weight" and range != "reference" else range
-        shape = (1,) if channels is None else (channels, 1)
-        self.register_buffer("largest", torch.ones(shape))  # m
-        self.register_buffer("seen", torch.zeros(shape), persistent=False)  # max|x| since the last step
+        self.register_buffer("largest", torch.ones((1,) if channels is None else (channels, 1)))  # m
+        self.register_computed_buffers()
+
+    def computed_buffers(self) -> dict[str, Tensor]:
+        # max|x| since the last step
+        return {"seen": torch.zeros((1,) if self.channels is None else (self.channels, 1))}
 
     def table(self, elements: int | None = None) -> Table:
-        return Table(gaps=(self.largest / self.level_range[1]).clamp(min=SMALLEST_STEP))
+        return self._table_for(self.largest)
+
+    def _table_for(self, largest: Tensor) -> Table:
+        return Table(gaps=(largest / self.level_range[1]).clamp(min=SMALLEST_STEP))
 
     def forward(self, x: Tensor) -> Tensor:
-        self._require_calibrated()
+        self.prepare_()
         if self.range == "reference":
             step = x.detach().max() / self.level_range[1]
             y = torch.round(x.detach() / step) * step
             return x + (y - x).detach()
-        if self.range == "dynamic":
-            self.largest.copy_(self._largest_of(x))
-        elif self.range == "running" and self.training:
-            self.seen.copy_(torch.maximum(self.seen, self._largest_of(x)))
-        # `table` copies the running range, which changes in place after the step: backward needs the forward's values.
-        return fake_quantize(x, self.table(), self.rule())
+        largest = self.largest
+        if self.range == "dynamic" and x.numel():
+            largest = self._largest_of(x)
+            if self.training:  # not in evaluation: transforms of torch.func forbid writes to buffers
+                self.largest.copy_(largest)
+        elif self.range == "running" and self.training and x.numel():
+            largest_of_batch = self._largest_of(x)
+            self.seen.copy_(torch.where(largest_of_batch.isfinite(), largest_of_batch.maximum(self.seen), self.seen))
+        # `_table_for` copies the running range, which changes in place after the step: backward needs the forward's
+        # values.
+        return fake_quantize(x, self._table_for(largest), self.rule())
 
     def encode(self, x: Tensor) -> Tensor:
         if self.range == "reference":
             raise ValueError("minmax: range = reference has no level indices: it does not clamp, it is for parity only")
-        if self.range == "dynamic" and torch.isfinite(x).all():
-            self.largest.copy_(self._largest_of(x))
+        self.set_range_(x)
         return super().encode(x)
+
+    @torch.no_grad()
+    def set_range_(self, x: Tensor) -> None:
+        if self.range == "dynamic" and x.numel() and torch.isfinite(x).all():
+            self.largest.copy_(self._largest_of(x))
 
     def _largest_of(self, x: Tensor) -> Tensor:
         x = x.detach().abs()
-        return x.amax().to(self.largest).view(1) if self.channels is None else x.flatten(1).amax(1, keepdim=True)
+        largest = x.amax().view(1) if self.channels is None else x.flatten(1).amax(1, keepdim=True)
+        return largest.to(self.largest)
 
     @torch.no_grad()
     def reset_(self, statistics: Statistics, init: str | None = None) -> None:

@@ -56,7 +56,7 @@ class Optimizers:
             own = [{"params": groups.quantizers, "weight_decay": recipe.qparm_wd}]
             self.quantizers = _build_optimizer(recipe.qparm_optimizer, own, recipe)
         if quantizers_of(model):
-            follow_step_(self.quantizers or self.weights, model)
+            follow_step_(model, *filter(None, (self.weights, self.quantizers)))
 
     def step(self, lr: float | Tensor) -> None:
         """Clip, set both learning rates, step both (weights first). A CUDA graph takes `lr` as a tensor [], so that

@@ -11,19 +11,19 @@ batch-norm statistics are updated.
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nulsq.quant.base import Quantizer
+from nulsq.quant.calibration.batches import images_of
 from nulsq.quant.calibration.statistics import BatchStatistics, Statistics
-from nulsq.quant.layers import QuantConv2d, QuantLinear
+from nulsq.quant.layers import QuantizedLayer
 from nulsq.quant.modes import in_evaluation
 
 PROTOCOLS = ("float", "reference")
-QuantLayers = dict[str, QuantConv2d | QuantLinear]  # by module name
+QuantLayers = dict[str, QuantizedLayer]  # by module name
 
 
 @torch.no_grad()
@@ -32,18 +32,19 @@ def calibrate_(model: nn.Module, batches: Iterable, protocol: str = "float") -> 
 
     Args:
         model: after `quantize_`. In a process group every rank has to call this, with its own share of the images.
-        batches: image tensors as the model takes them, or tuples that start with one. May be empty where only weights
-            are quantized.
+        batches: image tensors as the model takes them, (images, labels), mappings with `image` or `pixel_values`; a
+            list of these, a DataLoader. May be empty where only weights are quantized.
         protocol: "float" or "reference", see above.
 
     Raises:
-        ValueError: activations are quantized and there is no batch, or a batch has NaN or infinite values.
+        ValueError: activations are quantized and there is no batch, a batch has NaN or infinite values, or a quantized
+            layer is never called, although there is a batch.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"calibration protocol = {protocol!r}, allowed: {', '.join(PROTOCOLS)}")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantConv2d | QuantLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     device = next(model.parameters()).device
-    inputs = (_finite(_images(batch)).to(device) for batch in batches)
+    inputs = map(_finite, images_of(batches, device))
     with in_evaluation(model):
         if protocol == "reference":
             _layer_by_layer(model, layers, inputs)
@@ -56,40 +57,85 @@ def _in_float(model: nn.Module, layers: QuantLayers, inputs: Iterable[Tensor], d
     for layer in layers.values():
         if layer.weight_quantizer is not None:
             layer.weight_quantizer.reset_(_statistics(Statistics, layer.weight_quantizer, layer.normalized_weight()[0]))
-    quantizers = {name: layer.activation_quantizer for name, layer in layers.items()
-                  if layer.activation_quantizer is not None}
-    if not quantizers:
-        return
     of_inputs: dict[str, Statistics] = {}
+    reached: set[str] = set()
+    only_in_training: set[str] = set()  # auxiliary heads
 
-    def observer(name: str, quantizer: Quantizer) -> Callable[[Tensor], None]:
-        def observe(x: Tensor) -> None:
-            new = _statistics(Statistics, quantizer, x)
-            of_inputs[name] = of_inputs[name].merge(new) if name in of_inputs else new
+    def observer(name: str, quantizer: Quantizer | None) -> Callable[[Tensor, Tensor], bool]:
+        def observe(x: Tensor, weight: Tensor) -> bool:
+            reached.add(name)
+            if quantizer is not None and x.numel():  # the last batch of a loader may be empty
+                new = _statistics(Statistics, quantizer, x)
+                of_inputs[name] = of_inputs[name].merge(new) if name in of_inputs else new
+            return False
         return observe
 
+    count = 0
     try:
         for layer in layers.values():
-            layer.observer = _ignore
+            layer.observer = _pass_on
         inputs = _initialize_batch_norm(model, inputs)
         model.eval()
-        for name, quantizer in quantizers.items():
-            layers[name].observer = observer(name, quantizer)
+        observers = {name: observer(name, layer.activation_quantizer) for name, layer in layers.items()}
+        for name, layer in layers.items():
+            layer.observer = observers[name]
         for x in inputs:
             model(x)
+            if not count:
+                only_in_training = layers.keys() - reached
+            count += 1
+            if only_in_training:
+                _run_in_training(model, x, layers, observers, only_in_training)
     finally:
         for layer in layers.values():
             layer.observer = None
-    missing = [name for name in quantizers if name not in of_inputs]
-    if missing:
-        raise ValueError(f"calibrate_: no batch reached {', '.join(missing[:3])}; give at least one batch, and leave "
-                         "layers whose weights the network uses without calling them float (a rule with quantizer: fp)")
-    for name, quantizer in quantizers.items():
+    if count:
+        _require_reached(layers, reached)
+    for name, layer in layers.items():
+        quantizer = layer.activation_quantizer
+        if quantizer is None:
+            continue
+        if name not in of_inputs:
+            raise ValueError(f"calibrate_: no value reached {name}: activations are quantized, give at least one batch "
+                             "with images")
         statistics = of_inputs[name].over_ranks(device)
         quantizer.reset_(statistics)
         if not quantizer.signed and statistics.low < 0:
             warnings.warn(f"the input of {name} goes down to {statistics.low:.3g} and its {quantizer.name()} quantizer "
                           "is unsigned: everything below zero becomes zero", stacklevel=3)
+
+
+def _run_in_training(model: nn.Module, x: Tensor, layers: QuantLayers,
+                     observers: dict[str, Callable[[Tensor, Tensor], bool]], names: Iterable[str]) -> None:
+    """One pass in training mode that is observed by these layers alone, such as auxiliary heads.
+
+    Batch-norm statistics and random numbers are as before afterwards.
+    """
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = [x.device] if x.device.type == "cuda" else []
+    try:
+        for name, layer in layers.items():
+            layer.observer = observers[name] if name in names else _pass_on
+        with torch.random.fork_rng(devices):
+            model.train()
+            model(x)
+    except Exception as error:  # whatever the network's own code raises
+        raise ValueError(f"calibrate_: {', '.join(sorted(names)[:3])} are not called in evaluation mode, and the model "
+                         f"fails in training mode: {error}") from error
+    finally:
+        model.eval()
+        for buffer, value in before:
+            buffer.copy_(value)
+        for name, layer in layers.items():
+            layer.observer = observers[name]
+
+
+def _require_reached(layers: QuantLayers, reached: set[str]) -> None:
+    missing = [name for name in layers if name not in reached]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"calibrate_: the network never calls {', '.join(missing[:3])}{more}. If it uses their "
+                         "weights without calling the layers, leave them float: a rule with quantizer: fp")
 
 
 def _initialize_batch_norm(model: nn.Module, inputs: Iterable[Tensor]) -> Iterable[Tensor]:
@@ -139,26 +185,38 @@ def average_batch_norm_(modules: Iterable[nn.Module]) -> None:
 
 
 def _layer_by_layer(model: nn.Module, layers: QuantLayers, inputs: Iterable[Tensor]) -> None:
-    handles = [layer.register_forward_pre_hook(_keep_larger) for layer in layers.values()]
+    reached: set[str] = set()
+    count = 0
+
+    def observer(name: str, layer: QuantizedLayer) -> Callable[[Tensor, Tensor], bool]:
+        def observe(x: Tensor, weight: Tensor) -> bool:
+            reached.add(name)
+            if layer.weight_quantizer is not None:
+                keep_larger_(layer.weight_quantizer, _statistics(BatchStatistics, layer.weight_quantizer,
+                                                                 layer.normalized_weight(weight)[0]))
+            if layer.activation_quantizer is not None and x.numel():
+                keep_larger_(layer.activation_quantizer, _statistics(BatchStatistics, layer.activation_quantizer, x))
+            return True
+        return observe
+
     try:
+        for name, layer in layers.items():
+            layer.observer = observer(name, layer)
         model.train()
         for x in inputs:
             model(x)
+            count += 1
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _keep_larger(layer: Any, args: tuple[Tensor, ...]) -> None:
-    if layer.weight_quantizer is not None:
-        keep_larger_(layer.weight_quantizer, _statistics(BatchStatistics, layer.weight_quantizer,
-                                                         layer.normalized_weight()[0]))
-    if layer.activation_quantizer is not None:
-        keep_larger_(layer.activation_quantizer, _statistics(BatchStatistics, layer.activation_quantizer, args[0]))
+        for layer in layers.values():
+            layer.observer = None
+    if count:
+        _require_reached(layers, reached)
 
 
 def _statistics(statistics: type[Statistics], quantizer: Quantizer, x: Tensor) -> Statistics:
-    return statistics.of(x, per_channel=quantizer.channels is not None, histogram=quantizer.init == "lloyd_max")
+    learned = any(True for _ in quantizer.parameters())
+    histogram = learned and (quantizer.init or ("mse" if statistics is Statistics else "nmse")) == "mse"
+    return statistics.of(x, per_channel=quantizer.channels is not None, histogram=histogram)
 
 
 def keep_larger_(quantizer: Quantizer, statistics: Statistics) -> None:
@@ -169,14 +227,10 @@ def keep_larger_(quantizer: Quantizer, statistics: Statistics) -> None:
     before = [value.clone() for value in values()] if quantizer.calibrated else None
     if quantizer.calibrated and quantizer.signed:  # an earlier batch had negative values: it stays signed
         statistics.low = statistics.low.clamp(max=-torch.finfo(torch.float32).tiny)
-    quantizer.reset_(statistics)
+    quantizer.reset_(statistics, quantizer.init or "nmse")
     if before is not None:
         for value, old in zip(values(), before, strict=True):
             value.copy_(torch.maximum(value, old))
-
-
-def _images(batch: Any) -> Tensor:
-    return batch[0] if isinstance(batch, tuple | list) else batch
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -187,5 +241,6 @@ def _finite(x: Tensor) -> Tensor:
     return x
 
 
-def _ignore(x: Tensor) -> None:
-    pass
+def _pass_on(x: Tensor, weight: Tensor) -> bool:
+    """The observer of a layer that computes in float and measures nothing."""
+    return False

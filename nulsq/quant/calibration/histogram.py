@@ -1,6 +1,6 @@
 """A histogram with fixed bins, so that histograms of batches and ranks can be added.
 
-Bins are logarithmic: 32 per octave of |x| from 2^-30 to 2^20, for either sign, and one for zero. Values of a bin differ
+Bins are logarithmic: 32 per octave of |x| from 2^-30 to 2^40, for either sign, and one for zero. Values of a bin differ
 by at most 3 percent. Each bin keeps its count and its exact sum in float64.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOWEST, HIGHEST, PER_OCTAVE = -30, 20, 32
+LOWEST, HIGHEST, PER_OCTAVE = -30, 40, 32
 SIDE = (HIGHEST - LOWEST) * PER_OCTAVE  # bins of one sign
 BINS = 2 * SIDE + 1
 LARGEST = 2.0**HIGHEST
@@ -28,11 +28,7 @@ class Histogram:
         """Histogram of finite values; with `per_channel`, one for each index of dimension 0."""
         x = x.detach().float()
         x = x.flatten(1) if per_channel else x.reshape(1, -1)
-        fraction, exponent = torch.frexp(x.abs())  # |x| = fraction 2^exponent, 1/2 <= fraction < 1
-        number = (exponent - 1 - LOWEST) * PER_OCTAVE + ((fraction - 0.5) * (2 * PER_OCTAVE)).long()
-        number = torch.where(x == 0, -1, number.clamp(-1, SIDE - 1)) + 1
-        number = SIDE + torch.where(x < 0, -number, number)
-        number += torch.arange(len(x), device=x.device)[:, None] * BINS
+        number = _bin_numbers(x) + torch.arange(len(x), device=x.device)[:, None] * BINS
         count = torch.bincount(number.flatten(), minlength=len(x) * BINS).double()
         total = torch.bincount(number.flatten(), x.flatten().double(), len(x) * BINS)
         shape = (len(x), BINS) if per_channel else (BINS,)
@@ -46,26 +42,54 @@ class Histogram:
 
         Where a threshold lies inside a bin, the values of the bin are assumed to be spread evenly.
         """
-        ends = _bin_ends()
-        thresholds = thresholds.to(ends)
-        at = (torch.searchsorted(ends, thresholds.contiguous(), right=True) - 1).clamp(0, BINS - 1)
-        left, right = ends[at], ends[at + 1]
-        inside = thresholds.clamp(left, right)
-        share = (inside - left) / (right - left)  # of the count; `weighted` is the share of the sum
-        weighted = torch.where(at == SIDE, share, (inside.square() - left.square()) / (right.square() - left.square()))
-        return _between(self.count, at, share), _between(self.total, at, weighted)
+        thresholds = thresholds.to(torch.float64).cpu()
+        at = _bin_numbers(thresholds)
+        inner, width = _bin_of(thresholds.abs())
+        outer = inner + width
+        size = thresholds.abs()
+        share = (size - inner) / width  # of the bin's count, from the end next to zero
+        weighted = (size.square() - inner.square()) / (outer.square() - inner.square())  # of the bin's sum
+        zero = at == SIDE
+        inside = (thresholds + 2.0**LOWEST) / 2.0 ** (LOWEST + 1)  # of the bin around zero
+        below = thresholds < 0
+        share, weighted = (torch.where(zero, inside, torch.where(below, 1 - part, part)).clamp(0, 1)
+                           for part in (share, weighted))
+        return (_between(self.count, self._below[0], at, share), _between(self.total, self._below[1], at, weighted))
+
+    def square(self) -> Tensor:
+        """Sum of x^2, as if all values of a bin were their mean: [] or [C]."""
+        return (self.total.square() / self.count.clamp(min=1)).sum(-1)
+
+    @functools.cached_property
+    def _below(self) -> tuple[Tensor, Tensor]:
+        """Count and sum of the values below each end of a bin: [..., BINS + 1] each."""
+        count, total = (torch.nn.functional.pad(values.cumsum(-1), (1, 0)) for values in (self.count, self.total))
+        return count, total
 
 
-def _between(values: Tensor, at: Tensor, share: Tensor) -> Tensor:
-    """Sums of the bins' values between thresholds that lie at a share of the bins `at`."""
-    running = torch.nn.functional.pad(values.cumsum(-1), (1, 0))
+def _between(values: Tensor, running: Tensor, at: Tensor, share: Tensor) -> Tensor:
+    """Sums of the bins' values between thresholds that lie at a share of the bins `at`.
+
+    running: sums below each bin.
+    """
     below = running.gather(-1, at) + share * values.gather(-1, at)
     return torch.cat([torch.zeros_like(running[..., :1]), below, running[..., -1:]], -1).diff(dim=-1)
 
 
-@functools.cache
-def _bin_ends() -> Tensor:
-    """The BINS + 1 ends of the bins, ascending."""
-    steps = 1 + torch.arange(PER_OCTAVE, dtype=torch.float64) / PER_OCTAVE
-    positive = torch.cat([2.0**octave * steps for octave in range(LOWEST, HIGHEST)] + [2.0**HIGHEST * steps[:1]])
-    return torch.cat([-positive.flip(0), positive])
+def _bin_numbers(x: Tensor) -> Tensor:
+    """The bin of each value: int64, ascending with x."""
+    # A float's bits are sign, exponent and mantissa; with its first five bits the exponent is the number of a bin.
+    if x.dtype == torch.float64:
+        bits, shift, bias = x.abs().view(torch.int64), 47, 1023
+    else:
+        bits, shift, bias = x.float().abs().view(torch.int32), 18, 127
+    number = ((bits >> shift) - (LOWEST + bias) * PER_OCTAVE).clamp_(-1, SIDE - 1).add_(1)
+    return SIDE + torch.where(x < 0, -number, number)
+
+
+def _bin_of(size: Tensor) -> tuple[Tensor, Tensor]:
+    """The end next to zero, and the width, of the bin of each positive value."""
+    fraction, exponent = torch.frexp(size)
+    exponent = exponent.clamp(LOWEST + 1, HIGHEST) - 1
+    width = torch.ldexp(torch.full_like(size, 1 / PER_OCTAVE), exponent)
+    return torch.ldexp(torch.ones_like(size), exponent) + ((fraction - 0.5) * (2 * PER_OCTAVE)).floor() * width, width

@@ -2,11 +2,11 @@
 
 All initial steps of a quantizer are equal, so each function returns one number per tensor or per channel:
 
-    nmse       minimizes E[(x - Q(x))^2] of a normal (signed) or half-normal (unsigned) tensor
-    lsq        2 E|x| / sqrt(Qp)                                       (Esser et al., LSQ, ICLR 2020)
-    const      a fixed clipping range over Qp: 3 for weights, 8 for activations, as in the reference of nuLSQ
-    lloyd_max  starts at nmse and minimizes the squared error on the data's histogram, see
-               `nulsq.quant.calibration.lloyd_max`
+    nmse   minimizes E[(x - Q(x))^2] of a normal (signed) or half-normal (unsigned) tensor
+    lsq    2 E|x| / sqrt(Qp)                                       (Esser et al., LSQ, ICLR 2020)
+    const  a fixed clipping range over Qp: 3 for weights, 8 for activations, as in the reference of nuLSQ
+
+The initializer `mse` is no formula, see `nulsq.quant.calibration.least_squares`.
 
 `Qp` is the number of the highest level: 2^bits - 1 unsigned, 2^(bits-1) - 1 signed (0 for one signed bit).
 """
@@ -34,7 +34,9 @@ SMALLEST_STEP = 1e-6  # so that a tensor of zeros gets a usable grid
 
 def nmse(statistics: Statistics, qp: int, role: str, signed: bool) -> Tensor:
     if role == "weight":
-        return statistics.std * NORMAL_STEP[qp]
+        std, root_mean_square = statistics.std, statistics.mean_square.sqrt()
+        # Weights far from zero on one side (a constant channel, one weight per channel) need a grid that reaches them.
+        return torch.where(std < root_mean_square / 2, root_mean_square, std) * NORMAL_STEP[qp]
     if signed:  # activations need not have mean zero: their grid has a level at zero and must reach both tails
         return statistics.mean_square.sqrt() * NORMAL_STEP[qp]
     return (2 * statistics.mean_square).sqrt() * HALF_NORMAL_STEP[qp]
@@ -48,7 +50,7 @@ def const(statistics: Statistics, qp: int, role: str, signed: bool) -> Tensor:
     return torch.full_like(statistics.count, CLIP_RANGE[role] / max(qp, 1))
 
 
-BY_NAME = {"nmse": nmse, "lsq": lsq, "const": const, "lloyd_max": nmse}
+BY_NAME = {"nmse": nmse, "lsq": lsq, "const": const}
 
 
 def initial_step(name: str, statistics: Statistics, qp: int, role: str, signed: bool) -> Tensor:

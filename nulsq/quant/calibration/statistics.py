@@ -18,7 +18,7 @@ from nulsq.quant.calibration.histogram import Histogram
 class Statistics:
     """Sums and extrema of samples, each a float64 tensor on the CPU of shape [] or, per channel, [C].
 
-    The histogram is optional, because it costs more than everything else.
+    The histogram is what the initializer `mse` needs. It costs more than everything else.
     """
 
     count: Tensor
@@ -30,7 +30,7 @@ class Statistics:
     histogram: Histogram | None = None
 
     @classmethod
-    def of(cls, x: Tensor, *, per_channel: bool = False, histogram: bool = False) -> "Statistics":
+    def of(cls, x: Tensor, *, per_channel: bool = False, histogram: bool = True) -> "Statistics":
         """Statistics of x; with `per_channel`, one for each index of dimension 0.
 
         Raises ValueError for NaN or infinite values: a range learned from them would be meaningless.
@@ -98,7 +98,7 @@ class BatchStatistics(Statistics):
     x: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, *, per_channel: bool = False, histogram: bool = False) -> "BatchStatistics":
+    def of(cls, x: Tensor, *, per_channel: bool = False, histogram: bool = True) -> "BatchStatistics":
         statistics: Any = super().of(x, per_channel=per_channel, histogram=histogram)
         statistics.x = x.detach().flatten(1) if per_channel else x.detach().reshape(-1)
         return statistics

@@ -22,7 +22,7 @@ from nulsq.quant.op.eager import Eager
 from nulsq.quant.op.fused import fused, requantized
 from nulsq.quant.op.inductor import inline_forward
 from nulsq.quant.op.kernels import available, takes_affine
-from nulsq.quant.op.reference import Affine, Reference, Rule, Table, encode, scale_gradient, under_transform
+from nulsq.quant.op.reference import Affine, Reference, Rule, Table, encode, quantize, scale_gradient, under_transform
 
 __all__ = ["FORMS", "Affine", "Rule", "Table", "available", "encode", "fake_quantize", "force", "inline_forward",
            "requantized", "scale_gradient"]
@@ -43,6 +43,8 @@ def fake_quantize(x: Tensor, table: Table, rule: Rule, form: str | None = None,
     form: a key of FORMS that overrides the choice.
     affine: a map of x before it is quantized, in the same pass where a kernel can do both; for per-tensor tables.
     """
+    if torch.jit.is_tracing():  # for inference: plain operations, which TorchScript can store
+        return quantize(x if affine is None else affine.of(x), table, rule)[0].to(x.dtype)
     form = "reference" if needs_reference(rule) else form or _forced or _choose(x, table)
     if affine is None:
         return FORMS[form](x, table, rule)

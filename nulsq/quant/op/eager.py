@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nulsq.quant.op.reference import Rule, Table, end_codes, gap_gradient, prepare, segment
+from nulsq.quant.op.reference import (
+    Rule,
+    Table,
+    end_codes,
+    gap_gradient,
+    gradients,
+    prepare,
+    segment,
+    without_unused_sums,
+)
 
 PIECE = 1 << 15  # elements that are added up one by one in float32
 
@@ -25,29 +34,32 @@ class Eager(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gaps: Tensor, levels: Tensor | None, thresholds: Tensor | None,
                 offset: Tensor | None, slope: Tensor | None, rule: Rule) -> Tensor:
         shape, order, dtype = x.shape, _memory_order(x), x.dtype
-        kept = _flat(x, order)
-        x, table = prepare(kept, Table(gaps, levels, thresholds), rule)
+        flat, table = prepare(_flat(x, order), Table(gaps, levels, thresholds), rule)
         if rule.index == "uniform":
             index = None
-            at = x / table.gaps
+            at = flat / table.gaps
             y = (at.sub_(rule.shift) if rule.shift else at).round_().clamp_(*rule.level_range)
             y = (y.add_(rule.shift) if rule.shift else y).mul_(table.gaps)
         else:
             count, (levels, thresholds) = len(rule.ties_up), table.values()
-            index = torch.zeros_like(x, dtype=torch.uint8 if count + 1 < 256 else torch.int16)
+            index = torch.zeros_like(flat, dtype=torch.uint8 if count + 1 < 256 else torch.int16)
             for k, up in enumerate(rule.ties_up):
-                index += _as_bytes(x >= thresholds[k] if up else x > thresholds[k])
-            index += _as_bytes(x != x).to(index.dtype) * (count + 1)  # NaN in, NaN out: one past the levels
+                index += _as_bytes(flat >= thresholds[k] if up else flat > thresholds[k])
+            index += _as_bytes(flat != flat).to(index.dtype) * (count + 1)  # NaN in, NaN out: one past the levels
             y = _look_up(levels, index)
         ctx.rule, ctx.shape, ctx.order = rule, shape, order
-        ctx.save_for_backward(kept, index, gaps, levels, thresholds)
+        ctx.save_for_backward(x, index, gaps, levels, thresholds, offset, slope)
         return _unflat(y.to(dtype), shape, order)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, index, *table = ctx.saved_tensors
         rule, x_dtype, table_dtype = ctx.rule, x.dtype, table[0].dtype
-        x, table = prepare(x, Table(*table), rule)
+        if torch.is_grad_enabled():  # create_graph=True: bincount has no derivative
+            rule = without_unused_sums(rule, ctx.needs_input_grad)
+            grad_input, grad_gaps, *rest = gradients(x, grad_output, Table(*table), rule)
+            return grad_input, grad_gaps, None, None, *rest, None
+        x, table = prepare(_flat(x, ctx.order), Table(*table), rule)
         grad_output = _flat(grad_output, ctx.order).to(x.dtype)
 
         low: Any  # a number or a tensor

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nulsq.quant.op.inductor import operator
 from nulsq.quant.op.kernels import AFFINE_FIELDS, KERNELS, TABLE_FIELDS, in_argument_order, table_and_affine
 from nulsq.quant.op.reference import Affine, Rule, Table, without_unused_sums
+from nulsq.quant.op.reference import gradients as reference_gradients
 
 
 def fused(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> Tensor:
@@ -39,9 +40,24 @@ class Fused(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         rule = without_unused_sums(ctx.rule, ctx.needs_input_grad[:TABLE_FIELDS + 1])
         table, affine = table_and_affine(tensors)
+        if torch.is_grad_enabled():
+            return differentiable_gradients(x, grad_output, table, rule, affine)
         gradients = KERNELS[x.device.type].gradients(x, grad_output, table, rule, affine)
         grad_input, *rest = in_argument_order(gradients, affine)
         return grad_input, *rest[:TABLE_FIELDS], None, *rest[TABLE_FIELDS:]
+
+
+def differentiable_gradients(x: Tensor, grad_output: Tensor, table: Table, rule: Rule,
+                             affine: Affine | None) -> tuple[Tensor | None, ...]:
+    """The gradients of `Fused` in plain PyTorch, for a backward pass with create_graph=True.
+
+    A kernel's results have no gradient, so second derivatives would be zero or wrong.
+    """
+    if affine is not None:
+        raise RuntimeError("this model is folded, and a folded batch norm has no second derivative: call "
+                           "nulsq.unfold_(model) before a backward pass with create_graph=True")
+    grad_input, grad_gaps, grad_offset, grad_slope = reference_gradients(x, grad_output, table, rule)
+    return grad_input, grad_gaps, None, None, grad_offset, grad_slope, None, *(None,) * AFFINE_FIELDS
 
 
 def _quantize(x: Tensor, tensors: tuple[Tensor | None, ...] | list[Tensor], rule: Rule) -> Tensor:
@@ -59,7 +75,7 @@ def requantized(y: Tensor) -> contextlib.AbstractContextManager:
     Uses private functions of torch: the public `saved_tensors_hooks` can install hooks but not say whether others are
     active, and a node's public type does not say which autograd function made it.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return contextlib.nullcontext()
     node, hooks = y.grad_fn, cast(Any, torch._C._autograd)
     if (type(node) is not Fused._backward_cls or not hooks._saved_tensors_hooks_is_enabled()
@@ -77,6 +93,8 @@ def requantized(y: Tensor) -> contextlib.AbstractContextManager:
             return packed
         node, shape, stride = packed
         x, *tensors = node.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: second derivatives need the history of y
+            return Fused.apply(x, *tensors[:TABLE_FIELDS], node.rule, *tensors[TABLE_FIELDS:]).as_strided(shape, stride)
         with torch.no_grad():
             return _quantize(x, tensors, node.rule).as_strided(shape, stride)
 

@@ -45,10 +45,13 @@ def compiled_library() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept between processes."""
+    """Where compiled code is kept between processes. Raises OSError if the user has no home directory."""
     if folder := os.environ.get("NULSQ_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nulsq"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nulsq"
+    except RuntimeError:  # HOME is not set and the user is not in the password database
+        raise OSError("there is no home directory for the compiled kernel; set NULSQ_CACHE to a folder") from None
 
 
 def _processor() -> str:

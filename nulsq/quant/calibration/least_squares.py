@@ -1,0 +1,71 @@
+"""Initializer `mse`: the parameters of least squared error on the data's histogram.
+
+It has two parts. Every quantizer gets the common step that is best for its own grid. Unlike NMSE's formula, this
+assumes neither a normal tensor nor UniQ's grid, and the search starts at the largest value, so no wrong guess confines
+it. A quantizer with free levels (nuLSQ) then runs Lloyd's iteration (Max 1960, Lloyd 1982): thresholds move halfway
+between levels, levels move to the mean of the values between their thresholds, and zero stays a level.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nulsq.quant.calibration.histogram import Histogram
+
+if TYPE_CHECKING:
+    from nulsq.quant.base import Quantizer
+
+COARSE, COARSE_RATIO = 60, 1.12  # candidates for the common step, from the largest useful one down to 1/800 of it
+FINE, FINE_RATIO = 6, 1.01  # candidates on either side of the best of these
+EMPTY = 1e-6  # values in a cell that count as none: rounding of the sums
+ITERATIONS, LEAST_GAIN = 1000, 1e-6  # Lloyd's iteration ends where it lowers the error by less than this share
+
+
+@torch.no_grad()
+def error(histogram: Histogram, levels: Tensor, thresholds: Tensor) -> Tensor:
+    """Sum of (x - Q(x))^2 over the histogram minus the sum of x^2, a constant of the data: [] or [C], float64."""
+    count, total = histogram.cells(thresholds)
+    levels = levels.to(total)
+    return (levels.square() * count - 2 * levels * total).sum(-1)
+
+
+@torch.no_grad()
+def best_step(quantizer: "Quantizer", histogram: Histogram, largest: Tensor) -> Tensor:
+    """The step of least error, [] or [C] float64, within 1 percent. Changes the quantizer's steps.
+
+    largest: max |x|, [] or [C] float64.
+    """
+    def search(start: Tensor, factors: Tensor) -> Tensor:
+        errors = []
+        for factor in factors:
+            quantizer.set_steps_((start * factor).float())
+            table = quantizer.table()
+            errors.append(error(histogram, quantizer.levels_of(table), quantizer.thresholds_of(table)))
+        return start * factors.to(start)[torch.stack(errors).argmin(0)]
+
+    widest = 2 * largest / max(quantizer.level_range[1], 1)  # with a wider step every value would be next to zero
+    coarse = search(widest, COARSE_RATIO ** -torch.arange(COARSE, dtype=torch.float64))
+    return search(coarse, FINE_RATIO ** torch.arange(-FINE, FINE + 1, dtype=torch.float64))
+
+
+@torch.no_grad()
+def lloyd_max(histogram: Histogram, levels: Tensor, zero: int) -> Tensor:
+    """Levels of least squared error, [L] or [C, L] float64, from ascending `levels`; the level at index `zero` is 0.
+
+    A level without values does not move.
+    """
+    levels = levels.to(histogram.total)  # float64, on the histogram's device
+    scale = histogram.square().clamp(min=torch.finfo(torch.float64).tiny)  # of the error: sum of x^2
+    before = None
+    for _ in range(ITERATIONS):
+        count, total = histogram.cells((levels[..., :-1] + levels[..., 1:]) / 2)
+        now = 1 + (levels.square() * count - 2 * levels * total).sum(-1) / scale  # relative squared error
+        if before is not None and (before - now <= LEAST_GAIN * now).all():
+            break
+        before = now
+        # Counts are fractions where a threshold lies inside a bin.
+        new = torch.where(count > EMPTY, total / count.clamp(min=EMPTY), levels)
+        new[..., zero] = 0
+        levels = new.cummax(-1).values  # a neighbour may have passed a level without values
+    return levels
