@@ -103,8 +103,8 @@ def test_hostile_names_and_values_are_text(tmp_path):
     search = Search(name=HOSTILE, recipe=HOSTILE, overrides={HOSTILE: HOSTILE}, metric="val_top1", dir=str(tmp_path),
                     space={HOSTILE: Sampler(HOSTILE, "choice", values=[HOSTILE, "plain"])}, finalists=2)
     trials = [Trial("s", i, {HOSTILE: HOSTILE}, {HOSTILE: HOSTILE}, HOSTILE) for i in range(3)]
-    results = [TrialResult(trial, TrialStatus.FINISHED, 1, 50.0 + trial.number, [50.0], 1.0, tmp_path / str(trial.number))
-               for trial in trials]
+    results = [TrialResult(trial, TrialStatus.FINISHED, 1, 50.0 + trial.number, [50.0], 1.0,
+                           tmp_path / str(trial.number)) for trial in trials]
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "code.txt").write_text(f"2026-01-01 00:00:00  {HOSTILE}\n{HOSTILE}\n{HOSTILE}\n")
     findings = Findings(search, results, {})
