@@ -38,8 +38,8 @@ def report_of(path: Path) -> tuple[dict, dict[str, dict]]:
 
 def test_all_checks_pass_on_two_healthy_ranks(recipe_file, tmp_path):
     completed = in_ranks(2, "launch.preflight", str(recipe_file), "optim.lr=0.1", "--num_bits", "3", "--devices", "0",
-                    "--disk", "0.001", "--bandwidth", "1e-6", "--images-per-second", "1", "--report",
-                    str(tmp_path / "report.json"), *QUICK)
+                         "--disk", "0.001", "--bandwidth", "1e-6", "--images-per-second", "1", "--report",
+                         str(tmp_path / "report.json"), *QUICK)
     assert completed.returncode == 0, completed.stdout + completed.stderr[-3000:]
     lines = completed.stdout.splitlines()
     assert "2 ranks on" in lines[0] and lines[-1] == "all 5 checks ok" and len(lines) == 7

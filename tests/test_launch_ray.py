@@ -51,7 +51,7 @@ def spec_of(folder: Path, name: str = "run", **changes) -> JobSpec:
     file = folder / "recipes" / "recipe.yaml"
     file.write_text("name: x\n")
     return JobSpec(**{"verb": "train", "file": str(file), "rest": ["optim.lr=0.1"], "directory": folder / name,
-                   "data": folder / "data", "name": "run"} | changes)
+                      "data": folder / "data", "name": "run"} | changes)
 
 
 # ---- what is submitted
@@ -201,7 +201,7 @@ def test_connection_error_names_the_address_and_the_answer(tmp_path, serve, monk
 
 def test_directory_held_by_a_job_is_refused(tmp_path, serve):
     address = serve({"/api/version": (200, '{"ray_version": "2.60.0"}'),
-                         "/api/jobs/one": (200, '{"type": "SUBMISSION", "status": "RUNNING", "entrypoint": "x"}')})
+                     "/api/jobs/one": (200, '{"type": "SUBMISSION", "status": "RUNNING", "entrypoint": "x"}')})
     spec, site = spec_of(tmp_path), Site(kind="ray", address=address)
     folder = jobs.open_folder(spec.directory)
     running = jobs.Job("ray", "one", str(spec.directory), str(folder), site=vars(site))
@@ -211,7 +211,8 @@ def test_directory_held_by_a_job_is_refused(tmp_path, serve):
     # A cluster that was restarted or is gone does not block the directory forever.
     unknown = jobs.Job("ray", "two", str(spec.directory), str(folder), site=vars(site))
     assert ray_jobs.state(unknown) == jobs.ENDED
-    unreachable = jobs.Job("ray", "one", str(spec.directory), str(folder), site=vars(site) | {"address": "http://127.0.0.1:9"})
+    unreachable = jobs.Job("ray", "one", str(spec.directory), str(folder),
+                           site=vars(site) | {"address": "http://127.0.0.1:9"})
     assert ray_jobs.state(unreachable).startswith("unknown (address = http://127.0.0.1:9: no jobs API")
     jobs.check_free(spec.directory, "ray", lambda _: ray_jobs.state(unreachable))
 
@@ -307,7 +308,7 @@ def test_client_without_the_token_is_refused(cluster, tmp_path, monkeypatch):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_search_outlives_its_client_and_resumes_after_a_stop(cluster, site_file, slow, short, float_run, tmp_path,
-                                                                   capsys):
+                                                             capsys):
     recipe = short("trial", model__init_from=str(float_run), optim__epochs=3,
                    quant__activation__quantizer="tests.slowed")
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))

@@ -59,7 +59,7 @@ def test_shellcheck_accepts_the_scripts(case, in_the_checkout):
     # SC1091: a setup line's file is not here. SC2034: each kind of job leaves some variables of the head unused.
     # SC2317: functions that only traps call look unreachable.
     completed = subprocess.run(["shellcheck", "--shell=bash", "--exclude=SC1091,SC2034,SC2317", "-"], input=text,
-                          capture_output=True, text=True)
+                               capture_output=True, text=True)
     assert completed.returncode == 0, completed.stdout
 
 
@@ -82,7 +82,7 @@ def test_hostile_text_reaches_the_run_unchanged(text, tmp_path, monkeypatch):
     script = slurm.script(spec, site, directory / "launch/now", directory / "launch/code-0")
     head = script.partition("# ---- in every job")[0]
     values = subprocess.run(["bash", "-c", head + 'printf "%s\\0" "$run" "$data" "${arguments[@]}" "$WORD"'],
-                           capture_output=True, text=True, cwd=tmp_path).stdout.split("\0")
+                            capture_output=True, text=True, cwd=tmp_path).stdout.split("\0")
     assert values[:2] == [str(directory), text] and values[3:5] == [f"name={text}", text]
     assert values[2].endswith(f"/recipes/{text}.yaml") and not (tmp_path / "PWNED").exists()
     flags = [line for line in head.splitlines() if line.startswith("#SBATCH")]
@@ -151,8 +151,8 @@ def test_snapshot_equals_the_checkout_and_is_taken_once(tmp_path):
     assert not (first / ".venv").exists() and (first / "SNAPSHOT").read_text().startswith("snapshot of ")
     # Python imports the snapshot's modules, whatever is in the folder in which it starts.
     imported = subprocess.run([sys.executable, "-c", "import launch; print(launch.__file__)"], cwd=ROOT, text=True,
-                           capture_output=True, env=os.environ | {"PYTHONPATH": f"{first}:{ROOT}",
-                                                                  "PYTHONSAFEPATH": "1"}).stdout
+                              capture_output=True, env=os.environ | {"PYTHONPATH": f"{first}:{ROOT}",
+                                                                     "PYTHONSAFEPATH": "1"}).stdout
     assert imported.strip() == str(first / "launch/__init__.py")
     recipe = tmp_path / "mine" / "my.yaml"
     recipe.parent.mkdir()
