@@ -73,7 +73,7 @@ exit_process(main(sys.argv[1:]))
                str(tmp_path / "report.json"), *QUICK]
     completed = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {
         "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert completed.returncode == 1, completed.stdout + completed.stderr[-3000:]  # torchrun's
+    assert completed.returncode == 1, completed.stdout + completed.stderr[-3000:]  # the exit code of torchrun
     content, checks = report_of(tmp_path / "report.json")
     assert not content["ok"] and content["nodes"] == ["node0", "node1"]
     assert [name for name in NAMES if not checks[name]["ok"]] == NAMES
