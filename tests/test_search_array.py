@@ -13,7 +13,7 @@ import nulsq.train
 from nulsq.config import load_recipe, to_yaml
 from nulsq.run.directory import LAUNCH, METRICS, RunDirectory
 from nulsq.run.status import RunStatus, read_outcome, write_status
-from tests.searches import SPACE, made_search
+from tests.searches import SPACE, write_search
 from tune import array, status
 from tune import search as searching
 from tune.checks import network_cost
@@ -33,7 +33,7 @@ def array_search(short, tmp_path_factory) -> SimpleNamespace:
     """An array of two studies of three trials each: a point, the best trial of another search, a random sample. The
     search's folder already holds the launcher's folder."""
     folder = tmp_path_factory.mktemp("array")
-    made_search(folder / "other", {"bits": ("quant.bits", [2, 4])}, trials=6)
+    write_search(folder / "other", {"bits": ("quant.bits", [2, 4])}, trials=6)
     (folder / "recipe.yaml").write_text(to_yaml(short("trial", optim__epochs=EPOCHS)))
     file, out = folder / "tiny.yaml", folder / "out"
     file.write_text(f"recipe: {folder}/recipe.yaml\ndir: {out}\nwarm_start: {folder}/other\nwarm_best: 1\n"

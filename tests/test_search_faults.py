@@ -15,7 +15,7 @@ from nulsq.files import is_locked
 from nulsq.run import checkpoint
 from nulsq.run.directory import read_metrics
 from nulsq.run.status import read_outcome
-from tests.searches import every_result_once, search
+from tests.searches import assert_each_result_once, search
 from tune.store import journal
 
 pytest.importorskip("ray")
@@ -60,7 +60,7 @@ def test_interrupted_search_resumes(search_file, tmp_path, signal_number):
                 if milestone < 4:
                     trained = read_metrics(tmp_path / "out" / "trials" / key)
                     assert score == trained[milestone - 1]["val_top1"], (study, key, milestone)
-    every_result_once(tmp_path / "out")
+    assert_each_result_once(tmp_path / "out")
     outcomes = [read_outcome(path.parent)["outcome"] for path in tmp_path.glob("out/trials/*/*/recipe.yaml")]
     assert len(outcomes) == 4 and "finished" in outcomes
     if signal_number != signal.SIGUSR1:
@@ -112,7 +112,7 @@ def test_trial_refused_by_a_busy_process_starts_elsewhere(search_file, tmp_path,
     assert {row["status"] for row in rows} == {"finished", "stopped"} and len(rows) == 3
     refused = [event for event in journal.events(tmp_path / "out") if event["event"] == "error"]
     assert refused and all("is still ending the one before, after 1 s" in event["reason"] for event in refused)
-    every_result_once(tmp_path / "out")
+    assert_each_result_once(tmp_path / "out")
 
 
 @pytest.mark.long

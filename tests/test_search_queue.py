@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nulsq.errors import InputError
-from tests.searches import made_search
+from tests.searches import write_search
 from tune.queue import TrialQueue, all_trials, warm_start_results
 from tune.samplers import STARTUP, Observation, sample_quasirandom, sample_random, sample_tpe
 from tune.space import load_search, stratum
@@ -186,7 +186,7 @@ def test_cases_set_several_keys():
 
 
 def test_warm_start_begins_with_the_best_trials_of_another_search(tmp_path):
-    other = made_search(tmp_path / "other", {"bits": ("quant.bits", [2, 4])}, trials=16)
+    other = write_search(tmp_path / "other", {"bits": ("quant.bits", [2, 4])}, trials=16)
     file = tmp_path / "next.yaml"
     file.write_text(f"recipe: {ROOT}/configs/recipes/digits/w2a2.yaml\nwarm_start: {other.directory}\nwarm_best: 2\n"
                     "searcher: tpe\nstudies: {bits: {key: quant.bits, values: [2, 4]}}\nspace:\n"

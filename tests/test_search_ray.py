@@ -12,7 +12,7 @@ from nulsq.run.directory import TIMES, path_of, read_metrics, read_recipe
 from nulsq.train import train
 from nulsq.training.optim import learning_rate
 from tests.runs import numbers
-from tests.searches import every_result_once, search
+from tests.searches import assert_each_result_once, search
 from tune.store import journal
 
 pytest.importorskip("ray")
@@ -95,7 +95,7 @@ def test_journal_has_every_trial_and_every_result_once(finished_search):
     assert len({trial.key for trial in trials}) == len(trials) == 16
     # studies take turns: all have their first trial, then all have their second
     assert [trial.number for trial in trials[:12]] == [0] * 4 + [1] * 4 + [2] * 4
-    every_result_once(out)
+    assert_each_result_once(out)
 
 
 def test_status_command_shows_the_trials_of_each_study(finished_search):

@@ -223,7 +223,7 @@ def test_invalid_input_and_a_dead_subprocess_are_different_errors():
 
 def test_error_that_cannot_be_unpickled_keeps_its_text_and_traceback():
     completed = run("from tests.searches import fail\nrun_in_subprocess(fail, 'a', 'b')")
-    assert "RuntimeError: Odd: a and b" in completed.stderr and "in fail" in completed.stderr
+    assert "RuntimeError: UnpicklableError: a and b" in completed.stderr and "in fail" in completed.stderr
 
 
 def test_signal_during_the_call_ends_both_processes(tmp_path):
