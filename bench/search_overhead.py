@@ -8,7 +8,7 @@ Times come from the search's events.jsonl. A trial computes from its first step 
 seconds of that epoch) to its last result. The clock starts with the first trial, when the cluster is up.
 
     idle       share of the search's time in which no trial computed; target 0.10
-    slots      the same, averaged over the places for concurrent trials; no target
+    slots      the idle share of each place for concurrent trials, averaged over the places; no target
     start      seconds from the decision to start a trial to its first step, median and worst; target 8
     memory     proportional set size of all processes except those of trials, per concurrent trial; target 0.3 GB
 """

@@ -156,7 +156,7 @@ def cluster() -> Iterator[Slurm]:
     if missing:
         pytest.skip(f"{missing[0]} is not installed: apt-get install munge slurmctld slurmd slurm-client")
     if os.geteuid():
-        pytest.skip("a Slurm of its own needs root")
+        pytest.skip("starting Slurm needs root")
     # munge must be able to enter every folder above its socket; pytest's own temporary folders are private.
     root = Path(tempfile.mkdtemp(prefix="nulsq-slurm-"))
     root.chmod(0o711)

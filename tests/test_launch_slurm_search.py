@@ -73,7 +73,7 @@ def test_two_searches_run_at_once_and_an_interrupted_one_resumes(two_nodes, sear
     assert token.read_text() not in (first_job.path / f"environment-{first_job.id}.txt").read_text()
     head = next(first_job.path.glob("*-ray-head-*.log")).read_text()
     dashboard = re.search(r"127\.0\.0\.1:\d+", head).group()
-    with pytest.raises(urllib.error.HTTPError) as raised:  # the site says loopback; without the token access is denied
+    with pytest.raises(urllib.error.HTTPError) as raised:  # it listens on loopback, and denies access without the token
         urllib.request.urlopen(f"http://{dashboard}/api/jobs/")
     assert raised.value.code == 401
     two_nodes.run("scancel", "--signal=USR1", "--batch", first_job.id)
