@@ -161,7 +161,7 @@ def test_run_is_requeued_after_a_node_crashes(queue, recipe_of, local_run, site_
 
 
 def test_run_is_requeued_after_its_step_is_killed_from_outside(queue, recipe_of, local_run, site_file, slow):
-    """Slurm itself does this: it repeats, for step 0 of the next attempt, a kill that a crashed node did not receive."""
+    """Slurm itself does so: it repeats, for step 0 of the next attempt, a kill that a crashed node did not receive."""
     path, run = recipe_of("killed")
     job = submit(path, run, load_site(site_file))
     queue.wait(has_epochs(run), "the first epoch")
