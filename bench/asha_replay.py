@@ -4,7 +4,7 @@
     python -m bench.asha_replay --decisions                    # decisions per second, and memory, with 500 trials
 
 Every configuration of the recording was trained to its end, so a replay knows what a search without early stopping
-would have found. A replay shuffles the configurations and starts them like a search does (studies in turn, the next one
+would have found. A replay shuffles the configurations and starts them as a search does (studies in turn, the next one
 whenever a worker is free). One of these decides which trials continue:
 
 - stratified ASHA: `tune.ray_backend.scheduler.StratifiedAsha`, the class of `tune.search`: each study has its rungs;
@@ -36,7 +36,7 @@ import numpy as np
 import pandas as pd
 
 from bench import command
-from bench.simulator import Curve, Found, Patience, Run, affordable, judge, simulate
+from bench.simulator import Curve, NoStopping, Run, StudyResult, affordable, judge, simulate
 from bench.timing import machine, scratch
 from nulsq.errors import InputError, Parser, exit_on_input_error
 from nulsq.text import markdown_table
@@ -50,7 +50,7 @@ LONG, STUDIES = 90, 18  # epochs and studies of those trials
 Search = Callable[[list[Curve]], list[Run]]  # simulates a search for curves in their order of start
 
 
-class Mixed:
+class SharedRungs:
     """Plain ASHA: all trials share the rungs, whatever their study."""
 
     def __init__(self, asha: StratifiedAsha):
@@ -60,7 +60,7 @@ class Mixed:
         return self.asha.decide("all", key, epoch, score)
 
 
-class Clocked:
+class TimedScheduler:
     """Counts and times the decisions of another scheduler."""
 
     def __init__(self, asha: StratifiedAsha):
@@ -122,16 +122,16 @@ def searches(curves: list[Curve], epochs: int, arguments: argparse.Namespace) ->
 
     def random(order: list[Curve]) -> list[Run]:
         by_study = [[curve for curve in order if curve.study == study] for study in studies]
-        paid = {curve.key for group in by_study for curve in affordable(group, epochs, SHARE * epochs * len(group))}
-        return simulate([curve for curve in order if curve.key in paid], Patience(), epochs, arguments.workers)
+        keys = {curve.key for group in by_study for curve in affordable(group, epochs, SHARE * epochs * len(group))}
+        return simulate([curve for curve in order if curve.key in keys], NoStopping(), epochs, arguments.workers)
 
     return {STRATIFIED: lambda order: simulate(order, asha(studies), epochs, arguments.workers),
-            MIXED: lambda order: simulate(order, Mixed(asha(["all"])), epochs, arguments.workers),
+            MIXED: lambda order: simulate(order, SharedRungs(asha(["all"])), epochs, arguments.workers),
             RANDOM: random,
-            FULL: lambda order: simulate(order, Patience(), epochs, arguments.workers)}
+            FULL: lambda order: simulate(order, NoStopping(), epochs, arguments.workers)}
 
 
-def replay(curves: list[Curve], epochs: int, arguments: argparse.Namespace) -> dict[str, dict[str, list[Found]]]:
+def replay(curves: list[Curve], epochs: int, arguments: argparse.Namespace) -> dict[str, dict[str, list[StudyResult]]]:
     """Search -> study -> result of each replay."""
     studies = {study: [curve for curve in curves if curve.study == study] for study in
                dict.fromkeys(curve.study for curve in curves)}
@@ -143,7 +143,7 @@ def replay(curves: list[Curve], epochs: int, arguments: argparse.Namespace) -> d
     return results
 
 
-def row(study: str, search: str, results: list[Found]) -> dict[str, Any]:
+def row(study: str, search: str, results: list[StudyResult]) -> dict[str, Any]:
     """One line of the table, with the numbers of every replay; `met` is None for searches without a target."""
     regrets, shares, survivors = ([getattr(result, name) for result in results]
                                   for name in ("regret", "share", "survivors"))
@@ -228,13 +228,13 @@ def decisions(curves: list[Curve], arguments: argparse.Namespace, folder: Path |
         asha = StratifiedAsha(dict.fromkeys([curve.study for curve in curves], LONG), grace=arguments.grace,
                               reduction=arguments.reduction, metric="val_top1", mode="max", file=file)
         for line, (low, high) in zip(rows, itertools.pairwise((0, *MARKS)), strict=True):
-            clocked = Clocked(asha)
-            simulate(curves[low:high], clocked, LONG, arguments.workers)
+            timed = TimedScheduler(asha)
+            simulate(curves[low:high], timed, LONG, arguments.workers)
             if traced:
                 gc.collect()
                 line["kibibytes"] = round(tracemalloc.get_traced_memory()[0] / 1024, 1)
             else:
-                line |= {"decisions": clocked.count, "per_second": round(clocked.count / clocked.seconds),
+                line |= {"decisions": timed.count, "per_second": round(timed.count / timed.seconds),
                          "file_kibibytes": round(file.stat().st_size / 1024, 1) if file else 0.0}
     tracemalloc.stop()
     return rows

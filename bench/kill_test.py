@@ -1,13 +1,13 @@
-"""Kill a run again and again, and compare its end with that of an uninterrupted run.
+"""Kill a run repeatedly, and compare its final state with that of an uninterrupted run.
 
     python -m bench.kill_test --kills 20 --json kills.json
 
 Two ranks under torchrun train a quantized network on the digits, with a checkpoint every few steps, averaged weights,
 tracked oscillations and batch norm per rank (so running statistics differ between ranks). All processes get SIGKILL at
-a random moment, and the run is started again, until all kills are used up. If a run finishes before, another one
-follows. Kills aim in turn at any moment, the evaluation on the holdout, and the writing of a checkpoint. In the end the
-weights, quantizer parameters, optimizers, metrics and test accuracy of every run have to equal those of the
-uninterrupted one bit for bit. Exit code 0: they do; 1: they do not.
+a random moment and the run is started again, until the number of kills is reached. If a run finishes earlier, another
+one is started. The kills aim in turn at any moment, the evaluation on the holdout, and the writing of a checkpoint.
+Finally the weights, quantizer parameters, optimizers, metrics and test accuracy of every run have to equal those of
+the uninterrupted one bit for bit. Exit code 0: they are equal; 1: they differ.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ TIMEOUT = 600.0  # seconds from one start to the next checkpoint or the end
 
 
 def same(a: Any, b: Any) -> bool:
-    """Compare bit for bit, through dicts and lists, everything but times."""
+    """Whether two nested values are bit-identical, apart from the recorded times."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -55,7 +55,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def result(run: Path) -> tuple[Any, ...]:
-    """What is compared of a finished run: final state, metrics, test accuracy."""
+    """The results of a finished run that are compared: final state, metrics, test accuracy."""
     return (checkpoint.load_chosen(run, "last"), read_metrics(run),
             json.loads((run / "test.json").read_text()))
 
@@ -77,8 +77,8 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def moment(run: Path, steps: int) -> str:
-    """What a killed run was doing, according to its files."""
+def phase_of(run: Path, steps: int) -> str:
+    """The phase in which a run was killed, according to its files."""
     folder = run / checkpoint.FOLDER
     if not folder.is_dir():
         return "start"
@@ -118,8 +118,8 @@ def _position(name: str) -> tuple[int, int]:
     return int(step), int(epoch)
 
 
-def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Kill runs in `folder` at least `kills` times; returns what happened and whether all ended identically."""
+def campaign(folder: Path, kills: int, seed: int, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Kill runs in `folder` at least `kills` times; returns counts and whether all runs ended identically."""
     data = digits.prepare(folder / "digits")
     recipe = load(Recipe, "configs/recipes/digits/w2a2.yaml",
                   SETTINGS | {"name": "straight", "run.root": str(folder), "data.path": str(data),
@@ -127,8 +127,8 @@ def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None] = p
     assert recipe.data.subset is not None
     steps = recipe.data.subset // recipe.data.batch
 
-    def named(name: str) -> tuple[Path, Path]:
-        """Recipe file and run directory of a run."""
+    def run_named(name: str) -> tuple[Path, Path]:
+        """Write the recipe file of a run; returns it and the run directory."""
         copy = dataclasses.replace(recipe, name=name)
         file = folder / f"{name}.yaml"
         file.write_text(to_yaml(copy))
@@ -138,24 +138,24 @@ def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None] = p
         evaluate_run(run, ranks=Ranks(0, 1, torch.device("cpu")))  # into test.json
         return result(run)
 
-    file, uninterrupted = named("straight")
+    file, uninterrupted = run_named("straight")
     start_time = time.monotonic()
     if code := start(file).wait(timeout=TIMEOUT):
         raise InputError(f"the uninterrupted run ended with {code}; see {folder}/stderr.txt")
-    say(f"uninterrupted: {time.monotonic() - start_time:.0f} s")
+    log(f"uninterrupted: {time.monotonic() - start_time:.0f} s")
     expected, generator = evaluated(uninterrupted), random.Random(seed)
     moments: dict[str, int] = {}
     runs, done, identical = 0, 0, True
     while done < kills or not runs:
-        file, run = named(f"killed-{runs}")
+        file, run = run_named(f"killed-{runs}")
         while True:
             process = start(file)
             if done < kills and wait(process, run, AIMS[done % len(AIMS)], generator, steps):
                 kill(process)
-                at = moment(run, steps)
-                moments[at] = moments.get(at, 0) + 1
+                phase = phase_of(run, steps)
+                moments[phase] = moments.get(phase, 0) + 1
                 done += 1
-                say(f"kill {done} of {kills}, run {runs}: aimed at {AIMS[(done - 1) % len(AIMS)]}, was at {at}")
+                log(f"kill {done} of {kills}, run {runs}: aimed at {AIMS[(done - 1) % len(AIMS)]}, was at {phase}")
                 continue
             code = process.wait(timeout=TIMEOUT)
             if code:
@@ -164,7 +164,7 @@ def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None] = p
         equal = same(evaluated(run), expected)
         identical &= equal
         runs += 1
-        say(f"run {runs - 1} finished, {'identical' if equal else 'DIFFERENT'}")
+        log(f"run {runs - 1} finished, {'identical' if equal else 'DIFFERENT'}")
     return {"kills": done, "runs": runs, "moments": moments, "identical": identical, "seed": seed,
             "seconds": round(time.monotonic() - start_time, 1)}
 

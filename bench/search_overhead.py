@@ -8,9 +8,9 @@ Times come from the search's events.jsonl. A trial computes from its first step 
 seconds of that epoch) to its last result. The clock starts with the first trial, when the cluster is up.
 
     idle       share of the search's time in which no trial computed; target 0.10
-    slots      share of all places' time in which the place had no computing trial; no target
+    slots      the idle share of each place for concurrent trials, averaged over the places; no target
     start      seconds from the decision to start a trial to its first step, median and worst; target 8
-    memory     proportional set size of all processes but the trials' own, per concurrent trial; target 0.3 GB
+    memory     proportional set size of all processes except those of trials, per concurrent trial; target 0.3 GB
 """
 
 import os
@@ -94,8 +94,8 @@ class Memory(threading.Thread):
 
     def per_trial(self) -> float | None:
         """GB of all other processes per trial: the median over the samples in which all places were taken."""
-        full = [others for trials, others in self.samples if trials >= self.places]
-        return round(statistics.median(full) / self.places / 2**30, 3) if full else None
+        samples = [others for trials, others in self.samples if trials >= self.places]
+        return round(statistics.median(samples) / self.places / 2**30, 3) if samples else None
 
 
 def _tree(pid: int) -> list[int]:
@@ -144,8 +144,8 @@ def main(argv: list[str]) -> int:
         result = times_of(journal.events(arguments.folder), arguments.places)
     else:
         with scratch("search-overhead-") as folder:
-            given = [word.partition("=")[2] for word in arguments.search if word.startswith("dir=")]
-            search = Path(given[0]) if given else folder / "search"
+            directories = [word.partition("=")[2] for word in arguments.search if word.startswith("dir=")]
+            search = Path(directories[0]) if directories else folder / "search"
             command = [sys.executable, "-m", "tune.search", *arguments.search, f"dir={search}",
                        f"concurrent={arguments.places}"]
             process = subprocess.Popen(command)

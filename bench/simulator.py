@@ -6,10 +6,10 @@ trained to its end, any scheduler, order and number of workers can be simulated 
 The end of each curve is known, also for trials that the scheduler stops, and so is the cost of stopping them:
 
     runs = simulate(curves, scheduler, epochs=16, workers=8)    # curves in the order in which the trials start
-    found = judge(runs, [curve for curve in curves if curve.study == "2"], epochs=16)
+    result = judge(runs, [curve for curve in curves if curve.study == "2"], epochs=16)
 
 Time is simulated because asynchronous halving depends on it: a trial is compared with those that reached its rung
-before, so a slow trial meets another cut-off than a quick one. Epochs end in the order given by their recorded seconds;
+earlier, so a slow trial faces another cut-off than a fast one. Epochs end in the order given by their recorded seconds;
 of two that end at the same time, the trial that started first comes first. Nothing is random.
 
 A scheduler is any object with `decide(study, key, epoch, score)`.
@@ -37,7 +37,7 @@ class Curve:
 
     study: str
     number: int
-    scores: tuple[float, ...]  # by epoch, higher is better; if it is too short, the trial diverged in the next epoch
+    scores: tuple[float, ...]  # by epoch, higher is better; if they end early, the trial diverged in the next epoch
     seconds: float = 1.0  # per epoch
 
     @property
@@ -64,7 +64,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Found:
+class StudyResult:
     """The result of one simulated search for one study."""
 
     regret: float  # final score of the best configuration minus that of the chosen one, in points
@@ -72,7 +72,7 @@ class Found:
     survivors: int  # trials that reached the last epoch
 
 
-class Patience:
+class NoStopping:
     """A scheduler that stops no trial."""
 
     def decide(self, study: str, key: str, epoch: int, score: float | None) -> str:
@@ -86,15 +86,15 @@ def simulate(curves: Sequence[Curve], scheduler: Scheduler, epochs: int, workers
     running: list[tuple[float, int, int]] = []  # a heap: (time at which an epoch ends, index of the trial, epoch)
 
     def start_next(now: float) -> None:
-        place = next(waiting, None)
-        if place is not None:
-            heapq.heappush(running, (now + curves[place].seconds, place, 1))
+        index = next(waiting, None)
+        if index is not None:
+            heapq.heappush(running, (now + curves[index].seconds, index, 1))
 
     for _ in range(workers):
         start_next(0.0)
     while running:
-        now, place, epoch = heapq.heappop(running)
-        run, curve = runs[place], curves[place]
+        now, index, epoch = heapq.heappop(running)
+        run, curve = runs[index], curves[index]
         score = curve.score(epoch)
         answer = scheduler.decide(curve.study, curve.key, epoch, score)
         run.epochs = epoch
@@ -105,7 +105,7 @@ def simulate(curves: Sequence[Curve], scheduler: Scheduler, epochs: int, workers
         elif answer == STOP:
             run.status = TrialStatus.STOPPED
         else:
-            heapq.heappush(running, (now + curve.seconds, place, epoch + 1))
+            heapq.heappush(running, (now + curve.seconds, index, epoch + 1))
             continue
         start_next(now)
     return runs
@@ -133,9 +133,9 @@ def chosen(runs: Sequence[Run]) -> Curve:
     return min(runs, key=lambda run: (run.status.lost, -run.epochs, -run.curve.final(run.epochs))).curve
 
 
-def judge(runs: Sequence[Run], curves: Sequence[Curve], epochs: int) -> Found:
+def judge(runs: Sequence[Run], curves: Sequence[Curve], epochs: int) -> StudyResult:
     """Judge one study's runs by all of its recorded curves, including those that the search never started."""
     best = max(curve.final(epochs) for curve in curves)
-    return Found(regret=best - chosen(runs).final(epochs),
-                 share=sum(run.epochs for run in runs) / (epochs * len(curves)),
-                 survivors=sum(run.status is TrialStatus.FINISHED for run in runs))
+    return StudyResult(regret=best - chosen(runs).final(epochs),
+                       share=sum(run.epochs for run in runs) / (epochs * len(curves)),
+                       survivors=sum(run.status is TrialStatus.FINISHED for run in runs))

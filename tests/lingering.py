@@ -1,4 +1,4 @@
-"""A quantizer whose run takes six seconds to end, once it has trained a step."""
+"""LSQ whose run takes six seconds to release its folder after it has trained a step."""
 
 import time
 
@@ -10,15 +10,15 @@ from nulsq.run.directory import RunDirectory
 _release = RunDirectory.release
 
 
-def _late(run: RunDirectory) -> None:
+def _release_late(run: RunDirectory) -> None:
     time.sleep(6)
     _release(run)
 
 
 class Lingering(LSQ):
-    """Computes what LSQ computes."""
+    """LSQ that delays the end of its run; its output equals that of LSQ."""
 
     def forward(self, x):
         if self.training and torch.is_grad_enabled():
-            RunDirectory.release = _late
+            RunDirectory.release = _release_late
         return super().forward(x)

@@ -1,5 +1,5 @@
-"""Searches on disk for tests of their readers: files written by the project's own functions, with simulated curves; and
-functions that tests of real searches share."""
+"""Search folders with simulated curves, written by the project's own functions, for tests that read them; and functions
+that tests of real searches share."""
 
 import functools
 import json
@@ -28,8 +28,8 @@ SPACE = {"lr": Sampler("optim.lr", "loguniform", 0.001, 0.3),
 MARKUP = "<b>bold</b>"
 
 
-def made_search(folder: Path, axes: dict[str, list], trials: int, finalists: int = 2, repeats: int = 2,
-                name: str = "made") -> Search:
+def write_search(folder: Path, axes: dict[str, list], trials: int, finalists: int = 2, repeats: int = 2,
+                 name: str = "made") -> Search:
     """Write the folder of a finished search, without Ray's files and the scores in the rungs.
 
     Scores rise with lr up to 0.03 and a little with coeff_qparm_lr; above lr = 0.12 trials diverge.
@@ -50,9 +50,9 @@ def made_search(folder: Path, axes: dict[str, list], trials: int, finalists: int
             overrides = study.overrides | {SPACE[key].key: value for key, value in drawn[number].items()}
             trial = Trial(study.name, number, overrides, drawn[number], "point" if number == 0 else "random",
                           cost={"average_bits": 2.0 + 2 * i, "bytes": 70_000 + 65_000 * i})
-            curve = made_curve(drawn[number], i, generator)
+            curve = simulated_curve(drawn[number], i, generator)
             if drawn[number]["lr"] > 0.12:
-                made_run(folder, trial, [*curve[:2], math.nan], RunStatus.DIVERGED, code)
+                write_run(folder, trial, [*curve[:2], math.nan], RunStatus.DIVERGED, code)
                 continue
             for rung in rungs(EPOCHS, GRACE, REDUCTION):
                 scores = rung_scores.setdefault((study.name, rung), [])
@@ -61,24 +61,24 @@ def made_search(folder: Path, axes: dict[str, list], trials: int, finalists: int
                     stopped[trial.key] = rung
                     break
             kept = curve[:stopped.get(trial.key, EPOCHS)]
-            made_run(folder, trial, kept, RunStatus.RUNNING if trial.key in stopped else RunStatus.FINISHED, code)
+            write_run(folder, trial, kept, RunStatus.RUNNING if trial.key in stopped else RunStatus.FINISHED, code)
             if trial.key not in stopped:
                 best[study.name].append((curve[-1], trial, curve))
-    for own in best.values():
-        for _, first, curve in sorted(own, key=lambda entry: -entry[0])[:finalists]:
+    for members in best.values():
+        for _, first, curve in sorted(members, key=lambda entry: -entry[0])[:finalists]:
             for repeat in range(1, repeats + 1):
                 trial = Trial(first.study, first.number, first.overrides | {"run.seed": repeat}, first.drawn, "repeat",
                               repeat, first.cost)
                 scores = [score + generator.gauss(-0.3, 0.3) for score in curve]
-                made_run(folder, trial, scores, RunStatus.FINISHED, code)
+                write_run(folder, trial, scores, RunStatus.FINISHED, code)
     (folder / "rungs").write_text(json.dumps({"rungs": {}, "stopped": stopped}))
     (folder / "lock").touch()
     (folder / "finished").touch()
-    made_events(folder)
+    write_events(folder)
     return search
 
 
-def made_curve(drawn: dict[str, float], study: int, generator: random.Random) -> list[float]:
+def simulated_curve(drawn: dict[str, float], study: int, generator: random.Random) -> list[float]:
     top = 78 + 8 * study - 5 * math.log10(drawn["lr"] / 0.03) ** 2 + 1.5 * math.log10(drawn["coeff_qparm_lr"] / 0.02)
     return [min(99.0, top - (top - 25) * math.exp(-epoch / 2.2) + generator.gauss(0, 0.4))
             for epoch in range(1, EPOCHS + 1)]
@@ -101,7 +101,7 @@ def recipe_text(overrides: dict[str, Any]) -> str:
     return text
 
 
-def made_run(folder: Path, trial: Trial, curve: list[float], status: RunStatus, code: str) -> None:
+def write_run(folder: Path, trial: Trial, curve: list[float], status: RunStatus, code: str) -> None:
     journal.append(folder, trial)
     path = folder / "trials" / trial.key
     path.mkdir(parents=True)
@@ -114,8 +114,8 @@ def made_run(folder: Path, trial: Trial, curve: list[float], status: RunStatus, 
     write_status(path, status)
 
 
-def made_events(folder: Path) -> None:
-    """Two trials at once, in two sessions with a night between them."""
+def write_events(folder: Path) -> None:
+    """Write the events of two concurrent trials at a time, in two sessions with a night between them."""
     now, free, lines = 1.7e9, [0.0, 0.0], []
     for trial in journal.read(folder):
         seconds = sum(json.loads(line)["seconds"] for line in (folder / "trials" / trial.key / METRICS).open())
@@ -142,16 +142,16 @@ def two_studies(folder: Path):
     87 % on test."""
     from tune.report.findings import Findings
     from tune.store.results import collect
-    search = made_search(folder, {"bits": ("quant.bits", [2, 4])}, 24)
+    search = write_search(folder, {"bits": ("quant.bits", [2, 4])}, 24)
     findings = Findings(search, collect(search, journal.read(folder)), {})
-    findings.tests = {study: [evaluation({"2": 77.0, "4": 85.0}[study] + i) for i in range(len(own[0].rows))]
-                      for study, own in findings.finalists.items()}
+    findings.tests = {study: [evaluation({"2": 77.0, "4": 85.0}[study] + i) for i in range(len(finalists[0].rows))]
+                      for study, finalists in findings.finalists.items()}
     return findings
 
 
 def marked_search(folder: Path) -> Search:
     """A search with markup in names and values, few trials, no repeats."""
-    return made_search(folder, {"name": ("name", [MARKUP, "plain"])}, 4, finalists=1, repeats=0, name=MARKUP)
+    return write_search(folder, {"name": ("name", [MARKUP, "plain"])}, 4, finalists=1, repeats=0, name=MARKUP)
 
 
 def search(*arguments: object, timeout: float = 500) -> subprocess.CompletedProcess:
@@ -160,7 +160,7 @@ def search(*arguments: object, timeout: float = 500) -> subprocess.CompletedProc
                           capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
 
-class Odd(Exception):
+class UnpicklableError(Exception):
     """Can be pickled but not unpickled, because `args` differs from the arguments of `__init__`."""
 
     def __init__(self, one: str, other: str) -> None:
@@ -168,11 +168,11 @@ class Odd(Exception):
 
 
 def fail(one: str, other: str) -> None:
-    raise Odd(one, other)
+    raise UnpicklableError(one, other)
 
 
 def linger(folder: str) -> None:
-    """Work for a minute, with a temporary file until the end; called in another process."""
+    """Sleep for a minute and keep a temporary file until the end; called in a subprocess."""
     file = Path(folder) / "unfinished"
     file.touch()
     try:
@@ -181,7 +181,7 @@ def linger(folder: str) -> None:
         file.unlink()
 
 
-def every_result_once(out: Path) -> None:
+def assert_each_result_once(out: Path) -> None:
     """Assert that the journal of a search has each epoch of each trial once."""
     results = [(event["key"], event["epoch"]) for event in journal.events(out) if event["event"] == "result"]
     trained = [(trial.key, line["epoch"]) for trial in journal.read(out)

@@ -1,6 +1,6 @@
 """LSQ that sleeps in each training step while the file $NULSQ_TEST_SLOW exists, so that a test can interrupt its run.
 
-The file may contain the seconds of each call.
+The file may contain the number of seconds to sleep in each call; the default is 0.02.
 """
 
 import os
@@ -11,7 +11,7 @@ from nulsq.quantizers.lsq import LSQ
 
 
 class Slowed(LSQ):
-    """Computes what LSQ computes."""
+    """LSQ with a delay in training; its output equals that of LSQ."""
 
     def forward(self, x):
         slow = os.environ.get("NULSQ_TEST_SLOW")

@@ -2,7 +2,7 @@
 
     with cluster() as slurm:                  # skips the test, with the reason, where Slurm is not installed
         slurm.run("sbatch", ...)              # any Slurm command, on this cluster
-        slurm.wait(lambda: ..., "what")       # until the condition is true
+        slurm.wait(lambda: ..., "event")      # until the condition is true
 """
 
 import contextlib
@@ -74,20 +74,20 @@ class Slurm:
         self.root = root
 
     def run(self, *command: str, check: bool = True) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
-        return done.stdout + done.stderr
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert not check or completed.returncode == 0, (command, completed.stdout, completed.stderr)
+        return completed.stdout + completed.stderr
 
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
         words = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, condition: Callable[[], T], what: str, seconds: float = 240.0) -> T:
-        """Wait until `condition()` is true, and return its result."""
+    def wait(self, condition: Callable[[], T], event: str, seconds: float = 240.0) -> T:
+        """Wait until `condition()` is true, and return its result. `event` names it in the message of a failure."""
         deadline = time.monotonic() + seconds
         while not (result := condition()):
-            assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s\n{self.describe()}"
+            assert time.monotonic() < deadline, f"{event} did not happen within {seconds:g} s\n{self.describe()}"
             time.sleep(0.25)
         return result
 
@@ -99,7 +99,7 @@ class Slurm:
         return self.wait(ended_job, f"the end of job {job}", seconds)
 
     def left(self, job: str) -> list[str]:
-        """Commands of the processes of a job that still run, whatever their parents are by now."""
+        """Command lines of the processes of a job that still run, also of orphaned ones."""
         commands = []
         for process in self.processes(f"SLURM_JOB_ID={job}"):
             with contextlib.suppress(OSError):
@@ -116,21 +116,21 @@ class Slurm:
         return processes
 
     def crash(self, node: str) -> None:
-        """Kill the node's daemons and all that runs on it at once; Slurm does not know yet. `run("slurmd", "-N", node)`
-        brings the node back."""
-        victims = [int((self.root / f"slurmd-{node}.pid").read_text())]
+        """Kill the node's daemon and all its processes at once, before Slurm notices. `run("slurmd", "-N", node)`
+        restarts the node."""
+        process_ids = [int((self.root / f"slurmd-{node}.pid").read_text())]
         for process in self.processes(f"SLURMD_NODENAME={node}"):
-            victims.append(int(process.name))
+            process_ids.append(int(process.name))
             with contextlib.suppress(OSError):
                 parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
                 if Path("/proc", parent, "comm").read_text().startswith("slurmstepd"):
-                    victims.append(int(parent))
-        for victim in dict.fromkeys(victims):
+                    process_ids.append(int(parent))
+        for process_id in dict.fromkeys(process_ids):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(victim, signal.SIGKILL)
+                os.kill(process_id, signal.SIGKILL)
 
     def describe(self) -> str:
-        """The queue, the nodes and the ends of the daemons' logs, for the message of a failed test."""
+        """The queue, the nodes and the last lines of the daemons' logs, for the message of a failed test."""
         logs = [f"==> {path.name}\n{path.read_text()[-3000:]}" for path in sorted((self.root / "log").glob("*.log"))]
         return "\n".join([self.run("squeue", "--all", check=False), self.run("sinfo", check=False), *logs])
 
@@ -156,7 +156,7 @@ def cluster() -> Iterator[Slurm]:
     if missing:
         pytest.skip(f"{missing[0]} is not installed: apt-get install munge slurmctld slurmd slurm-client")
     if os.geteuid():
-        pytest.skip("a Slurm of its own needs root")
+        pytest.skip("starting Slurm needs root")
     # munge must be able to enter every folder above its socket; pytest's own temporary folders are private.
     root = Path(tempfile.mkdtemp(prefix="nulsq-slurm-"))
     root.chmod(0o711)
@@ -192,8 +192,8 @@ def cluster() -> Iterator[Slurm]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Consecutive free ports, because slurm.conf takes those of the nodes as a range. Each worker of pytest starts
-    elsewhere."""
+    """Consecutive free ports, because slurm.conf takes those of the nodes as a range. Each worker of pytest
+    starts at another port."""
     first = 26817 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     for start in range(first, first + 500, count):
         servers = []

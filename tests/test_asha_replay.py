@@ -1,4 +1,4 @@
-"""The simulated search: equal to ASHA by hand, and on the recorded curves as good as is promised."""
+"""The simulated search equals a reference implementation of ASHA and meets its targets on the recorded curves."""
 
 import gc
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.simulator import CONTINUE, STOP, Curve, Patience, Run, affordable, chosen, judge, simulate
+from bench.simulator import CONTINUE, STOP, Curve, NoStopping, Run, affordable, chosen, judge, simulate
 
 pytest.importorskip("ray")
 from bench import asha_replay  # noqa: E402
@@ -21,8 +21,8 @@ RECORDED = Path(__file__).resolve().parent.parent / "bench/data/curves.json"
 
 
 def drawn(heights: dict[str, float], trials: int = 20, epochs: int = 10, seed: int = 0, even: bool = False):
-    """Curves, studies in turn; each configuration rises towards a height of its own near its study's, with noise,
-    takes its own time, and one in ten diverges somewhere. `even`: all take the same time and none diverges."""
+    """Curves, studies in turn. Each configuration rises with noise towards a random height near that of its study, at a
+    random pace; one in ten diverges. `even`: all take the same time and none diverges."""
     draw, curves = random.Random(seed), []
     for number in range(trials):
         for study, height in heights.items():
@@ -38,15 +38,15 @@ def asha(studies, epochs=10, grace=1, reduction=3):
                           mode="max", file=None)
 
 
-class Listening:
-    """Another scheduler, with all that it was asked and answered."""
+class RecordingScheduler:
+    """Wraps another scheduler and records its decisions: (study, key, epoch, score, answer)."""
 
     def __init__(self, other):
-        self.other, self.told = other, []
+        self.other, self.decisions = other, []
 
     def decide(self, *result):
         answer = self.other.decide(*result)
-        self.told.append((*result, answer))
+        self.decisions.append((*result, answer))
         return answer
 
 
@@ -57,32 +57,32 @@ def outcomes(runs):
 # ---- the simulator
 
 
-def test_answers_are_spelt_as_the_scheduler_spells_them():
+def test_answers_equal_the_constants_of_the_scheduler():
     assert (scheduler.CONTINUE, scheduler.STOP) == (CONTINUE, STOP)
 
 
-def test_workers_take_the_next_trial_when_they_are_free():
-    """Two workers, an epoch of b takes three times as long: c and d come and go while b is in its first."""
+def test_free_worker_takes_the_next_trial():
+    """Two workers; an epoch of b takes three times as long. c starts when a has finished, d when c has."""
     curves = [Curve(name, 0, (1.0, 2.0), 3.0 if name == "b" else 1.0) for name in "abcd"]
-    listening = Listening(Patience())
-    runs = simulate(curves, listening, epochs=2, workers=2)
-    assert [(told[0], told[2]) for told in listening.told] == \
+    recording = RecordingScheduler(NoStopping())
+    runs = simulate(curves, recording, epochs=2, workers=2)
+    assert [(decision[0], decision[2]) for decision in recording.decisions] == \
         [("a", 1), ("a", 2), ("b", 1), ("c", 1), ("c", 2), ("d", 1), ("b", 2), ("d", 2)]
     assert [(run.epochs, run.status) for run in runs] == [(2, "finished")] * 4
 
 
-def test_a_trial_that_diverges_is_charged_the_epoch_in_which_it_does():
+def test_diverged_trial_is_charged_the_epoch_of_its_divergence():
     curves = [Curve("s", 0, ()), Curve("s", 1, (5.0, 6.0)), Curve("s", 2, (1.0, 7.0, 8.0))]
-    listening = Listening(asha(["s"], epochs=3, grace=2))
-    runs = simulate(curves, listening, epochs=3, workers=1)
+    recording = RecordingScheduler(asha(["s"], epochs=3, grace=2))
+    runs = simulate(curves, recording, epochs=3, workers=1)
     assert [(run.epochs, run.status) for run in runs] == [(1, "diverged"), (3, "diverged"), (3, "finished")]
-    assert [told[3] for told in listening.told] == [None, 5.0, 6.0, None, 1.0, 7.0, 8.0]
+    assert [decision[3] for decision in recording.decisions] == [None, 5.0, 6.0, None, 1.0, 7.0, 8.0]
     assert judge(runs, curves, 3).share == 7 / 9 and chosen(runs) is curves[2]
 
 
-def by_hand(curves, epochs, grace, reduction):
-    """One worker: a trial goes on at a rung unless it is below the (1 - 1/reduction) percentile of those before it."""
-    rungs, found = {}, {}
+def reference_asha(curves, epochs, grace, reduction):
+    """ASHA with one worker: a rung stops a trial below the (1 - 1/reduction) quantile of the earlier scores there."""
+    rungs, outcome = {}, {}
     for curve in curves:
         epoch, status = 0, None
         while status is None:
@@ -96,37 +96,37 @@ def by_hand(curves, epochs, grace, reduction):
                 if before and curve.scores[epoch - 1] < np.nanpercentile(before, (1 - 1 / reduction) * 100):
                     status = "stopped"
                 before.append(curve.scores[epoch - 1])
-        found[curve.key] = epoch, status
-    return found
+        outcome[curve.key] = epoch, status
+    return outcome
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("grace", "reduction"), [(1, 3), (2, 2), (1, 4), (5, 3)])
-def test_one_worker_is_asha_by_hand(seed, grace, reduction):
+def test_search_with_one_worker_equals_the_asha_reference(seed, grace, reduction):
     curves = drawn({"2": 40, "4": 60}, seed=seed)
-    found = outcomes(simulate(curves, asha(["2", "4"], 10, grace, reduction), epochs=10, workers=1))
-    assert found == by_hand(curves, 10, grace, reduction)
-    assert {status for _, status in found.values()} == {"finished", "stopped", "diverged"}
+    actual = outcomes(simulate(curves, asha(["2", "4"], 10, grace, reduction), epochs=10, workers=1))
+    assert actual == reference_asha(curves, 10, grace, reduction)
+    assert {status for _, status in actual.values()} == {"finished", "stopped", "diverged"}
 
 
 @pytest.mark.parametrize("workers", [1, 3, 8])
-def test_a_stratified_study_decides_as_it_does_alone(workers):
+def test_stratified_study_decides_as_in_a_search_of_its_own(workers):
     studies = {"2": 10, "3": 50, "4": 80}
-    listening = Listening(asha(studies))
-    simulate(drawn(studies), listening, epochs=10, workers=workers)
+    recording = RecordingScheduler(asha(studies))
+    simulate(drawn(studies), recording, epochs=10, workers=workers)
     for study in studies:
-        alone, own = asha([study]), [told for told in listening.told if told[0] == study]
+        alone, own = asha([study]), [decision for decision in recording.decisions if decision[0] == study]
         assert [alone.decide(*result) for *result, _ in own] == [answer for *_, answer in own]
         assert {answer for *_, answer in own} == {CONTINUE, STOP}
 
 
-def test_random_search_starts_only_what_is_paid_for():
+def test_random_search_stays_within_its_budget():
     full, short = Curve("s", 0, (1.0,) * 10), Curve("s", 1, (1.0,) * 3)
     assert affordable([full] * 8, 10, budget=29) == [full] * 2
     assert affordable([short, full, full, full], 10, budget=30) == [short, full, full]  # 4 + 10 + 10
 
 
-def test_the_choice_is_the_searchs_own():
+def test_simulated_choice_equals_the_ranking_of_the_search():
     from tune.space import Trial
     from tune.store.results import TrialResult, ranked
     from tune.store.status import TrialStatus
@@ -149,44 +149,44 @@ def test_the_choice_is_the_searchs_own():
 # ---- the replays
 
 
-def test_a_replay_is_a_function_of_its_seed():
+def test_replay_is_a_function_of_its_seed():
     curves = drawn({"2": 40, "4": 60}, trials=12)
     first, again, other = (replay(curves, 10, parser().parse_args(["--replays", "3", "--seed", seed]))
                            for seed in ("1", "1", "2"))
     assert first == again != other
-    every = [shuffled(curves, 1, number) for number in range(3)]
-    assert every[0] != every[1] != every[2]
-    for order in every:
+    orders = [shuffled(curves, 1, number) for number in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    for order in orders:
         assert sorted(order, key=lambda curve: curve.key) == sorted(curves, key=lambda curve: curve.key)
         assert [curve.study for curve in order] == ["2", "4"] * 12
         assert all(a.number == b.number for a, b in zip(order[::2], order[1::2], strict=True))
 
 
-def test_mixed_rungs_eliminate_the_worse_study_and_stratified_ones_do_not():
-    # the first at a rung goes on, however bad; with even curves that is always one of the better study, which starts
+def test_only_mixed_rungs_eliminate_the_worse_study():
+    # The first trial at a rung always continues; with even curves it belongs to the better study, which starts first.
     curves = drawn({"4": 80, "2": 10}, trials=27, even=True)
-    found = replay(curves, 10, parser().parse_args(["--replays", "10"]))
-    assert all(each.survivors == 0 for each in found[MIXED]["2"])
+    results = replay(curves, 10, parser().parse_args(["--replays", "10"]))
+    assert all(result.survivors == 0 for result in results[MIXED]["2"])
     for study in "24":
-        assert all(each.survivors >= 1 for each in found[STRATIFIED][study])
-        assert all(each.regret == 0 for each in found[FULL][study])
-        assert all(each.share <= 0.25 for each in found[RANDOM][study])
+        assert all(result.survivors >= 1 for result in results[STRATIFIED][study])
+        assert all(result.regret == 0 for result in results[FULL][study])
+        assert all(result.share <= 0.25 for result in results[RANDOM][study])
 
 
-def test_what_was_replayed_is_said_and_everything_is_written(tmp_path, capsys):
+def test_command_prints_what_it_replayed_and_writes_all_results(tmp_path, capsys):
     trials = [{"study": curve.study, "number": curve.number, "drawn": {}, "curve": list(curve.scores), "seconds": 4.0}
               for curve in drawn({"2": 40, "4": 60}, trials=6)]
-    trials[3]["curve"] = [1.0, float("nan"), 3.0]  # cut before what is no number
+    trials[3]["curve"] = [1.0, float("nan"), 3.0]  # cut before the first score that is not finite
     recorded = {"metric": "val_top1", "epochs": 10, "recipe": "r.yaml", "model": "a network", "holdout": "last:50",
                 "subset": 100, "trials": trials}
     (tmp_path / "curves.json").write_text(json.dumps(recorded))
     argv = ["--curves", str(tmp_path / "curves.json"), "--replays", "2", "--json", str(tmp_path / "replay.json")]
     assert asha_replay.main(argv) == 0
-    said = capsys.readouterr().out
-    for words in ("val_top1 on the holdout (last:50) of a network, 10 epochs of 100 training images, r.yaml",
-                  "Study 4: 6 configurations", "| regret <= 0.3 points | 2 |",
-                  "| share <= 0.25 of the full budget | 4 |"):
-        assert words in said
+    printed = capsys.readouterr().out
+    for text in ("val_top1 on the holdout (last:50) of a network, 10 epochs of 100 training images, r.yaml",
+                 "Study 4: 6 configurations", "| regret <= 0.3 points | 2 |",
+                 "| share <= 0.25 of the full budget | 4 |"):
+        assert text in printed
     written = json.loads((tmp_path / "replay.json").read_text())
     assert [(row["study"], row["search"]) for row in written["rows"]] == \
         [(study, search) for study in "24" for search in (STRATIFIED, MIXED, RANDOM, FULL)]
@@ -202,17 +202,17 @@ def test_what_was_replayed_is_said_and_everything_is_written(tmp_path, capsys):
     assert "python -m bench.record_curves" in capsys.readouterr().err
 
 
-def test_what_early_scores_say_of_the_end_is_their_rank_correlation():
+def test_agreement_is_the_rank_correlation_with_final_scores():
     curves = [Curve("2", n, (float(n), float(-n), 3.0 * n)) for n in range(5)] + [Curve("2", 5, (99.0,))]
     study, = asha_replay.described(curves, 3, [1, 2])
-    assert study["agreement"] == {1: 1.0, 2: -1.0}  # the one that diverges in its second epoch has no end
+    assert study["agreement"] == {1: 1.0, 2: -1.0}  # without the trial that diverges: it has no final score
     assert (study["configurations"], study["diverge"], study["best"]) == (6, 1, 12.0)
 
 
 # ---- many trials
 
 
-def test_five_hundred_trials_in_eighteen_studies_are_decided():
+def test_simulation_of_500_trials_in_18_studies_completes():
     curves = random_curves(0)
     studies = dict.fromkeys(curve.study for curve in curves)
     runs = simulate(curves, asha(studies, asha_replay.LONG), asha_replay.LONG, workers=8)
@@ -221,27 +221,27 @@ def test_five_hundred_trials_in_eighteen_studies_are_decided():
         assert {run.status for run in runs if run.curve.study == study} == {"finished", "stopped"}
 
 
-def grown(epochs: int) -> float:
-    """Bytes that the scheduler keeps of the second 250 of 500 trials, a rung entry. Each trial is better than those
-    before, so that none is stopped and every one leaves an entry at rungs 1, 3 and 9."""
+def bytes_per_rung_entry(epochs: int) -> float:
+    """Memory that the scheduler keeps for the second 250 of 500 trials, per rung entry. Each trial is better than the
+    earlier ones, so that none is stopped and each has an entry at rungs 1, 3 and 9."""
     draw = np.random.default_rng(0)
     curves = [Curve(f"study{n % 18}", n // 18, tuple((n + draw.random(epochs)).tolist())) for n in range(500)]
-    many, held = asha([f"study{n}" for n in range(18)], epochs), []
+    asha_scheduler, memory = asha([f"study{n}" for n in range(18)], epochs), []
     tracemalloc.start()
     try:
         for half in (curves[:250], curves[250:]):
-            assert all(run.status == "finished" for run in simulate(half, many, epochs, workers=8))
+            assert all(run.status == "finished" for run in simulate(half, asha_scheduler, epochs, workers=8))
             gc.collect()
-            held.append(tracemalloc.get_traced_memory()[0])
+            memory.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    return (held[1] - held[0]) / (250 * 3)
+    return (memory[1] - memory[0]) / (250 * 3)
 
 
 def test_memory_grows_by_rung_entries_alone():
-    """An entry is a key, a float and their place in a dictionary; nothing is kept of the epochs between the rungs,
-    of which 26-epoch trials have three times as many as 10-epoch ones."""
-    few, many = grown(10), grown(26)
+    """An entry is a key, a float and their place in a dictionary. Epochs between the rungs leave nothing, although
+    26-epoch trials have three times as many of them as 10-epoch ones."""
+    few, many = bytes_per_rung_entry(10), bytes_per_rung_entry(26)
     assert many <= 1.1 * few  # 1.3 with one reference kept of every result, 2.4 with a pair of key and epoch
     assert few <= 300
 
@@ -255,10 +255,10 @@ def test_stopping_early_loses_little_on_the_recorded_curves():
     recorded, curves = asha_replay.load(RECORDED)
     studies = asha_replay.described(curves, recorded["epochs"])
     assert len(studies) >= 2 and recorded["epochs"] >= 16
-    assert all(each["configurations"] >= 60 for each in studies)
-    found = replay(curves, recorded["epochs"], parser().parse_args(["--replays", "40"]))
-    for study, each in found[STRATIFIED].items():
-        met = asha_replay.row(study, STRATIFIED, each)["met"]
+    assert all(study["configurations"] >= 60 for study in studies)
+    results = replay(curves, recorded["epochs"], parser().parse_args(["--replays", "40"]))
+    for study, study_results in results[STRATIFIED].items():
+        met = asha_replay.row(study, STRATIFIED, study_results)["met"]
         assert met == {"regret": True, "share": True}, study
-    # Sharing rungs, the 2-bit study has next to nothing left.
-    assert asha_replay.row("2", MIXED, found[MIXED]["2"])["survivors"] <= 1
+    # With shared rungs, the 2-bit study keeps hardly any trial.
+    assert asha_replay.row("2", MIXED, results[MIXED]["2"])["survivors"] <= 1

@@ -1,4 +1,4 @@
-"""Starting runs on this machine, and misuse: one line, exit code 2, nothing written, from every command alike."""
+"""Runs launched on this machine. Invalid input to any command: one error line, exit code 2, nothing written."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def recipe_file(short, float_run, tmp_path):
-    """A recipe that would run, in a folder of its own."""
+    """A valid recipe in a temporary folder."""
     recipe = short("launched", model__init_from=str(float_run), optim__epochs=1, run__root=str(tmp_path / "runs"))
     path = tmp_path / "recipe.yaml"
     path.write_text(to_yaml(recipe))
@@ -39,7 +39,7 @@ def commands(recipe, *arguments):
     (["--w_quantizer", "LSQ_quantizr"], "Did you mean 'LSQ_quantizer'"),
     (["--num_bitz", "2"], "Did you mean '--num_bits'"),
 ])
-def test_misuse_that_the_recipe_shows(recipe_file, capsys, arguments, message):
+def test_invalid_setting_is_one_error_line_from_every_command(recipe_file, capsys, arguments, message):
     for command in commands(recipe_file, *arguments):
         assert command() == 2
         error = capsys.readouterr().err
@@ -48,15 +48,15 @@ def test_misuse_that_the_recipe_shows(recipe_file, capsys, arguments, message):
 
 
 @pytest.mark.parametrize("case", ["no_quantizer", "missing_beton", "truncated_beton", "architecture"])
-def test_misuse_that_only_a_look_at_the_files_shows(recipe_file, digits, tmp_path, capfd, case):
+def test_unusable_quantizer_or_file_is_one_error_line_from_every_command(recipe_file, digits, tmp_path, capfd, case):
     import shutil
     arguments, message = ["quant.activation.quantizer=nulsqq"], "Did you mean 'nulsq'"
     if case.endswith("beton"):
         if not (digits / "train.beton").is_file():
             pytest.skip("ffcv is not installed")
         shutil.copytree(digits, tmp_path / "digits")
-        victim = tmp_path / "digits" / "train.beton"
-        victim.unlink() if case == "missing_beton" else os.truncate(victim, 5000)
+        file = tmp_path / "digits" / "train.beton"
+        file.unlink() if case == "missing_beton" else os.truncate(file, 5000)
         arguments = [f"data.path={tmp_path}/digits"]
         message = "train.beton is missing" if case == "missing_beton" else "truncated or replaced"
     if case == "architecture":
@@ -81,7 +81,7 @@ def test_print_shows_the_command_and_runs_nothing(recipe_file, capsys):
 
 
 @pytest.mark.parametrize("nproc", [pytest.param("1", marks=pytest.mark.long), "2"])
-def test_a_launched_run_trains(recipe_file, capfd, monkeypatch, nproc):
+def test_launched_run_trains_and_records_its_environment_without_secrets(recipe_file, capfd, monkeypatch, nproc):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("NULSQ_TOKEN", "hush")
     code = launch(["local", "train", str(recipe_file), "--nproc", nproc, "run.train_id=" + nproc])
@@ -90,12 +90,12 @@ def test_a_launched_run_trains(recipe_file, capfd, monkeypatch, nproc):
     assert read_outcome(run)["outcome"] == "finished" and len(read_metrics(run)) == 1
     assert "val_top1" in read_metrics(run)[0]
     recipe, code = (run / "recipe.yaml").read_text(), (run / "code.txt").read_text()
-    assert "SLURM_JOB_ID='17'" in code and "hush" not in code  # what a job is known by, and no secret
+    assert "SLURM_JOB_ID='17'" in code and "hush" not in code  # the job id is recorded, no secret is
     assert "lr: 0.05" in recipe and f"torch {torch.__version__.split('+')[0]}" in code and "nulsq" in code
 
 
-def test_how_ranks_ended_is_the_exit_code(recipe_file, capfd):
-    """torchrun makes 1 of it; the outcome file knows better."""
+def test_exit_code_states_how_the_ranks_ended(recipe_file, capfd):
+    """torchrun exits with 1 whatever happened; the code comes from the outcome file."""
     assert launch(["local", "train", str(recipe_file), "--nproc", "2", "optim.lr=1e30"]) == 3
 
 
@@ -103,8 +103,8 @@ PLAIN, TWO_RANKS = ["nulsq.train"], ["launch", "local", "train", "--nproc", "2"]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_the_first_signal_asks_and_one_that_comes_later_acts_as_usual(name):
-    """Slurm and torchrun both send the signal at once: that counts as one request."""
+def test_first_signal_requests_a_stop_and_a_later_one_ends_the_process(name):
+    """Slurm and torchrun may both send the signal: two signals in quick succession are one request."""
     code = f"""
 import os, signal, time
 from nulsq.training.stop import DEBOUNCE, DEBOUNCE_CTRL_C, stop_on_signal
@@ -117,14 +117,15 @@ with stop_on_signal() as stop:
     os.kill(os.getpid(), signal.{name})
     print("still here", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["False", "True"] and done.returncode == -getattr(signal, name), done.stderr
+    completed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert completed.stdout.split() == ["False", "True"], completed.stderr
+    assert completed.returncode == -getattr(signal, name)
 
 
 @pytest.mark.parametrize(("number", "module"), [
     ("SIGTERM", TWO_RANKS), pytest.param("SIGINT", ["launch", "local", "train"], marks=pytest.mark.long),
     pytest.param("SIGUSR1", PLAIN, marks=pytest.mark.long), pytest.param("SIGUSR1", TWO_RANKS, marks=pytest.mark.long)])
-def test_a_signal_saves_and_the_same_command_continues(recipe_file, number, module):
+def test_signal_saves_the_run_and_the_same_command_resumes_it(recipe_file, number, module):
     label = f"{number}-{len(module)}"
     command = [sys.executable, "-m", *module, str(recipe_file), "optim.epochs=6", f"run.train_id={label}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -137,15 +138,15 @@ def test_a_signal_saves_and_the_same_command_continues(recipe_file, number, modu
     assert process.returncode == 99, printed
     saved = read_outcome(run)
     assert saved["outcome"] == "saved" and saved["requeue"] and 0 < saved["step"] <= 24
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"continuing at step {saved['step']} of 24" in done.stdout
+    resumed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert f"continuing at step {saved['step']} of 24" in resumed.stdout
     lines = read_metrics(run)
     assert [line["epoch"] for line in lines] == list(range(1, 7))
     assert all(line["train_images"] == 128 for line in lines)  # an interrupted epoch counts every image once
 
 
-def test_search_validates_before_ray(tmp_path, capfd):
+def test_search_rejects_an_invalid_setting_before_ray_starts(tmp_path, capfd):
     demo = ROOT / "configs/search/demo.yaml"
     assert launch(["local", "search", str(demo), "space.lr.key=optim.lrr", f"dir={tmp_path}/out"]) == 2
     error = capfd.readouterr().err
@@ -153,10 +154,10 @@ def test_search_validates_before_ray(tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
-def test_paths_with_odd_characters_are_passed_on(short, float_run, tmp_path, capfd):
-    odd = tmp_path / "a b'$(touch x)"
-    odd.mkdir()
-    recipe = short("odd", model__init_from=str(float_run), optim__epochs=1, run__root=str(odd / "runs"))
-    (odd / "r.yaml").write_text(to_yaml(recipe))
-    assert launch(["local", "train", str(odd / "r.yaml")]) == 0, capfd.readouterr().err[-2000:]
+def test_path_with_shell_characters_is_passed_on_unchanged(short, float_run, tmp_path, capfd):
+    folder = tmp_path / "a b'$(touch x)"
+    folder.mkdir()
+    recipe = short("odd", model__init_from=str(float_run), optim__epochs=1, run__root=str(folder / "runs"))
+    (folder / "r.yaml").write_text(to_yaml(recipe))
+    assert launch(["local", "train", str(folder / "r.yaml")]) == 0, capfd.readouterr().err[-2000:]
     assert read_outcome(path_of(recipe))["outcome"] == "finished"

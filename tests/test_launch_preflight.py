@@ -1,4 +1,4 @@
-"""Preflight: real ranks and process groups; what is wrong is a line that names it and an exit code, never a hang."""
+"""Preflight on real ranks and process groups: each problem is a line that names it and an exit code, never a hang."""
 
 import json
 import os
@@ -36,25 +36,25 @@ def report_of(path: Path) -> tuple[dict, dict[str, dict]]:
     return content, {check["check"]: check for check in content["checks"]}
 
 
-def test_two_ranks_that_are_well(recipe_file, tmp_path):
-    done = in_ranks(2, "launch.preflight", str(recipe_file), "optim.lr=0.1", "--num_bits", "3", "--devices", "0",
-                    "--disk", "0.001", "--bandwidth", "1e-6", "--images-per-second", "1", "--report",
-                    str(tmp_path / "report.json"), *QUICK)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+def test_all_checks_pass_on_two_healthy_ranks(recipe_file, tmp_path):
+    completed = in_ranks(2, "launch.preflight", str(recipe_file), "optim.lr=0.1", "--num_bits", "3", "--devices", "0",
+                         "--disk", "0.001", "--bandwidth", "1e-6", "--images-per-second", "1", "--report",
+                         str(tmp_path / "report.json"), *QUICK)
+    assert completed.returncode == 0, completed.stdout + completed.stderr[-3000:]
+    lines = completed.stdout.splitlines()
     assert "2 ranks on" in lines[0] and lines[-1] == "all 5 checks ok" and len(lines) == 7
     assert [line.split()[:2] for line in lines[1:-1]] == [["ok", name] for name in NAMES]
-    content, found = report_of(tmp_path / "report.json")
-    assert content["ok"] and len(content["nodes"]) == 2 and list(found) == NAMES
-    assert f"torch {torch.__version__}" in found["versions"]["found"] and "data set" in found["versions"]["found"]
-    assert found["collective"]["measured"]["bus_gigabytes_per_second"] > 0 and "gloo" in found["collective"]["found"]
-    assert found["data"]["measured"]["images_per_second"] > 1 and found["data"]["measured"]["bytes_per_second"] > 1
+    content, checks = report_of(tmp_path / "report.json")
+    assert content["ok"] and len(content["nodes"]) == 2 and list(checks) == NAMES
+    assert f"torch {torch.__version__}" in checks["versions"]["found"] and "data set" in checks["versions"]["found"]
+    assert checks["collective"]["measured"]["bus_gigabytes_per_second"] > 0 and "gloo" in checks["collective"]["found"]
+    assert checks["data"]["measured"]["images_per_second"] > 1 and checks["data"]["measured"]["bytes_per_second"] > 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "report.json"]
 
 
-def test_two_ranks_where_several_things_are_wrong(recipe_file, tmp_path):
-    """Every check is made and said, though others have failed before."""
-    # Ranks that call themselves other nodes, and one whose data set and code differ: what a stale copy looks like.
+def test_all_failed_checks_are_reported(recipe_file, tmp_path):
+    """Every check is made and reported, although others have failed before it."""
+    # Two ranks that claim to be different nodes; one has another version of the package, as with a stale copy.
     (tmp_path / "other").mkdir()
     script = tmp_path / "other" / "as_two_nodes.py"
     script.write_text("""
@@ -71,25 +71,25 @@ exit_process(main(sys.argv[1:]))
                "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", str(script), str(recipe_file),
                "--devices", "8", "--bandwidth", "1e6", "--disk", "1e9", "--images-per-second", "1e12", "--report",
                str(tmp_path / "report.json"), *QUICK]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {
         "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 1, done.stdout + done.stderr[-3000:]  # torchrun's
-    content, found = report_of(tmp_path / "report.json")
+    assert completed.returncode == 1, completed.stdout + completed.stderr[-3000:]  # the exit code of torchrun
+    content, checks = report_of(tmp_path / "report.json")
     assert not content["ok"] and content["nodes"] == ["node0", "node1"]
-    assert [name for name in NAMES if not found[name]["ok"]] == NAMES
-    assert done.stdout.splitlines()[-1] == f"FAILED: {', '.join(NAMES)}"
-    assert found["devices"]["asked"] == "8 GPUs on each node"
-    assert "on node0, node1" in found["devices"]["found"] and "no GPU for rank 0 (node0), rank 1" in \
-        found["devices"]["found"] or torch.cuda.is_available()
-    assert found["versions"]["found"].startswith("nulsq: ") and "0.0.9 on node1" in found["versions"]["found"]
-    assert "at 1e+06 GB/s" in found["collective"]["asked"] and "GB/s bus bandwidth" in found["collective"]["found"]
-    assert "the slowest is rank" in found["data"]["found"]
-    assert "1e+09 GB" in found["disk"]["asked"] and "GB and" in found["disk"]["found"]
+    assert [name for name in NAMES if not checks[name]["ok"]] == NAMES
+    assert completed.stdout.splitlines()[-1] == f"FAILED: {', '.join(NAMES)}"
+    assert checks["devices"]["asked"] == "8 GPUs on each node"
+    assert "on node0, node1" in checks["devices"]["found"] and "no GPU for rank 0 (node0), rank 1" in \
+        checks["devices"]["found"] or torch.cuda.is_available()
+    assert checks["versions"]["found"].startswith("nulsq: ") and "0.0.9 on node1" in checks["versions"]["found"]
+    assert "at 1e+06 GB/s" in checks["collective"]["asked"] and "GB/s bus bandwidth" in checks["collective"]["found"]
+    assert "the slowest is rank" in checks["data"]["found"]
+    assert "1e+09 GB" in checks["disk"]["asked"] and "GB and" in checks["disk"]["found"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "recipe.yaml", "report.json"]
 
 
-def test_one_plain_process(recipe_file, tmp_path, capsys):
-    """Exit code 4 and the file that is damaged; the folder of the run is not made; nothing of torch is left behind."""
+def test_single_process_reports_a_failed_check_and_leaves_nothing_behind(recipe_file, tmp_path, capsys):
+    """A missing data set gives exit code 4. No run folder is made; no process group and no thread are left."""
     assert main([str(recipe_file), *QUICK]) == 0
     assert "a single rank" in capsys.readouterr().out
     code = main([str(recipe_file), f"data.path={tmp_path}", "--report", str(tmp_path / "report.json"), *QUICK])
@@ -101,17 +101,17 @@ def test_one_plain_process(recipe_file, tmp_path, capsys):
     assert not (tmp_path / "runs").exists() and not dist.is_initialized() and not is_hanging()
 
 
-def test_a_folder_that_cannot_be_written(recipe_file, tmp_path, capsys):
+def test_unwritable_folder_fails_the_disk_check(recipe_file, tmp_path, capsys):
     (tmp_path / "closed").mkdir(mode=0o500)
-    # root may write everywhere but in /proc
+    # root may write everywhere except in /proc
     closed = Path("/proc") if os.access(tmp_path / "closed", os.W_OK) else tmp_path / "closed"
     assert main([str(recipe_file), f"run.root={closed}/runs", *QUICK]) == ExitCode.PREFLIGHT_FAILED
     printed = capsys.readouterr().out
     assert "FAILED: disk" in printed and f"{closed}/.preflight" in printed
 
 
-def test_a_run_directory_that_waits_for_its_job_stays_as_it_was(recipe_file, tmp_path):
-    """Only launch/ may be in it before the run is: the test file lies there, and then is gone."""
+def test_disk_check_leaves_the_run_folder_unchanged(recipe_file, tmp_path):
+    """Before the run starts, only launch/ may be in its folder: the test file is written there and then removed."""
     launch = tmp_path / "run" / "launch"
     launch.mkdir(parents=True)
     assert main([str(recipe_file), f"run.dir={tmp_path / 'run'}", "--report", str(tmp_path / "r.json"), *QUICK]) == 0
@@ -124,16 +124,16 @@ def test_a_run_directory_that_waits_for_its_job_stays_as_it_was(recipe_file, tmp
     (["--devices", "-1"], "--devices = -1, allowed: at least 0"), (["--timeout", "0"], "--timeout = 0, allowed: above"),
     (["--disk", "nan"], "--disk = nan"), (["--report", "/no/such/folder/r.json", *QUICK], "cannot be written"),
 ])
-def test_misuse(recipe_file, capsys, arguments, message):
+def test_invalid_argument_is_one_error_line(recipe_file, capsys, arguments, message):
     assert main([str(recipe_file), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_what_hangs_is_an_answer():
-    until = threading.Event()
-    assert run_with_timeout(0.1, until.wait) == {"error": "no answer within 0.1 s"} and is_hanging()
-    until.set()
+def test_function_that_hangs_returns_a_timeout_error():
+    event = threading.Event()
+    assert run_with_timeout(0.1, event.wait) == {"error": "no answer within 0.1 s"} and is_hanging()
+    event.set()
     deadline = time.monotonic() + 10
     while is_hanging() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -141,8 +141,8 @@ def test_what_hangs_is_an_answer():
     assert run_with_timeout(10, lambda: {}["x"]) == {"error": "KeyError: 'x'"}
 
 
-def test_a_rank_that_does_not_come_is_named(monkeypatch):
-    """Two ranks are two threads with one real store; the second one does not answer the second time."""
+def test_missing_rank_is_named(monkeypatch):
+    """The two ranks are threads that share a real store. Rank 1 does not take part in the second exchange."""
     monkeypatch.setattr("launch.preflight.rank_store.SLACK", 0.5)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     errors = {}

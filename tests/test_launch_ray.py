@@ -1,7 +1,7 @@
-"""Ray Jobs: what is submitted, what is refused, and whole lives of jobs on a real cluster with a token.
+"""Ray jobs: what is submitted, what is refused, and complete jobs on a real cluster with a token.
 
-The cluster is a head without cores and two nodes of one core each, all on this machine, in processes of their own. It
-listens where Ray listens (everywhere, but for the dashboard); its token is what keeps others out.
+The cluster is a head without cores and two nodes of one core each, in separate processes on this machine. Except for
+the dashboard it listens on all interfaces, as Ray does; the token keeps others out.
 """
 
 import http.server
@@ -39,32 +39,32 @@ pytestmark = [pytest.mark.usefixtures("in_the_checkout"),
 
 @pytest.fixture(autouse=True)
 def no_token(monkeypatch, tmp_path):
-    """None of the user's own."""
+    """Hide the user's own tokens and cluster address."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def run_of(folder: Path, name: str = "run", **more) -> JobSpec:
-    """A run, as `look` finds it, without looking."""
+def spec_of(folder: Path, name: str = "run", **changes) -> JobSpec:
+    """The JobSpec of a run that exists only as a recipe file."""
     (folder / "recipes").mkdir(exist_ok=True)
     file = folder / "recipes" / "recipe.yaml"
     file.write_text("name: x\n")
     return JobSpec(**{"verb": "train", "file": str(file), "rest": ["optim.lr=0.1"], "directory": folder / name,
-                   "data": folder / "data", "name": "run"} | more)
+                      "data": folder / "data", "name": "run"} | changes)
 
 
 # ---- what is submitted
 
 
-def test_the_submission_is_shown_and_nothing_is_written(tmp_path):
-    spec = run_of(tmp_path)
+def test_shown_submission_is_complete_and_writes_nothing(tmp_path):
+    spec = spec_of(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     shown = ray_jobs.shown(spec, Site(kind="ray", cpus=4, gpus=2, warn=60)).splitlines()
-    job = shlex.split(shown[0])
-    assert job[:3] == ["exec", "env", f"--chdir={ROOT}"] and "OMP_NUM_THREADS=2" in job
-    assert job[job.index("--nproc-per-node") + 1] == "2" and job[job.index("--shutdown-timeout") + 1] == "60"
-    assert job[-3] == "nulsq.train" and job[-1] == "optim.lr=0.1"
+    words = shlex.split(shown[0])
+    assert words[:3] == ["exec", "env", f"--chdir={ROOT}"] and "OMP_NUM_THREADS=2" in words
+    assert words[words.index("--nproc-per-node") + 1] == "2" and words[words.index("--shutdown-timeout") + 1] == "60"
+    assert words[-3] == "nulsq.train" and words[-1] == "optim.lr=0.1"
     assert json.loads(shown[1].removeprefix("# submitted with ")) == {
         "submission_id": "run-TIME", "runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}},
         "entrypoint_num_cpus": 4, "entrypoint_num_gpus": 2}
@@ -72,29 +72,29 @@ def test_the_submission_is_shown_and_nothing_is_written(tmp_path):
     assert before == sorted(tmp_path.rglob("*"))
 
 
-def test_no_word_of_a_job_is_executed_by_the_shell_that_ray_gives_it_to(tmp_path, monkeypatch):
-    """The entrypoint, read by a shell as Ray does it, in a folder and with values that would like to be commands."""
-    here = tmp_path / HOSTILE
-    here.mkdir()
-    monkeypatch.chdir(here)
+def test_shell_executes_no_text_of_a_ray_job(tmp_path, monkeypatch):
+    """A shell reads the entrypoint, as in Ray. The folder and the settings contain shell commands; none is executed."""
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\npwd; env | grep PYTHONPATH\nfor each in "$@"; do echo "<$each>"; done\n'
+    python.write_text('#!/bin/sh\npwd; env | grep PYTHONPATH\nfor word in "$@"; do echo "<$word>"; done\n'
                       "kill -TERM $$\n")
     python.chmod(0o755)
-    spec = run_of(here, HOSTILE, rest=["name=`touch x`", "model.name=$HOME;touch x", setting("run.dir", here)])
+    spec = spec_of(folder, HOSTILE, rest=["name=`touch x`", "model.name=$HOME;touch x", setting("run.dir", folder)])
     site = Site(kind="ray", python=str(python), setup={"one": "export SET=up", "two": "echo $SET"})
-    words = ray_jobs.entrypoint(spec, site, here / "code", {})
+    words = ray_jobs.entrypoint(spec, site, folder / "code", {})
     process = subprocess.Popen(shlex.join(words), shell=True, stdout=subprocess.PIPE, text=True, cwd="/")
     lines = process.communicate()[0].splitlines()
-    assert process.returncode == -signal.SIGTERM  # one process, from the shell to the run: signals reach it
-    assert lines[:3] == ["up", str(here), f"PYTHONPATH={here / 'code'}:{here}"]
-    assert lines[-3:] == [f"<{each}>" for each in spec.rest]
+    assert process.returncode == -signal.SIGTERM  # the shell is replaced by the run, so that signals reach it
+    assert lines[:3] == ["up", str(folder), f"PYTHONPATH={folder / 'code'}:{folder}"]
+    assert lines[-3:] == [f"<{word}>" for word in spec.rest]
     assert not list(tmp_path.rglob("x"))
 
 
-def test_a_search_is_told_cluster_nodes_recipe_and_name(tmp_path):
-    spec = run_of(tmp_path, verb="search", plan={"name": "tiny", "recipe": "configs/recipes/digits/w2a2.yaml"})
+def test_search_entrypoint_states_address_nodes_recipe_and_name(tmp_path):
+    spec = spec_of(tmp_path, verb="search", plan={"name": "tiny", "recipe": "configs/recipes/digits/w2a2.yaml"})
     submission = ray_jobs.submission(spec, Site(kind="ray", nodes=3), "id", tmp_path / "code")
     words = shlex.split(submission["entrypoint"])
     assert words[-4:] == [setting("recipe", tmp_path / "code/configs/recipes/digits/w2a2.yaml"), 'name="tiny"',
@@ -123,21 +123,21 @@ def test_a_search_is_told_cluster_nodes_recipe_and_name(tmp_path):
     ({"token": "/dev/null"}, {}, "token = /dev/null: holds no token"),
     ({"address": "http://127.0.0.1:9"}, {}, "address = http://127.0.0.1:9: no jobs API answers there"),
 ])
-def test_what_cannot_be_submitted_is_refused_and_nothing_is_written(tmp_path, site, spec, message):
-    spec = run_of(tmp_path, **spec)
+def test_invalid_submission_is_refused_and_writes_nothing(tmp_path, site, spec, message):
+    spec = spec_of(tmp_path, **spec)
     with pytest.raises(InputError) as raised:
         ray_jobs.submit(spec, Site(kind="ray", **site), [])
     assert message in str(raised.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_site_of_another_kind_names_the_place_that_takes_it(tmp_path, capsys):
+def test_site_of_another_kind_error_names_the_right_command(tmp_path, capsys):
     (tmp_path / "site.yaml").write_text("kind: slurm\n")
     assert launch(["ray", "train", "x.yaml", "--site", str(tmp_path / "site.yaml")]) == 2
     assert "of kind slurm: use it with python -m launch slurm train" in capsys.readouterr().err
 
 
-def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
+def test_missing_ray_error_names_the_extra(tmp_path, monkeypatch):
     class Hide:
         def find_spec(self, name, path=None, target=None):
             if name.partition(".")[0] == "ray":
@@ -147,13 +147,13 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Hide(), *sys.meta_path])
     with pytest.raises(InputError, match=r"pip install 'nulsq\[search\]'"):
-        ray_jobs.submit(run_of(tmp_path), Site(kind="ray"), [])
+        ray_jobs.submit(spec_of(tmp_path), Site(kind="ray"), [])
     assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
-def answering():
-    """answering({path: (status, text)}): the address of a server with these answers, on loopback."""
+def serve():
+    """serve({path: (status, text)}): start a server with these answers on loopback, and return its address."""
     servers = []
 
     def start(answers):
@@ -189,31 +189,32 @@ def answering():
     ((401, ""), "it demands a token, looked for in the site's `token`, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/"),
     ((None, ""), "no jobs API answers there (HTTPConnectionPool(host='127.0.0.1', "),
 ])
-def test_an_error_names_the_address_and_what_answers_there(tmp_path, answering, monkeypatch, answer, message):
+def test_connection_error_names_the_address_and_the_answer(tmp_path, serve, monkeypatch, answer, message):
     monkeypatch.setattr(ray_client, "SECONDS", 0.5)
-    # The site's address counts, whatever variables of Ray's are set.
+    # The site's address is used, whatever RAY_ADDRESS says.
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(InputError) as raised:
-        ray_jobs.submit(run_of(tmp_path), Site(kind="ray", address=answering({"/api/version": answer})), [])
+        ray_jobs.submit(spec_of(tmp_path), Site(kind="ray", address=serve({"/api/version": answer})), [])
     assert message in str(raised.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_directory_that_a_job_holds_is_refused(tmp_path, answering):
-    address = answering({"/api/version": (200, '{"ray_version": "2.60.0"}'),
-                         "/api/jobs/one": (200, '{"type": "SUBMISSION", "status": "RUNNING", "entrypoint": "x"}')})
-    spec, site = run_of(tmp_path), Site(kind="ray", address=address)
+def test_directory_held_by_a_job_is_refused(tmp_path, serve):
+    address = serve({"/api/version": (200, '{"ray_version": "2.60.0"}'),
+                     "/api/jobs/one": (200, '{"type": "SUBMISSION", "status": "RUNNING", "entrypoint": "x"}')})
+    spec, site = spec_of(tmp_path), Site(kind="ray", address=address)
     folder = jobs.open_folder(spec.directory)
-    one = jobs.Job("ray", "one", str(spec.directory), str(folder), site=vars(site))
-    jobs.write(one)
+    running = jobs.Job("ray", "one", str(spec.directory), str(folder), site=vars(site))
+    jobs.write(running)
     with pytest.raises(InputError, match=r"job one \(RUNNING\) holds .*/run; python -m launch stop"):
         ray_jobs.submit(spec, site, [])
-    # A cluster that was restarted, or is gone, does not block the directory for ever.
-    two = jobs.Job("ray", "two", str(spec.directory), str(folder), site=vars(site))
-    assert ray_jobs.state(two) == jobs.ENDED
-    gone = jobs.Job("ray", "one", str(spec.directory), str(folder), site=vars(site) | {"address": "http://127.0.0.1:9"})
-    assert ray_jobs.state(gone).startswith("unknown (address = http://127.0.0.1:9: no jobs API")
-    jobs.check_free(spec.directory, "ray", lambda _: ray_jobs.state(gone))
+    # A cluster that was restarted or is gone does not block the directory forever.
+    unknown = jobs.Job("ray", "two", str(spec.directory), str(folder), site=vars(site))
+    assert ray_jobs.state(unknown) == jobs.ENDED
+    unreachable = jobs.Job("ray", "one", str(spec.directory), str(folder),
+                           site=vars(site) | {"address": "http://127.0.0.1:9"})
+    assert ray_jobs.state(unreachable).startswith("unknown (address = http://127.0.0.1:9: no jobs API")
+    jobs.check_free(spec.directory, "ray", lambda _: ray_jobs.state(unreachable))
 
 
 # ---- a real cluster
@@ -221,25 +222,25 @@ def test_a_directory_that_a_job_holds_is_refused(tmp_path, answering):
 CLUSTER = """
 import socket, sys
 from ray.cluster_utils import Cluster
-with socket.socket() as one, socket.socket() as two:  # Ray's own choice are the same two ports for everybody
-    one.bind(("127.0.0.1", 0)), two.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in (one, two)]
-made = Cluster(initialize_head=True, head_node_args={
+with socket.socket() as first, socket.socket() as second:  # Ray's defaults are fixed ports, the same for every cluster
+    first.bind(("127.0.0.1", 0)), second.bind(("127.0.0.1", 0))
+    ports = [bound.getsockname()[1] for bound in (first, second)]
+cluster = Cluster(initialize_head=True, head_node_args={
     "num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": ports[0],
     "dashboard_agent_listen_port": ports[1]})
 try:
     for _ in range(2):
-        made.add_node(num_cpus=1)
-    print(made.head_node.webui_url, flush=True)
+        cluster.add_node(num_cpus=1)
+    print(cluster.head_node.webui_url, flush=True)
     sys.stdin.read()
 finally:
-    made.shutdown()
+    cluster.shutdown()
 """
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """The cluster's address, and a folder with its `token`; while a file `slow` is there, its jobs are."""
+    """The cluster's address, and a folder with its `token`. Jobs are slow while a file `slow` exists in the folder."""
     folder = tmp_path_factory.mktemp("cluster")
     with os.fdopen(os.open(folder / "token", os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
@@ -265,31 +266,31 @@ def site_file(cluster, tmp_path):
 
 @pytest.fixture
 def slow(cluster):
-    """Jobs are slow, until the file is taken away."""
+    """The file that makes jobs slow; the test or the fixture removes it."""
     (cluster[1] / "slow").touch()
     yield cluster[1] / "slow"
     (cluster[1] / "slow").unlink(missing_ok=True)
 
 
-def until(holds, what, seconds=120):
+def wait_until(condition, message, seconds=120):
     deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, what()
+    while not condition():
+        assert time.monotonic() < deadline, message()
         time.sleep(0.2)
 
 
 def log_of(directory) -> str:
-    done = subprocess.run([sys.executable, "-m", "launch", "logs", str(directory)], capture_output=True, text=True)
-    return done.stdout + done.stderr
+    completed = subprocess.run([sys.executable, "-m", "launch", "logs", str(directory)], capture_output=True, text=True)
+    return completed.stdout + completed.stderr
 
 
-def ended(directory) -> bool:
+def has_ended(directory) -> bool:
     return ray_jobs.state(jobs.latest(directory)) == jobs.ENDED
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_client_without_the_token_is_refused(cluster, tmp_path, monkeypatch):
+def test_client_without_the_token_is_refused(cluster, tmp_path, monkeypatch):
     address, folder = cluster
     with pytest.raises(urllib.error.HTTPError) as raised:
         urllib.request.urlopen(f"{address}/api/jobs/")
@@ -306,8 +307,8 @@ def test_a_client_without_the_token_is_refused(cluster, tmp_path, monkeypatch):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_is_submitted_followed_left_stopped_and_continued(cluster, site_file, slow, short, float_run, tmp_path,
-                                                                   capsys):
+def test_search_outlives_its_client_and_resumes_after_a_stop(cluster, site_file, slow, short, float_run, tmp_path,
+                                                             capsys):
     recipe = short("trial", model__init_from=str(float_run), optim__epochs=3,
                    quant__activation__quantizer="tests.slowed")
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
@@ -330,34 +331,34 @@ repeats: 0
                 break
         client.kill()
     assert "2 trials fit at once" in line
-    until(lambda: list(out.glob("trials/*/*/metrics.jsonl")), lambda: log_of(out))
+    wait_until(lambda: list(out.glob("trials/*/*/metrics.jsonl")), lambda: log_of(out))
     with pytest.raises(InputError, match=r"\(RUNNING\) holds"):
         jobs.check_free(out, "ray", ray_jobs.state)
 
     assert launch(["stop", str(out)]) == 0
     assert "it saves and stops within 60 seconds" in capsys.readouterr().out
-    until(lambda: ended(out), lambda: log_of(out))
+    wait_until(lambda: has_ended(out), lambda: log_of(out))
     assert launch(["logs", str(out)]) == 0
     assert "interrupted; the same command continues the search" in capsys.readouterr().out
-    kept = {path: read_metrics(path.parent) for path in out.glob("trials/*/*/metrics.jsonl")}
-    assert kept and not (out / "finished").exists()
+    saved = {path: read_metrics(path.parent) for path in out.glob("trials/*/*/metrics.jsonl")}
+    assert saved and not (out / "finished").exists()
 
     slow.unlink()
     assert launch([*command, "--follow"]) == 0, capsys.readouterr()
     printed = capsys.readouterr().out
     assert "winner's test top-1" in printed and "succeeded" in printed
     assert (out / "finished").exists() and len(list(out.glob("trials/*/*/outcome.json"))) == 2
-    for path, lines in kept.items():
-        assert read_metrics(path.parent)[:len(lines)] == lines  # continued: even the times are the same
+    for path, lines in saved.items():
+        assert read_metrics(path.parent)[:len(lines)] == lines  # resumed: even the recorded times are unchanged
     assert [job.place for job in jobs.submitted(out)] == ["ray", "ray"]
 
 
 @pytest.mark.ray
 @pytest.mark.long
-def test_a_run_of_two_ranks_saves_itself_when_stopped_and_goes_on_with_code_that_is_shipped(
+def test_stopped_run_of_two_ranks_resumes_with_shipped_code(
         cluster, site_file, slow, short, float_run, tmp_path, capsys):
-    """Ray signals every process of the job at once, torchrun passes it on as well: one word all the same. Its folder
-    would like to be a command. The recipe is from elsewhere, in a folder that the project's .gitignore leaves out."""
+    """Ray signals all processes of the job, and torchrun forwards its signal: they count as one request. The run's
+    folder has a hostile name. The recipe is outside the checkout, in a folder `build`, which .gitignore excludes."""
     run = tmp_path / HOSTILE
     recipe = short("ranks", model__init_from=str(float_run), optim__epochs=3,
                    quant__activation__quantizer="tests.slowed")
@@ -366,12 +367,12 @@ def test_a_run_of_two_ranks_saves_itself_when_stopped_and_goes_on_with_code_that
     command = ["ray", "train", str(tmp_path / "build" / "recipe.yaml"), setting("run.dir", run), "--site",
                str(site_file), "--at", "processes=2", "--submit"]
     assert launch(command) == 0, capsys.readouterr()
-    until(lambda: read_metrics(run), lambda: log_of(run))
+    wait_until(lambda: read_metrics(run), lambda: log_of(run))
     assert launch(["status", str(run)]) == 0
     printed = capsys.readouterr().out
     assert ": RUNNING\n" in printed and "outcome: running" in printed
     assert launch(["stop", str(run)]) == 0
-    until(lambda: ended(run), lambda: log_of(run))
+    wait_until(lambda: has_ended(run), lambda: log_of(run))
     assert read_outcome(run)["outcome"] == "saved", log_of(run)
     before = read_metrics(run)
     assert len(before) < 3

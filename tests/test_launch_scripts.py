@@ -1,7 +1,7 @@
-"""What is submitted, before it is: site files, scripts, snapshots. Nothing in a recipe or site is shell by accident.
+"""Site files, batch scripts and code snapshots, without submitting. The shell never executes text of a recipe or site.
 
-The scripts of tests/scripts/ are what `launch slurm` prints for the recipes and sites named there; after a change that
-is meant, `NULSQ_WRITE_SCRIPTS=1 python -m pytest tests/test_launch_scripts.py` writes them anew: read the difference.
+tests/scripts/ holds what `launch slurm` prints for the recipes and sites in CASES. After an intended change,
+`NULSQ_WRITE_SCRIPTS=1 python -m pytest tests/test_launch_scripts.py` rewrites these files; review the difference.
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ needs_shellcheck = pytest.mark.skipif(shutil.which("shellcheck") is None, reason
 
 
 def rendered(case: str, **changes) -> str:
-    spec, site, more = CASES[case]
+    spec, site, arguments = CASES[case]
     site = dataclasses.replace(load_site(SITES / site, ["python=/venv/bin/python"]), **changes)
     folder = spec.directory / "launch/20260101-000000"
-    return slurm.script(spec, site, folder, folder.parent / "code-0123456789ab", **more)
+    return slurm.script(spec, site, folder, folder.parent / "code-0123456789ab", **arguments)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_scripts_are_as_they_were_read(case, in_the_checkout):
+def test_scripts_equal_the_reviewed_ones(case, in_the_checkout):
     path = ROOT / f"tests/scripts/slurm_{case}.sh"
     text = rendered(case)
     if "NULSQ_WRITE_SCRIPTS" in os.environ:
@@ -54,37 +54,37 @@ def test_scripts_are_as_they_were_read(case, in_the_checkout):
 
 @needs_shellcheck
 @pytest.mark.parametrize("case", CASES)
-def test_scripts_are_what_shellcheck_calls_sound(case, in_the_checkout):
+def test_shellcheck_accepts_the_scripts(case, in_the_checkout):
     text = rendered(case, setup={"modules": "module load cuda/12.8", "venv": "source /venv/bin/activate"})
-    # SC1091: a setup line's file is not here. SC2034: each kind of job leaves some of the head's values unused.
-    # SC2317: what traps call looks as if nobody called it.
-    done = subprocess.run(["shellcheck", "--shell=bash", "--exclude=SC1091,SC2034,SC2317", "-"], input=text,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    # SC1091: a setup line's file is not here. SC2034: each kind of job leaves some variables of the head unused.
+    # SC2317: functions that only traps call look unreachable.
+    completed = subprocess.run(["shellcheck", "--shell=bash", "--exclude=SC1091,SC2034,SC2317", "-"], input=text,
+                               capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stdout
 
 
 HOSTILE = ["a b", "it's", '"quoted"', "$(touch PWNED)", "`touch PWNED`", "; touch PWNED", "%j %N", "new\nline", "-rf"]
 
 
-@pytest.mark.parametrize("word", HOSTILE)
-def test_a_hostile_word_reaches_the_run_as_it_is(word, tmp_path, monkeypatch):
-    """In the path, the job's name and an override; bash reads the head of the script, and nothing is executed."""
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_reaches_the_run_unchanged(text, tmp_path, monkeypatch):
+    """The text is in the path, the job name and an override. Bash reads the head of the script and executes nothing."""
     monkeypatch.chdir(tmp_path)
-    file, directory = tmp_path / "recipes" / f"{word}.yaml", tmp_path / "runs" / word
+    file, directory = tmp_path / "recipes" / f"{text}.yaml", tmp_path / "runs" / text
     file.parent.mkdir()
     file.write_text("name: x\n")
-    spec = JobSpec("train", str(file), [f"name={word}"], directory, Path(word), job_name(word))
-    site = Site(environment={"WORD": word.replace("\n", "")}, scratch=None)
-    if "\n" in word:
+    spec = JobSpec("train", str(file), [f"name={text}"], directory, Path(text), job_name(text))
+    site = Site(environment={"WORD": text.replace("\n", "")}, scratch=None)
+    if "\n" in text:
         with pytest.raises(InputError, match="no line breaks"):
             slurm.script(spec, site, directory / "launch/now", directory / "launch/code-0")
         return
-    text = slurm.script(spec, site, directory / "launch/now", directory / "launch/code-0")
-    head = text.partition("# ---- in every job")[0]
-    shown = subprocess.run(["bash", "-c", head + 'printf "%s\\0" "$run" "$data" "${arguments[@]}" "$WORD"'],
-                           capture_output=True, text=True, cwd=tmp_path).stdout.split("\0")
-    assert shown[:2] == [str(directory), word] and shown[3:5] == [f"name={word}", word]
-    assert shown[2].endswith(f"/recipes/{word}.yaml") and not (tmp_path / "PWNED").exists()
+    script = slurm.script(spec, site, directory / "launch/now", directory / "launch/code-0")
+    head = script.partition("# ---- in every job")[0]
+    values = subprocess.run(["bash", "-c", head + 'printf "%s\\0" "$run" "$data" "${arguments[@]}" "$WORD"'],
+                            capture_output=True, text=True, cwd=tmp_path).stdout.split("\0")
+    assert values[:2] == [str(directory), text] and values[3:5] == [f"name={text}", text]
+    assert values[2].endswith(f"/recipes/{text}.yaml") and not (tmp_path / "PWNED").exists()
     flags = [line for line in head.splitlines() if line.startswith("#SBATCH")]
     assert all(re.fullmatch(r"#SBATCH --[a-z-]+(=[\w.:@%-]+)?", line) for line in flags)
     log = slurm.sbatch(directory / "launch/now")[3]
@@ -108,7 +108,7 @@ def test_a_hostile_word_reaches_the_run_as_it_is(word, tmp_path, monkeypatch):
     ("kind: ray\naddress: head", [], [], "for example http://head:8265"),
     ("{}", ["node=2"], [], "Did you mean one of: 'nodes'"),
 ])
-def test_a_site_that_cannot_be_is_an_error(tmp_path, text, settings, flags, message):
+def test_invalid_site_is_an_error(tmp_path, text, settings, flags, message):
     (tmp_path / "site.yaml").write_text(text)
     with pytest.raises(InputError) as raised:
         load_site(tmp_path / "site.yaml", settings, flags)
@@ -116,13 +116,13 @@ def test_a_site_that_cannot_be_is_an_error(tmp_path, text, settings, flags, mess
 
 
 @pytest.mark.parametrize("path", sorted(SITES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_site_loads_and_opens_with_its_command(path):
+def test_every_site_file_loads_and_states_its_command(path):
     site = load_site(path)
     assert f"# run: python -m launch {site.kind} " in path.read_text() and f"--site configs/cluster/{path.name}" in (
         path.read_text())
 
 
-def test_misuse_is_said_before_anything_is_submitted(tmp_path, monkeypatch, capfd, in_the_checkout):
+def test_invalid_command_is_one_error_line_before_submission(tmp_path, monkeypatch, capfd, in_the_checkout):
     recipe, site = str(ROOT / "configs/recipes/digits/w2a2.yaml"), str(SITES / "slurm_cpu.yaml")
     for command, message in [
             (["slurm", "train", recipe, "--submit"], "--site"),
@@ -143,41 +143,41 @@ def test_misuse_is_said_before_anything_is_submitted(tmp_path, monkeypatch, capf
         slurm.check_cluster(Site())
 
 
-def test_a_snapshot_is_the_code_as_it_is_and_is_taken_once(tmp_path):
+def test_snapshot_equals_the_checkout_and_is_taken_once(tmp_path):
     first = snapshot.take(tmp_path)
     assert snapshot.take(tmp_path) == first and len(list(tmp_path.iterdir())) == 1
     for name in ("nulsq/train.py", "tune/search.py", "launch/scripts/begin.sh", "nulsq/quant/op/cpu/cpu.cpp"):
         assert (first / name).read_bytes() == (ROOT / name).read_bytes()
     assert not (first / ".venv").exists() and (first / "SNAPSHOT").read_text().startswith("snapshot of ")
-    # Python takes the snapshot's modules, whatever lies in the folder that it starts in.
-    shown = subprocess.run([sys.executable, "-c", "import launch; print(launch.__file__)"], cwd=ROOT, text=True,
-                           capture_output=True, env=os.environ | {"PYTHONPATH": f"{first}:{ROOT}",
-                                                                  "PYTHONSAFEPATH": "1"}).stdout
-    assert shown.strip() == str(first / "launch/__init__.py")
-    own = tmp_path / "mine" / "my.yaml"
-    own.parent.mkdir()
-    own.write_text("name: x\n")
+    # Python imports the snapshot's modules, whatever is in the folder in which it starts.
+    imported = subprocess.run([sys.executable, "-c", "import launch; print(launch.__file__)"], cwd=ROOT, text=True,
+                              capture_output=True, env=os.environ | {"PYTHONPATH": f"{first}:{ROOT}",
+                                                                     "PYTHONSAFEPATH": "1"}).stdout
+    assert imported.strip() == str(first / "launch/__init__.py")
+    recipe = tmp_path / "mine" / "my.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("name: x\n")
     assert snapshot.place(first, ROOT / RECIPE) == first / RECIPE
-    kept = snapshot.keep(first, own)
-    assert kept.read_text() == "name: x\n" and kept.parts[-2:] == ("mine", "my.yaml") and kept != own
+    copy = snapshot.keep(first, recipe)
+    assert copy.read_text() == "name: x\n" and copy.parts[-2:] == ("mine", "my.yaml") and copy != recipe
 
 
-def test_a_copied_recipe_needs_no_base_file_and_keeps_its_name(tmp_path):
-    """Overrides are applied later, by the job; a change in the base file alone is another copy."""
+def test_copied_recipe_needs_no_base_file_and_keeps_its_name(tmp_path):
+    """The job applies the overrides later. If only the base file changes, there is another copy."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "base.yaml").write_text("optim: {lr: 0.5, epochs: 7}\nquant: {bits: 3}\n")
-    own = tmp_path / "mine" / "my.yaml"
-    own.write_text("base: ../base.yaml\nquant: {bits: 2}\n")
-    before = load_recipe(own, ["optim.epochs=9"])
-    copy = snapshot.keep(tmp_path / "run" / "code-0", own)
+    recipe = tmp_path / "mine" / "my.yaml"
+    recipe.write_text("base: ../base.yaml\nquant: {bits: 2}\n")
+    before = load_recipe(recipe, ["optim.epochs=9"])
+    copy = snapshot.keep(tmp_path / "run" / "code-0", recipe)
     (tmp_path / "base.yaml").write_text("optim: {lr: 0.25}\n")
-    assert snapshot.place(tmp_path / "run" / "code-0", own) != copy
+    assert snapshot.place(tmp_path / "run" / "code-0", recipe) != copy
     (tmp_path / "base.yaml").unlink()
     assert load_recipe(copy, ["optim.epochs=9"]) == before and before.name == "mine-my"
 
 
-def test_a_recipe_of_the_checkout_is_resolved_in_the_snapshot(tmp_path, monkeypatch):
-    """Its base may be a file that the snapshot does not have, here one that git ignores."""
+def test_recipe_of_the_checkout_is_resolved_in_the_snapshot(tmp_path, monkeypatch):
+    """The base of a recipe may be missing from the snapshot, here because it is outside the checkout."""
     checkout = tmp_path / "checkout"
     (checkout / "configs").mkdir(parents=True)
     (tmp_path / "base.yaml").write_text("quant: {bits: 3}\n")
@@ -193,7 +193,7 @@ def test_a_recipe_of_the_checkout_is_resolved_in_the_snapshot(tmp_path, monkeypa
     assert load_recipe(copy).quant.bits == 3
 
 
-def test_jobs_of_a_run_are_noted_in_its_folder(tmp_path):
+def test_run_folder_records_its_jobs(tmp_path):
     run = tmp_path / "run"
     folders = [jobs.open_folder(run) for _ in range(2)]
     assert folders[0] != folders[1]
@@ -209,23 +209,23 @@ def test_jobs_of_a_run_are_noted_in_its_folder(tmp_path):
     with lock_folder(run, "training"), pytest.raises(InputError, match="another process"):
         jobs.check_free(run, "slurm", lambda job: jobs.ENDED)
     jobs.open_folder(run)
-    assert not (run / "launch" / jobs.STOP).exists()  # a new submission is not asked to stop
+    assert not (run / "launch" / jobs.STOP).exists()  # a new submission removes the earlier stop request
 
 
-@pytest.mark.parametrize(("text", "kind", "found"), [
+@pytest.mark.parametrize(("text", "kind", "expected"), [
     ("gpu:8", None, 8), ("gpu:h100:8(S:0-1)", None, 8), ("gpu:h100:8(S:0-1),shard:32", "h100", 8),
     ("gpu:a100:4,gpu:h100:2", "h100", 2), ("gpu:a100:4", "h100", 0), ("(null)", None, 0)])
-def test_gpus_of_a_node(text, kind, found):
-    assert slurm._gpus(text, kind) == found
+def test_gpu_count_is_parsed_from_slurm_resources(text, kind, expected):
+    assert slurm._gpus(text, kind) == expected
 
 
 @pytest.mark.parametrize(("text", "minutes"), [("infinite", float("inf")), ("1-00:00:00", 1440), ("12:30:00", 750),
                                                ("30:00", 30), ("n/a", float("inf"))])
-def test_time_limits(text, minutes):
+def test_time_limit_of_slurm_is_parsed_to_minutes(text, minutes):
     assert slurm._minutes(text) == minutes
 
 
-def test_two_jobs_look_for_ports_of_their_own(capsys):
+def test_different_jobs_choose_different_ports(capsys):
     import socket
     first = batch.port("cluster-17-0")
     assert len({batch.port(f"cluster-{job}-0") for job in range(50)}) > 45

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of two nodes: they train what `launch local` trains, and come back after whatever ends them."""
+"""Jobs on a real Slurm of two nodes: results equal those of `launch local`; interrupted runs are requeued."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from nulsq.run.status import read_outcome
 from tests.runs import assert_same_state, last, numbers
 from tests.slurm_cluster import text_of
 
-# Their own waits are bounded, and say what they waited for.
+# The waits inside these tests have their own time limits, whose messages say what was awaited.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 5
@@ -26,14 +26,14 @@ EPOCHS = 5
 
 @pytest.fixture
 def queue(two_nodes):
-    """The cluster, with nothing in its queue before and after."""
+    """The cluster, with an empty queue before and after each test."""
     yield two_nodes
     two_nodes.empty()
 
 
 @pytest.fixture(scope="module")
 def recipe_of(short, float_run, tmp_path_factory):
-    """recipe_of(name): a recipe file of five epochs of four steps, and its own run directory."""
+    """recipe_of(name): a recipe file of five epochs of four steps, and its run directory."""
     folder = tmp_path_factory.mktemp("jobs")
 
     def make(name, **overrides):
@@ -47,7 +47,7 @@ def recipe_of(short, float_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local_run(recipe_of):
-    """The same recipe, launched on this machine in two processes."""
+    """The run directory of the same recipe, trained by two processes on this machine."""
     path, run = recipe_of("local")
     assert launch(["local", "train", str(path), "--nproc", "2"]) == 0
     return run
@@ -61,24 +61,24 @@ def site_file(tmp_path) -> Path:
 
 
 def submit(recipe: Path, run: Path, site: Site, **more) -> jobs.Job:
-    """As `launch slurm train --submit`, without the check in a process of its own."""
-    work = JobSpec("train", str(recipe), [], run, Path("unused"), job_name(run.name))
-    return slurm.submit(work, site, ["python"], **more)
+    """Submit as `launch slurm train --submit` does, but skip the check that runs in a subprocess."""
+    spec = JobSpec("train", str(recipe), [], run, Path("unused"), job_name(run.name))
+    return slurm.submit(spec, site, ["python"], **more)
 
 
-def equals(run: Path, other: Path) -> None:
-    """The same metrics, epoch by epoch, and the same last state, bit for bit."""
+def assert_same_run(run: Path, other: Path) -> None:
+    """Assert that both runs have the same metrics in every epoch and bit-identical final states."""
     assert read_outcome(run)["outcome"] == "finished"
     assert numbers(run) == numbers(other)
     assert_same_state(last(run), last(other))
 
 
-def begun(run: Path, epochs: int = 1):
+def has_epochs(run: Path, epochs: int = 1):
     return lambda: len(read_metrics(run)) >= epochs
 
 
-def test_two_nodes_train_what_two_local_ranks_train(queue, recipe_of, local_run, site_file, tmp_path, capsys):
-    """From the command line, with data on the nodes' own disks and a look at everything before."""
+def test_run_on_two_nodes_equals_run_of_two_local_ranks(queue, recipe_of, local_run, site_file, tmp_path, capsys):
+    """Submitted from the command line, with staged data and preflight."""
     path, run = recipe_of("nodes")
     command = ["slurm", "train", str(path), "--site", str(site_file), "--at", "preflight=true", "--at",
                f"scratch={tmp_path}", "--submit"]
@@ -86,11 +86,11 @@ def test_two_nodes_train_what_two_local_ranks_train(queue, recipe_of, local_run,
     printed = capsys.readouterr().out
     job = jobs.latest(run)
     assert f"job {job.id}" in printed and f"launch logs {run} --follow" in printed
-    assert launch(command) == 2  # one job for each run
+    assert launch(command) == 2  # a run has at most one job
     assert f"job {job.id} (" in (error := capsys.readouterr().err) and f"holds {run}" in error
     assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
-    equals(run, local_run)
-    # What ran, where and with which code is in the run's folder.
+    assert_same_run(run, local_run)
+    # The run's folder records what ran, where and with which code.
     folder = job.path
     assert (folder / "job.sh").is_file() and f"SLURM_JOB_ID={job.id}" in (
         folder / f"environment-{job.id}.txt").read_text()
@@ -103,15 +103,14 @@ def test_two_nodes_train_what_two_local_ranks_train(queue, recipe_of, local_run,
     assert "epoch 5/5" in printed and "preflight passed" in printed and "it had ended" in printed
 
 
-def test_a_run_comes_back_after_its_time_limit_and_only_so_often(queue, recipe_of, local_run, site_file, slow):
-    """The first attempt ends with its time limit, set once it trains: Slurm counts in minutes and looks twice in one.
-    The second, the last that is allowed, ends by SIGTERM; what is submitted then ends where an uninterrupted run ends.
-    """
-    slow.write_text("0.12")  # a minute for its five epochs
+def test_run_is_requeued_at_its_time_limit_up_to_the_allowed_restarts(queue, recipe_of, local_run, site_file, slow):
+    """The first attempt ends at its time limit, which is set while it trains: Slurm counts in minutes and checks twice
+    a minute. SIGTERM ends the second attempt, the last one allowed. A new job then equals the uninterrupted run."""
+    slow.write_text("0.12")  # the five epochs take a minute
     path, run = recipe_of("limit")
     site = load_site(site_file, ["restarts=1", "warn=120"])
     job = submit(path, run, site)
-    queue.wait(begun(run), "the first epoch")
+    queue.wait(has_epochs(run), "the first epoch")
     hours, minutes, seconds = map(int, queue.job(job.id)["RunTime"].split(":"))
     limit = (3600 * hours + 60 * minutes + seconds + 75) // 60 + 1
     queue.run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={limit}")
@@ -121,82 +120,82 @@ def test_a_run_comes_back_after_its_time_limit_and_only_so_often(queue, recipe_o
     slow.write_text("0.02")
     queue.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
     queue.wait(lambda: read_outcome(run)["outcome"] == "running", "the second attempt")
-    queue.run("scancel", "--signal=TERM", job.id)  # to the step's processes, as a preemption without USR1
+    queue.run("scancel", "--signal=TERM", job.id)  # sent to the processes of the step, like a preemption without USR1
     ended = queue.ended(job.id)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "99:0", "1"), text_of(job)
     assert "back into the queue" in text_of(job) and "at most 1 are allowed" in text_of(job)
     slow.unlink()
-    again = submit(path, run, site)
-    assert queue.ended(again.id)["JobState"] == "COMPLETED", text_of(again)
-    equals(run, local_run)
+    second_job = submit(path, run, site)
+    assert queue.ended(second_job.id)["JobState"] == "COMPLETED", text_of(second_job)
+    assert_same_run(run, local_run)
     assert len(jobs.submitted(run)) == 2
 
 
-def test_a_node_that_goes_down_ends_the_step_and_the_run_comes_back(queue, recipe_of, local_run, site_file, slow):
+def test_run_is_requeued_after_a_node_goes_down(queue, recipe_of, local_run, site_file, slow):
     path, run = recipe_of("node")
     job = submit(path, run, load_site(site_file))
-    queue.wait(begun(run), "the first epoch")
+    queue.wait(has_epochs(run), "the first epoch")
     queue.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     queue.wait(lambda: queue.job(job.id)["JobState"] == "PENDING", "the requeue", 60)
     slow.unlink()
     queue.run("scontrol", "update", "nodename=n2", "state=resume", check=False)
     assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
     assert queue.job(job.id)["Restarts"] == "1"
-    equals(run, local_run)
+    assert_same_run(run, local_run)
 
 
 @pytest.mark.long
-def test_a_node_that_crashes_ends_the_step_and_the_run_comes_back(queue, recipe_of, local_run, site_file, slow):
-    """Slurm would notice after five minutes. The other node's ranks fail before that, and the job is put back; again if
-    the next attempt gets a signal that was meant for the one before."""
+def test_run_is_requeued_after_a_node_crashes(queue, recipe_of, local_run, site_file, slow):
+    """Slurm would notice only after five minutes. The other node's ranks fail earlier and the job is requeued; it is
+    requeued once more if the next attempt gets a signal that was meant for the previous one."""
     path, run = recipe_of("crash")
     job = submit(path, run, load_site(site_file))
-    queue.wait(begun(run), "the first epoch")
+    queue.wait(has_epochs(run), "the first epoch")
     queue.crash("n2")
     queue.wait(lambda: "a node does not answer; back into the queue" in text_of(job), "the requeue")
     slow.unlink()
     queue.run("slurmd", "-N", "n2")
     assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
     assert int(queue.job(job.id)["Restarts"]) >= 1
-    equals(run, local_run)
+    assert_same_run(run, local_run)
 
 
-def test_ranks_that_are_killed_from_outside_come_back(queue, recipe_of, local_run, site_file, slow):
-    """As Slurm does that repeats, to the second attempt's step 0, what it could not tell a crashed node's."""
+def test_run_is_requeued_after_its_step_is_killed_from_outside(queue, recipe_of, local_run, site_file, slow):
+    """Slurm itself does so: it repeats, for step 0 of the next attempt, a kill that a crashed node did not receive."""
     path, run = recipe_of("killed")
     job = submit(path, run, load_site(site_file))
-    queue.wait(begun(run), "the first epoch")
+    queue.wait(has_epochs(run), "the first epoch")
     queue.run("scancel", "--signal=KILL", f"{job.id}.0")
     queue.wait(lambda: "killed from outside; back into the queue" in text_of(job), "the requeue")
     slow.unlink()
     assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
     assert queue.job(job.id)["Restarts"] == "1"
-    equals(run, local_run)
+    assert_same_run(run, local_run)
 
 
-def test_a_run_makes_way_for_a_job_of_higher_priority_and_comes_back(queue, recipe_of, local_run, site_file, slow):
+def test_preempted_run_saves_and_is_requeued(queue, recipe_of, local_run, site_file, slow):
     path, run = recipe_of("low")
     job = submit(path, run, load_site(site_file, ["partition=low"]))
-    queue.wait(begun(run), "the first epoch")
+    queue.wait(has_epochs(run), "the first epoch")
     urgent = queue.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null",
                        "--wrap=sleep 1").strip()
     assert queue.ended(urgent)["JobState"] == "COMPLETED"
-    assert read_outcome(run)["outcome"] == "saved", text_of(job)  # within the grace, not killed at its end
+    assert read_outcome(run)["outcome"] == "saved", text_of(job)  # it saved within the grace time and was not killed
     slow.unlink()
     assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
-    equals(run, local_run)
+    assert_same_run(run, local_run)
 
 
-def test_a_cancelled_run_stays_away_and_keeps_its_checkpoint(queue, recipe_of, local_run, site_file, slow):
+def test_cancelled_run_is_not_requeued_and_keeps_its_checkpoint(queue, recipe_of, local_run, site_file, slow):
     path, run = recipe_of("cancelled")
     job = submit(path, run, load_site(site_file))
-    queue.wait(begun(run), "the first epoch")
+    queue.wait(has_epochs(run), "the first epoch")
     queue.run("scancel", job.id)
     assert queue.ended(job.id)["JobState"] == "CANCELLED"
     time.sleep(2)
     assert queue.job(job.id)["JobState"] == "CANCELLED" and queue.job(job.id)["Restarts"] == "0"
     assert checkpoint.load(checkpoint.newest(run))["epoch"] >= 1
-    # launch stop is the polite form: saved, and not put back either
+    # `launch stop` saves the run, which is not requeued either
     job = submit(path, run, load_site(site_file))
     queue.wait(lambda: read_outcome(run)["outcome"] == "running" and len(read_metrics(run)) > 1, "the next epoch")
     assert launch(["stop", str(run)]) == 0
@@ -206,11 +205,11 @@ def test_a_cancelled_run_stays_away_and_keeps_its_checkpoint(queue, recipe_of, l
     slow.unlink()
     job = submit(path, run, load_site(site_file))
     assert queue.ended(job.id)["JobState"] == "COMPLETED", text_of(job)
-    equals(run, local_run)
+    assert_same_run(run, local_run)
 
 
-def test_a_run_that_fails_is_not_put_back(queue, recipe_of, site_file, tmp_path):
-    """In a folder with a name that a careless script would execute."""
+def test_failed_run_is_not_requeued(queue, recipe_of, site_file, tmp_path):
+    """The run's folder has a name that an unquoted script would execute."""
     path, run = recipe_of("fails", optim__lr=1e30, guard__rollbacks=0, run__dir=str(tmp_path / "a b'$(touch PWNED) %j"))
     job = submit(path, run, load_site(site_file, ["nodes=1"]))
     ended = queue.ended(job.id)
@@ -219,8 +218,8 @@ def test_a_run_that_fails_is_not_put_back(queue, recipe_of, site_file, tmp_path)
     assert list(job.path.glob(f"{job.id}-*.log")) and not (Path.cwd() / "PWNED").exists()
 
 
-def test_a_node_with_a_broken_python_fails_the_job(queue, recipe_of, site_file, tmp_path):
-    """The other node's ranks, which wait for it, are ended by srun: that is nobody from outside, and not put back."""
+def test_broken_python_on_a_node_fails_the_job(queue, recipe_of, site_file, tmp_path):
+    """srun ends the waiting ranks of the other node; this does not count as a kill from outside, so no requeue."""
     path, run = recipe_of("broken")
     python = tmp_path / "python"
     python.write_text(f"""#!/bin/bash
@@ -237,7 +236,7 @@ exec {sys.executable} "$@"
     assert "task 0: Exited with exit code 3" in text_of(job) and "task 1: Terminated" in text_of(job)
 
 
-def test_what_preflight_finds_wrong_ends_the_job_before_it_trains(queue, recipe_of, site_file):
+def test_failed_preflight_ends_the_job_before_training(queue, recipe_of, site_file):
     path, run = recipe_of("wrong")
     job = submit(path, run, load_site(site_file, ["nodes=1", "preflight=true", "disk=1e9"]))
     ended = queue.ended(job.id)
@@ -254,7 +253,7 @@ def test_what_preflight_finds_wrong_ends_the_job_before_it_trains(queue, recipe_
     (["hours=100"], [], "hours = 100 in partition main: its limit is 10"),
     ([], ["constraint=h100"], "sbatch refuses the job"),
 ])
-def test_what_the_cluster_does_not_have(two_nodes, recipe_of, site_file, settings, flags, message):
+def test_resource_that_the_cluster_lacks_is_an_error(two_nodes, recipe_of, site_file, settings, flags, message):
     path, run = recipe_of("misuse")
     with pytest.raises(slurm.InputError) as raised:
         submit(path, run, load_site(site_file, settings, flags))
@@ -262,7 +261,7 @@ def test_what_the_cluster_does_not_have(two_nodes, recipe_of, site_file, setting
     assert not jobs.submitted(run) and not two_nodes.run("squeue", "--noheader").strip()
 
 
-def test_more_trials_than_an_array_may_have(two_nodes):
+def test_array_above_the_limit_of_slurm_is_an_error(two_nodes):
     slurm.check_array(100)
     with pytest.raises(slurm.InputError, match="an array of this Slurm has at most 100"):
         slurm.check_array(101)

@@ -1,4 +1,4 @@
-"""The numbers of a search's report against hand-computed ones and slow oracles. The page: test_report_page.py."""
+"""The numbers of a search's report against hand-computed ones and slow references. The page: test_report_page.py."""
 
 import json
 import math
@@ -58,15 +58,16 @@ def test_leaderboard_matches_the_run_directories(exported):
     assert text.splitlines()[-1] == (
         f"{epochs} epochs trained, {48 * EPOCHS - diverged * (EPOCHS - 3)} without early stopping, "
         f"{repeated} more for the finalists' other seeds")
-    for study, tested, part in zip(("2", "4"), ("78.00", "86.00"), text.split("\n\n"), strict=False):
-        lines = part.splitlines()
-        assert lines[0] == f"study {study}: winner's test top-1 {tested} +- 1.00 (3 seeds, 359 images)"
+    for study, test_top1, section in zip(("2", "4"), ("78.00", "86.00"), text.split("\n\n"), strict=False):
+        lines = section.splitlines()
+        assert lines[0] == f"study {study}: winner's test top-1 {test_top1} +- 1.00 (3 seeds, 359 images)"
         assert re.fullmatch(r"  trial  val_top1  epochs    status +lr  coeff_qparm_lr  +qparm_wd", lines[1])
         curves = {path.name: scores(folder, f"{study}/{path.name}") for path in (folder / "trials" / study).iterdir()}
-        ended = {int(name): curve[-1] for name, curve in curves.items() if len(curve) == EPOCHS and "-r" not in name}
-        best = sorted(ended, key=lambda number: -ended[number])
+        final_scores = {int(name): curve[-1] for name, curve in curves.items()
+                        if len(curve) == EPOCHS and "-r" not in name}
+        best = sorted(final_scores, key=lambda number: -final_scores[number])
         assert [line.split()[:4] for line in lines[2:5]] == [
-            [str(number), f"{ended[number]:.2f}", str(EPOCHS), "finished"] for number in best[:3]]
+            [str(number), f"{final_scores[number]:.2f}", str(EPOCHS), "finished"] for number in best[:3]]
         seeds = {number: [curves[f"{number:03d}{end}"][-1] for end in ("", "-r1", "-r2")] for number in best[:2]}
         assert lines[-2:] == [
             f"  finalist {number}: val_top1 {statistics.fmean(seeds[number]):.2f} +- "
@@ -99,7 +100,7 @@ def test_parquet_equals_csv_and_both_equal_the_runs(exported):
         assert math.isnan(line["val_top1"]) if line["status"] == "diverged" else line["val_top1"] == curve[-1]
 
 
-def test_a_column_of_mixed_or_nested_values_is_text(tmp_path):
+def test_column_of_mixed_or_nested_values_is_exported_as_text(tmp_path):
     search = Search(name="x", space={"a": Sampler("a.b", "choice", values=[[1], [2, 3]]),
                                      "c": Sampler("c.d", "choice", values=[1, "auto", None])})
     results = [TrialResult(Trial("x", i, {"a.b": [1], "c.d": value}), TrialStatus.FINISHED, 1, 5.0, [5.0], 1.0,
@@ -111,7 +112,7 @@ def test_a_column_of_mixed_or_nested_values_is_text(tmp_path):
     assert table["bytes"].isna().all()
 
 
-def test_best_yaml_is_the_winners_recipe(exported):
+def test_best_yaml_is_the_recipe_of_the_winner(exported):
     findings, paths = exported
     for study, finalists in findings.finalists.items():
         winner, path = finalists[0].rows[0], findings.folder / "studies" / study / "best.yaml"
@@ -131,7 +132,7 @@ def test_best_yaml_is_the_winners_recipe(exported):
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=12), st.sampled_from(["max", "min"]))
 @settings(deadline=None)
-def test_the_pareto_front_matches_a_comparison_of_all_pairs(points, mode):
+def test_pareto_front_equals_a_comparison_of_all_pairs(points, mode):
     sign = 1 if mode == "max" else -1
 
     def dominated(i):
@@ -147,7 +148,7 @@ def test_the_pareto_front_matches_a_comparison_of_all_pairs(points, mode):
 
 
 def compared(count: int, response, seed: int = 0) -> Comparison:
-    """Random trials whose scores are `response` of their hyperparameters."""
+    """Random trials; `response` computes each score from the hyperparameters."""
     random_ = random.Random(seed)
     drawn = [{name: sampler.quantile(random_.random()) for name, sampler in SPACE.items()} for _ in range(count)]
     results = [TrialResult(Trial("s", i, {}, values), TrialStatus.FINISHED, 1, 0.0, [0.0], 1.0, Path("r"))
@@ -155,35 +156,35 @@ def compared(count: int, response, seed: int = 0) -> Comparison:
     return Comparison(1, results, [response(values, random_) for values in drawn], [False] * count)
 
 
-def of_lr(drawn, random_):
+def response_of_lr(drawn, random_):
     return math.log10(drawn["lr"]) + random_.gauss(0, 0.1)
 
 
 def test_importance_finds_the_cause_and_is_more_certain_with_more_trials():
-    few, many = (importance(SPACE, compared(count, of_lr), bootstraps=8, shuffles=3) for count in (10, 50))
+    few, many = (importance(SPACE, compared(count, response_of_lr), bootstraps=8, shuffles=3) for count in (10, 50))
     for shares in (few, many):
         assert max(shares.mean, key=shares.mean.get) == "lr"
     assert many.mean["lr"] > 0.8 and many.mean["lr"] > 2 * many.chance["lr"]
     assert many.spread["lr"] < few.spread["lr"] / 2
-    assert many == importance(SPACE, compared(50, of_lr), bootstraps=8, shuffles=3)
+    assert many == importance(SPACE, compared(50, response_of_lr), bootstraps=8, shuffles=3)
 
 
-def test_a_log_uniform_hyperparameter_counts_by_its_logarithm():
+def test_importance_uses_the_logarithm_of_a_log_uniform_hyperparameter():
     """The lower half of lr's logarithmic range is 5 % of its linear range, where the effect would vanish."""
-    def both(drawn, _):
+    def step_response(drawn, _):
         return (drawn["lr"] < 0.0173) + 0.5 * (drawn["coeff_qparm_lr"] > 0.0173)
 
-    shares = importance(SPACE, compared(60, both), bootstraps=4, shuffles=1)
+    shares = importance(SPACE, compared(60, step_response), bootstraps=4, shuffles=1)
     # The variances are 1/4 and 1/16. A forest of 60 trials finds about these shares.
     assert shares.mean["lr"] == pytest.approx(0.8, abs=0.1)
     assert shares.mean["coeff_qparm_lr"] == pytest.approx(0.2, abs=0.1)
 
 
 @pytest.mark.parametrize(("count", "response", "reason"), [
-    (5, of_lr, "5 trials have a score at epoch 1, at least 8 are needed to estimate importance"),
+    (5, response_of_lr, "5 trials have a score at epoch 1, at least 8 are needed to estimate importance"),
     (20, lambda *_: 3.0, "all 20 trials have the same score at epoch 1"),
 ])
-def test_importance_gives_a_reason_where_it_has_no_numbers(count, response, reason):
+def test_importance_without_enough_information_states_the_reason(count, response, reason):
     shares = importance(SPACE, compared(count, response))
     assert shares.reason == reason and not shares.mean
 
@@ -199,9 +200,9 @@ def test_trials_are_compared_at_an_epoch_that_nearly_all_reached(exported):
 # ---- time and effort
 
 
-def test_concurrent_trials_have_lanes_and_gaps_between_sessions_are_left_out():
-    def event(time, what, key=None):
-        return {"time": time, "event": what, "key": key}
+def test_timeline_assigns_lanes_and_omits_gaps_between_sessions():
+    def event(time, kind, key=None):
+        return {"time": time, "event": kind, "key": key}
 
     timeline = from_events([
         event(0, "session"), event(1, "start", "a"), event(2, "start", "b"), event(5, "end", "a"),
@@ -216,8 +217,9 @@ def test_concurrent_trials_have_lanes_and_gaps_between_sessions_are_left_out():
 
 def test_effort_without_early_stopping(exported):
     findings, _ = exported
-    spent = effort(findings)
-    first = [result for result in findings.results if not result.trial.repeat]
-    full = sum(result.seconds * (1 if result.status == "diverged" else EPOCHS / result.epochs) for result in first)
-    assert spent.seconds == pytest.approx(sum(result.seconds for result in first))
-    assert spent.full_seconds == pytest.approx(full)
+    actual = effort(findings)
+    trials = [result for result in findings.results if not result.trial.repeat]
+    full_seconds = sum(result.seconds * (1 if result.status == "diverged" else EPOCHS / result.epochs)
+                       for result in trials)
+    assert actual.seconds == pytest.approx(sum(result.seconds for result in trials))
+    assert actual.full_seconds == pytest.approx(full_seconds)

@@ -66,7 +66,7 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.elements if tag in names]
 
 
-def test_the_command_writes_a_page_that_is_escaped_and_loads_nothing(marked, tmp_path, capsys):
+def test_page_is_escaped_and_loads_nothing(marked, tmp_path, capsys):
     winner = Findings(search := journal.load_folder(marked), collect(search, journal.read(marked)), {}).winner("plain")
     (winner.rows[0].path / "test.json").write_text(json.dumps(evaluation(91.5)))
     assert main([str(marked), "--out", str(tmp_path / "page")]) == 0
@@ -75,12 +75,13 @@ def test_the_command_writes_a_page_that_is_escaped_and_loads_nothing(marked, tmp
     page = Page(file.read_text())
     assert not page.all("b", "iframe", "object", "embed") and MARKUP in "".join(page.text)
     assert "91.50" in page.text and "at least 8 are needed" in "".join(page.text)
-    raw = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]*", "", file.read_text())
-    assert not re.search(r"https?://|@import|url\(|\bsrc=\"(?!\")", raw)
-    assert all(each["src"].startswith("data:image/png;base64,") and len(each["alt"]) > 20 for each in page.all("img"))
-    assert all(each["href"].startswith(("#", "data:,")) for each in page.all("a", "link"))
+    html_without_images = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]*", "", file.read_text())
+    assert not re.search(r"https?://|@import|url\(|\bsrc=\"(?!\")", html_without_images)
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
+    assert all(len(image["alt"]) > 20 for image in page.all("img"))
+    assert all(link["href"].startswith(("#", "data:,")) for link in page.all("a", "link"))
     ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
-    references = {each["href"][1:] for each in page.all("a")} | {
+    references = {link["href"][1:] for link in page.all("a")} | {
         attributes["aria-labelledby"] for _, attributes in page.elements if "aria-labelledby" in attributes}
     assert references <= ids
     assert sorted(path.name for path in marked.glob("trials.*")) == ["trials.csv", "trials.jsonl", "trials.parquet"]
@@ -98,7 +99,7 @@ def rendered(findings: Findings) -> str:
 HOSTILE = """"><script>alert('x')</script></style></title><img src=x onerror=alert(1)>{{ 7 * 7 }}{% raw %}&amp;"""
 
 
-def test_hostile_names_and_values_are_text(tmp_path):
+def test_hostile_names_and_values_appear_as_text(tmp_path):
     """Everything that a user names or sets, in text and in attributes, is shown as it is."""
     search = Search(name=HOSTILE, recipe=HOSTILE, overrides={HOSTILE: HOSTILE}, metric="val_top1", dir=str(tmp_path),
                     space={HOSTILE: Sampler(HOSTILE, "choice", values=[HOSTILE, "plain"])}, finalists=2)
@@ -116,13 +117,13 @@ def test_hostile_names_and_values_are_text(tmp_path):
                   Figures({name: StudyFigures(curves=figure) for name in ("s", HOSTILE)}, {}, figure))
     page = Page(html)
     assert len(page.all("script")) == len(page.all("style")) == len(page.all("title")) == 1 and not page.all("b")
-    assert all(set(each) == {"src", "alt", "width", "height"} and each["alt"] == HOSTILE for each in page.all("img"))
+    assert all(set(image) == {"src", "alt", "width", "height"} and image["alt"] == HOSTILE for image in page.all("img"))
     assert len(page.all("img")) == 3 and page.all("img")[0]["width"] == "2" and page.all("img")[0]["height"] == "3"
-    assert HOSTILE in {each.get("data-key") for each in page.all("td")}
+    assert HOSTILE in {cell.get("data-key") for cell in page.all("td")}
     assert page.words.count(HOSTILE) == page.words.count("alert(1)") == page.words.count("{{ 7 * 7 }}") > 30
 
 
-def test_a_search_that_is_not_finished_says_so(marked, tmp_path, capsys):
+def test_page_of_an_unfinished_search_states_its_status(marked, tmp_path, capsys):
     folder = tmp_path / "search"
     shutil.copytree(marked, folder)
     (folder / "finished").unlink()
@@ -134,17 +135,17 @@ def test_a_search_that_is_not_finished_says_so(marked, tmp_path, capsys):
     text = Page(rendered(findings)).words
     assert "This search is not finished" in text and "7 of 8 trials have ended" in text
     assert findings.status(findings.results[-1]) == "interrupted" and "interrupted" in text
-    held = lock_folder(folder, "searching")
+    lock = lock_folder(folder, "searching")
     assert main([str(folder)]) == 0
-    held.close()
+    lock.close()
     text = Page((folder / "report" / "index.html").read_text()).words
     assert "This search is still running" in text and "interrupted" not in text
     assert main([str(tmp_path)]) == 2 and "is not the folder of a search" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("metric", ["val_loss", "val_top1"])
-def test_figures_of_every_distribution(tmp_path, metric):
-    """Dollar signs in names and values are no formulas: these would be invalid ones."""
+def test_figures_are_drawn_for_every_distribution(tmp_path, metric):
+    """Dollar signs in names and values do not start formulas: as formulas, these would be invalid."""
     search = Search(name="kinds", metric=metric, trials=12, space={
         r"$\choice{$": Sampler("optim.optimizer", "choice", values=["sgd", r"$\adamw{$"]),
         "uniform": Sampler("optim.momentum", "uniform", 0.5, 0.99)})
@@ -180,21 +181,21 @@ def test_figures_of_every_distribution(tmp_path, metric):
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if program is None or driver is None:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    if chromium is None or chromedriver is None:
         pytest.skip("no chromium with chromedriver on this machine")
     from selenium.webdriver.chrome.service import Service
     options = webdriver.ChromeOptions()
-    options.binary_location = program
+    options.binary_location = chromium
     for argument in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
                      "disable-component-update", "disable-sync", "disable-dev-shm-usage",
                      f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driven = webdriver.Chrome(options=options, service=Service(driver))  # with a named driver none is downloaded
-    yield driven
-    driven.quit()
+    driver = webdriver.Chrome(options=options, service=Service(chromedriver))  # given, so none is downloaded
+    yield driver
+    driver.quit()
 
 
 def emulate_phone(browser, width=360, height=740):
@@ -202,8 +203,8 @@ def emulate_phone(browser, width=360, height=740):
         "width": width, "height": height, "deviceScaleFactor": 2, "mobile": True})
 
 
-def test_the_page_in_a_browser(written, browser):
-    """From disk, offline, on a phone, by keyboard."""
+def test_page_works_in_a_browser(written, browser):
+    """Opened from disk, offline, on an emulated phone, and used by keyboard."""
     from selenium.webdriver.common.keys import Keys
     findings, paths = written
     page = next(path for path in paths if path.name == "index.html")
@@ -213,13 +214,13 @@ def test_the_page_in_a_browser(written, browser):
     emulate_phone(browser)
     browser.get(page.as_uri())
     run = browser.execute_script
-    run("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+    run("document.querySelectorAll('details').forEach(details => { details.open = true; })")
     assert run("return [document.documentElement.scrollWidth, innerWidth]") == [360, 360]
-    assert run("return [...document.images].every(each => each.complete && each.naturalWidth > 0)")
+    assert run("return [...document.images].every(image => image.complete && image.naturalWidth > 0)")
     assert run("return document.images.length") == sum(path.suffix == ".png" for path in paths) >= 9
-    assert run("return [...document.images].every(each => each.alt.length > 20)")
-    assert run("return ['header', 'nav', 'main', 'footer'].map(each => document.querySelectorAll(each).length)")[2] == 1
-    levels = run("return [...document.querySelectorAll('h1, h2, h3')].map(each => +each.tagName[1])")
+    assert run("return [...document.images].every(image => image.alt.length > 20)")
+    assert run("return ['header', 'nav', 'main', 'footer'].map(tag => document.querySelectorAll(tag).length)")[2] == 1
+    levels = run("return [...document.querySelectorAll('h1, h2, h3')].map(heading => +heading.tagName[1])")
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
     assert run("return document.documentElement.lang") == "en"
@@ -247,10 +248,10 @@ def test_the_page_in_a_browser(written, browser):
     button.send_keys(Keys.ENTER)
     assert column() == ["descending", "4", "2"]
 
-    every = browser.find_element("css selector", "[aria-labelledby='all-caption'] table")
-    scores_ = [each for each in every.find_elements("css selector", "th button") if each.text == "val_top1"]
-    scores_[0].send_keys(Keys.ENTER)
-    shown = run("return [...arguments[0].tBodies[0].rows].map(row => row.cells[6].innerText)", every)
+    trials = browser.find_element("css selector", "[aria-labelledby='all-caption'] table")
+    buttons = [button for button in trials.find_elements("css selector", "th button") if button.text == "val_top1"]
+    buttons[0].send_keys(Keys.ENTER)
+    shown = run("return [...arguments[0].tBodies[0].rows].map(row => row.cells[6].innerText)", trials)
     known = [float(text) for text in shown if text != "–"]
     assert known == sorted(known) and len(shown) == len(findings.results) and shown[-1] == "–"  # unknown scores last
 
@@ -263,18 +264,19 @@ def test_the_page_in_a_browser(written, browser):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_contrast(written, browser, scheme):
+def test_text_has_sufficient_contrast(written, browser, scheme):
     """At least 4.5 : 1 (WCAG AA) between the color of each text and its background."""
     _, paths = written
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [
         {"name": "prefers-color-scheme", "value": scheme}]})
     browser.get(next(path for path in paths if path.name == "index.html").as_uri())
-    least = browser.execute_script("""
+    lowest_contrast = browser.execute_script("""
         const light = text => { const [r, g, b] = text.match(/[\\d.]+/g).map(v => v / 255).map(
             v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126*r + 0.7152*g + 0.0722*b; };
-        const behind = each => { for (; each; each = each.parentElement) { const found =
-            getComputedStyle(each).backgroundColor; if (!found.endsWith(', 0)')) return found; } return 'rgb(0,0,0)'; };
+        const behind = node => { for (; node; node = node.parentElement) { const color =
+            getComputedStyle(node).backgroundColor; if (!color.endsWith(', 0)')) return color; } return 'rgb(0,0,0)'; };
         return Math.min(...[...document.querySelectorAll('h1,h2,h3,p,a,li,th,td,dt,dd,figcaption,button,footer,code')]
-            .map(each => { const two = [light(getComputedStyle(each).color), light(behind(each))].sort((a, b) => a - b);
-                           return (two[1] + 0.05) / (two[0] + 0.05); }));""")
-    assert 4.5 <= least < 21
+            .map(node => {
+                const pair = [light(getComputedStyle(node).color), light(behind(node))].sort((a, b) => a - b);
+                return (pair[1] + 0.05) / (pair[0] + 0.05); }));""")
+    assert 4.5 <= lowest_contrast < 21

@@ -1,7 +1,7 @@
-"""Trials on a cluster of several nodes: what fits, trials of several workers, a node that is lost.
+"""Trials on a cluster of several nodes: how many fit, trials of several workers, the loss of a node.
 
-The cluster is real, its nodes are on this machine: one head without cores, as many clusters have, and two nodes of one
-core each, guarded by a token. Two workers land on two nodes.
+The cluster is real, with all nodes on this machine: a head without cores, as in many clusters, and two nodes of one
+core each. A token protects it. Two workers are placed on two nodes.
 """
 
 import os
@@ -22,10 +22,10 @@ from ray.tune import Callback  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# ---- what fits, as arithmetic
+# ---- how many trials fit, without a cluster
 
 
-@pytest.mark.parametrize(("nodes", "asked", "at_once"), [
+@pytest.mark.parametrize(("nodes", "resources", "at_once"), [
     ([(2, 0)], (1, 0, 1), 2),
     ([(2, 0)], (0.5, 0, 1), 4),
     ([(64, 8)] * 2, (8, 1, 4), 4),
@@ -35,11 +35,11 @@ ROOT = Path(__file__).resolve().parent.parent
     ([(12, 4)], (1, 2, 1), 2),
     ([(0, 0), (1, 0), (1, 0)], (1, 0, 2), 1),  # a head without cores holds drivers, not workers
 ])
-def test_how_many_trials_fit_at_once(nodes, asked, at_once):
-    assert fits(nodes, *asked) == at_once
+def test_number_of_trials_that_fit_at_once(nodes, resources, at_once):
+    assert fits(nodes, *resources) == at_once
 
 
-@pytest.mark.parametrize(("nodes", "asked", "message"), [
+@pytest.mark.parametrize(("nodes", "resources", "message"), [
     ([(4, 1)] * 2, (8, 0, 1), "cpus = 8, gpus = 0: no node can hold one such trial "
                               "(nodes: 2 with 4 CPU, 1 GPU); at most cpus = 4, gpus = 1 would fit"),
     ([(4, 1), (16, 0)], (8, 1, 2), "no node can hold one such worker (nodes: 1 with 4 CPU, 1 GPU; 1 with 16 CPU, 0 GPU)"
@@ -50,22 +50,22 @@ def test_how_many_trials_fit_at_once(nodes, asked, at_once):
     ([(4, 4)], (1, 2, 2), "a worker drives one GPU"),
     ([(4, 4)], (1, 1.5, 1), "whole GPUs"),
 ])
-def test_what_does_not_fit_says_what_would(nodes, asked, message):
+def test_error_for_excessive_resources_states_what_would_fit(nodes, resources, message):
     with pytest.raises(InputError) as raised:
-        fits(nodes, *asked)
+        fits(nodes, *resources)
     assert message in str(raised.value)
 
 
-def test_trials_get_caches_but_no_secrets_and_are_no_ranks(monkeypatch):
+def test_trial_environment_keeps_caches_drops_secrets_and_resets_ranks(monkeypatch):
     for name in ("NULSQ_CACHE", "TORCHINDUCTOR_CACHE_DIR", "WANDB_MODE", "WANDB_API_KEY", "RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "7")
-    passed = environment()
-    assert passed["NULSQ_CACHE"] == passed["TORCHINDUCTOR_CACHE_DIR"] == passed["WANDB_MODE"] == "7"
-    assert "WANDB_API_KEY" not in passed and (passed["RANK"], passed["WORLD_SIZE"]) == ("0", "1")
+    variables = environment()
+    assert variables["NULSQ_CACHE"] == variables["TORCHINDUCTOR_CACHE_DIR"] == variables["WANDB_MODE"] == "7"
+    assert "WANDB_API_KEY" not in variables and (variables["RANK"], variables["WORLD_SIZE"]) == ("0", "1")
 
 
 @pytest.mark.parametrize("address", ["remote", "ray://host:10001", "host:", "127.0.0.1:9"])
-def test_an_address_that_is_none_is_an_error(address):
+def test_invalid_address_is_an_error(address):
     with pytest.raises(InputError, match=f"address = {address}"), open_cluster(address):
         pass
 
@@ -81,7 +81,7 @@ def slow(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(slow):
-    """Two nodes of one core each and a head without; this process has joined it."""
+    """Two nodes of one core each and a head without cores; this process is connected to it."""
     import ray._private.authentication_test_utils as authentication
     from ray.cluster_utils import Cluster
 
@@ -90,21 +90,21 @@ def cluster(slow):
         authentication.set_env_auth_token(secrets.token_hex(32))
         os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0",
                        "NULSQ_TEST_SLOW": str(slow)}
-        authentication.reset_auth_token_state()  # tests before this one may have imported Ray, which reads them then
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True,
-                                                             "dashboard_host": "127.0.0.1"})
+        authentication.reset_auth_token_state()  # earlier tests may have imported Ray, which reads them on import
+        ray_cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True,
+                                                                    "dashboard_host": "127.0.0.1"})
         try:
             for _ in range(2):
-                made.add_node(num_cpus=1)
-            with open_cluster(made.address, workers=2, nodes=3):
-                yield made
+                ray_cluster.add_node(num_cpus=1)
+            with open_cluster(ray_cluster.address, workers=2, nodes=3):
+                yield ray_cluster
         finally:
-            made.shutdown()
+            ray_cluster.shutdown()
     authentication.reset_auth_token_state()
 
 
 class Recorder(Callback):
-    """Records the results that Tune gets, in order: number of the trial, epoch, score."""
+    """Records the results that Tune receives, in order: number of the trial, epoch, score."""
 
     def __init__(self, at_result=None):
         self.results, self.at_result = [], at_result
@@ -120,7 +120,7 @@ class Recorder(Callback):
 
 @pytest.fixture
 def tune_trials(cluster, tmp_path):
-    """Run a trial for each of the overrides, one at a time; returns Tune's result grid and the results it got."""
+    """Run a trial for each of the overrides, one at a time; returns Tune's result grid and the recorded results."""
     import ray.tune
 
     def run(function, resources, recipe, overrides, *, scheduler=None, at_result=None, workers=1):
@@ -142,7 +142,7 @@ def tune_trials(cluster, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_cluster_is_asked_what_it_can_hold(cluster):
+def test_resource_checks_agree_with_a_real_cluster(cluster):
     assert check_fits(1, 0, 2) == 1 and check_fits(1, 0) == 2
     with pytest.raises(InputError, match="1 with 0 CPU, 0 GPU"):
         check_fits(2, 0)
@@ -155,9 +155,9 @@ def test_a_cluster_is_asked_what_it_can_hold(cluster):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_stopped_trial_of_two_workers_makes_room_for_the_next(tune_trials, short, float_run, tmp_path, steps_done):
-    """The cluster holds one such trial. The first was begun by one process and interrupted: two workers continue it
-    until it is stopped. The second is, from its start, what one process makes of it."""
+def test_stopped_trial_of_two_workers_frees_resources_for_the_next(tune_trials, short, float_run, tmp_path, steps_done):
+    """Only one such trial fits. One process trained the first trial until it was interrupted; two workers resume it
+    until it is stopped. The second trial then gives the same results as a run in one process."""
     from ray.tune.schedulers import FIFOScheduler
 
     from tune.ray_backend import workers
@@ -168,32 +168,32 @@ def test_a_stopped_trial_of_two_workers_makes_room_for_the_next(tune_trials, sho
 
     settings = {"model__init_from": str(float_run), "optim__freeze_bn": True, "optim__lr": 0.01, "optim__epochs": 2}
     first, second = (tmp_path / "trials/s" / name for name in ("000", "001"))
-    begun = short("begun", **settings | {"optim__epochs": 40, "run__dir": str(first)})
-    assert train(begun, quiet=True, stop=lambda: steps_done[-1] >= 5).status == "saved"  # in the second epoch
+    interrupted = short("begun", **settings | {"optim__epochs": 40, "run__dir": str(first)})
+    assert train(interrupted, quiet=True, stop=lambda: steps_done[-1] >= 5).status == "saved"  # in the second epoch
     before = read_metrics(first)
-    one, recipe = short("one-process", **settings), short("two-workers", **settings)
-    assert train(one, quiet=True).status == "finished"
+    single, recipe = short("one-process", **settings), short("two-workers", **settings)
+    assert train(single, quiet=True).status == "finished"
 
     grid, results = tune_trials(workers.run, workers.DRIVER, recipe, [{"optim.epochs": 40}, {}],
                                 scheduler=StopTheFirst(), workers=2)
     assert not grid.errors
     assert [entry[:2] for entry in results] == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert len(before) == 1 and read_metrics(first)[:1] == before and 2 <= len(read_metrics(first)) < 40
-    alone, together = read_metrics(path_of(one)), read_metrics(second)
+    one_process, two_workers = read_metrics(path_of(single)), read_metrics(second)
     assert read_outcome(second)["outcome"] == "finished"
-    assert [entry[2] for entry in results] == [line["val_top1"] for line in read_metrics(first)[:2] + together]
-    for x, y in zip(alone, together, strict=True):
-        assert (x["val_images"], x["train_images"], x["step"]) == (y["val_images"], y["train_images"], y["step"])
-        # Summation order moves a value across a threshold now and then, so losses drift apart slowly.
-        assert x["train_loss"] == pytest.approx(y["train_loss"], rel=2e-3)
-    # One of the few validation images may be on the edge between two classes.
-    assert abs(alone[0]["val_top1"] - together[0]["val_top1"]) <= 100.1 / alone[0]["val_images"]
+    assert [entry[2] for entry in results] == [line["val_top1"] for line in read_metrics(first)[:2] + two_workers]
+    for a, b in zip(one_process, two_workers, strict=True):
+        assert (a["val_images"], a["train_images"], a["step"]) == (b["val_images"], b["train_images"], b["step"])
+        # Another summation order occasionally moves a value across a threshold, so losses drift apart slowly.
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=2e-3)
+    # One of the few validation images may be on the boundary between two classes.
+    assert abs(one_process[0]["val_top1"] - two_workers[0]["val_top1"]) <= 100.1 / one_process[0]["val_images"]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_trial_whose_node_is_lost_continues_on_another(cluster, tune_trials, short, float_run, tmp_path, slow):
-    """Its process outlives its node for a moment: the next epoch is slow until the trial reports again."""
+def test_trial_resumes_on_another_node_after_its_node_is_lost(cluster, tune_trials, short, float_run, tmp_path, slow):
+    """The old process outlives its node briefly, so epochs are slow until the trial reports again elsewhere."""
     from ray.util.state import list_actors
 
     from tune.ray_backend import trial

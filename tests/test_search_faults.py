@@ -15,7 +15,7 @@ from nulsq.files import is_locked
 from nulsq.run import checkpoint
 from nulsq.run.directory import read_metrics
 from nulsq.run.status import read_outcome
-from tests.searches import every_result_once, search
+from tests.searches import assert_each_result_once, search
 from tune.store import journal
 
 pytest.importorskip("ray")
@@ -23,14 +23,14 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("number", [
+@pytest.mark.parametrize("signal_number", [
     pytest.param(signal.SIGUSR1, id="SIGUSR1"),
     pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.long),
     pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),
     pytest.param(signal.SIGKILL, id="SIGKILL", marks=pytest.mark.long)])
-def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
-    """The driver gets a signal while trials run. The same command then ends all trials without starting any from
-    scratch, and every rung holds the scores of its own epoch."""
+def test_interrupted_search_resumes(search_file, tmp_path, signal_number):
+    """The driver receives a signal while trials run. The same command then completes all trials without restarting
+    any of them, and every rung holds the scores of its own epoch."""
     command = [sys.executable, "-m", "tune.search", str(search_file), f"dir={tmp_path}/out", "trials=2",
                "repeats=0", "studies.bits.values=[2]"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -40,19 +40,19 @@ def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
         while not list(tmp_path.glob("out/trials/*/*/metrics.jsonl")) and time.monotonic() < deadline:
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.2)
-        # The driver may wait for trials for days: it has not loaded torch.
+        # The driver may wait for trials for days, so it must not load torch.
         assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
-        process.send_signal(number)
+        process.send_signal(signal_number)
         code = process.wait(timeout=120)
-        assert code == (-9 if number == signal.SIGKILL else 99), (tmp_path / "log").read_text()[-3000:]
+        assert code == (-9 if signal_number == signal.SIGKILL else 99), (tmp_path / "log").read_text()[-3000:]
     _wait_for_orphans(tmp_path / "out")
-    kept = {path.parent: checkpoint.load(newest)["epoch"] for path in tmp_path.glob("out/trials/*/*/metrics.jsonl")
+    epochs = {path.parent: checkpoint.load(newest)["epoch"] for path in tmp_path.glob("out/trials/*/*/metrics.jsonl")
             if (newest := checkpoint.newest(path.parent))}
-    lines = {path: read_metrics(path)[:epoch] for path, epoch in kept.items()}
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    lines = {path: read_metrics(path)[:epoch] for path, epoch in epochs.items()}
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
+    assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
     for path, before in lines.items():
-        assert read_metrics(path)[:len(before)] == before  # continued, not trained again: even the times are equal
+        assert read_metrics(path)[:len(before)] == before  # resumed, not trained again: even the times are equal
     rungs = json.loads((tmp_path / "out" / "rungs").read_text())["rungs"]
     for study, recorded in rungs.items():
         for milestone, values in recorded:
@@ -60,37 +60,37 @@ def test_an_interrupted_search_is_continued(search_file, tmp_path, number):
                 if milestone < 4:
                     trained = read_metrics(tmp_path / "out" / "trials" / key)
                     assert score == trained[milestone - 1]["val_top1"], (study, key, milestone)
-    every_result_once(tmp_path / "out")
+    assert_each_result_once(tmp_path / "out")
     outcomes = [read_outcome(path.parent)["outcome"] for path in tmp_path.glob("out/trials/*/*/recipe.yaml")]
     assert len(outcomes) == 4 and "finished" in outcomes
-    if number != signal.SIGUSR1:
+    if signal_number != signal.SIGUSR1:
         return
     # A finished search is extended: it gets more trials, and the earlier ones are unchanged.
     before = {path: path.read_text() for path in tmp_path.glob("out/trials/*/*/metrics.jsonl")}
-    ended = subprocess.run([*command, "--extend", "1"], cwd=ROOT, capture_output=True, text=True, timeout=400,
-                           env=environment)
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    completed = subprocess.run([*command, "--extend", "1"], cwd=ROOT, capture_output=True, text=True, timeout=400,
+                               env=environment)
+    assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
     after = {path: path.read_text() for path in tmp_path.glob("out/trials/*/*/metrics.jsonl")}
     assert len(after) == 6 and before.items() <= after.items()
-    assert "2 studies of 3 trials" in ended.stdout
+    assert "2 studies of 3 trials" in completed.stdout
 
 
-def test_a_trial_that_dies_does_not_end_the_search(search_file, tmp_path):
-    """Its process is killed, as by the system when memory runs out. It is tried again, then fails, with its reason."""
-    ended = search(search_file, f"dir={tmp_path}/out", "trials=1", "repeats=0", "studies.bits.values=[2]",
-                   "studies.activation.values=[lsq, tests.dying]", "overrides={optim.epochs: 2}")
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+def test_search_continues_after_a_trial_dies(search_file, tmp_path):
+    """Its process is killed, as when memory runs out. It is tried again and then fails, and the reason is recorded."""
+    completed = search(search_file, f"dir={tmp_path}/out", "trials=1", "repeats=0", "studies.bits.values=[2]",
+                       "studies.activation.values=[lsq, tests.dying]", "overrides={optim.epochs: 2}")
+    assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
     rows = {row["study"]: row for row in csv.DictReader((tmp_path / "out" / "trials.csv").open())}
     assert rows["lsq_2"]["status"] == "finished" and rows["tests.dying_2"]["epochs"] == "0"
     assert rows["tests.dying_2"]["status"] == "failed"
-    happened = [event["event"] for event in journal.events(tmp_path / "out") if event["key"] == "tests.dying_2/000"]
-    assert happened == ["start", "retry", "error", "end"] or happened == ["start", "retry", "end", "error"]
-    assert "crashed and is tried again" in ended.stdout and "study tests.dying_2: no trial" in ended.stdout
+    events = [event["event"] for event in journal.events(tmp_path / "out") if event["key"] == "tests.dying_2/000"]
+    assert events == ["start", "retry", "error", "end"] or events == ["start", "retry", "end", "error"]
+    assert "crashed and is tried again" in completed.stdout and "study tests.dying_2: no trial" in completed.stdout
     # A trial that diverges ends early and is not ranked.
-    ended = search(search_file, f"dir={tmp_path}/diverges", "trials=2", "repeats=0", "studies.bits.values=[2]",
-                   "studies.activation.values=[lsq]", "overrides={optim.epochs: 2, guard.rollbacks: 0}",
-                   "concurrent=1", "space.lr.high=1e13", "points={sane: {lr: 0.01}, mad: {lr: 1e12}}")
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    completed = search(search_file, f"dir={tmp_path}/diverges", "trials=2", "repeats=0", "studies.bits.values=[2]",
+                       "studies.activation.values=[lsq]", "overrides={optim.epochs: 2, guard.rollbacks: 0}",
+                       "concurrent=1", "space.lr.high=1e13", "points={sane: {lr: 0.01}, mad: {lr: 1e12}}")
+    assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
     rows = list(csv.DictReader((tmp_path / "diverges" / "trials.csv").open()))
     assert [row["status"] for row in rows] == ["finished", "diverged"]
     assert not list((tmp_path / "diverges").glob("trials/*/001/checkpoints/*.pt"))
@@ -98,40 +98,41 @@ def test_a_trial_that_dies_does_not_end_the_search(search_file, tmp_path):
     # concurrent=1: the second trial starts after the first has ended.
     order = [(event["event"], event["key"]) for event in journal.events(tmp_path / "diverges")
              if event["event"] in ("start", "end")]
-    assert order == [(what, f"lsq_2/{number:03d}") for number in (0, 1) for what in ("start", "end")]
+    assert order == [(kind, f"lsq_2/{number:03d}") for number in (0, 1) for kind in ("start", "end")]
 
 
 @pytest.mark.long
-def test_a_trial_that_cannot_be_taken_over_is_given_out_again(search_file, tmp_path, monkeypatch):
-    """A stopped trial takes six seconds to end; after one second its process has to take the next trial."""
+def test_trial_refused_by_a_busy_process_starts_elsewhere(search_file, tmp_path, monkeypatch):
+    """A stopped trial takes six seconds to end, but its process has to take the next trial after one second."""
     monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "1")
-    ended = search(search_file, f"dir={tmp_path}/out", "concurrent=1", "repeats=0", "studies.bits.values=[2]",
-                   "studies.activation.values=[tests.lingering]")
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    completed = search(search_file, f"dir={tmp_path}/out", "concurrent=1", "repeats=0", "studies.bits.values=[2]",
+                       "studies.activation.values=[tests.lingering]")
+    assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
     rows = list(csv.DictReader((tmp_path / "out" / "trials.csv").open()))
     assert {row["status"] for row in rows} == {"finished", "stopped"} and len(rows) == 3
     refused = [event for event in journal.events(tmp_path / "out") if event["event"] == "error"]
     assert refused and all("is still ending the one before, after 1 s" in event["reason"] for event in refused)
-    every_result_once(tmp_path / "out")
+    assert_each_result_once(tmp_path / "out")
 
 
 @pytest.mark.long
-def test_a_search_whose_time_is_used_up_shows_what_it_has_and_goes_on_with_more(search_file, tmp_path):
+def test_search_out_of_time_shows_its_results_and_resumes_with_more(search_file, tmp_path):
     arguments = [search_file, f"dir={tmp_path}/out", "trials=1", "repeats=0", "studies.bits.values=[2]",
                  "studies.activation.values=[lsq]"]
     for _ in range(2):  # the second time the budget is used up already
-        ended = search(*arguments, "hours=0.0001")
-        assert "the time budget of 0.0001 hours is used up" in ended.stdout
-        assert ended.returncode == 1 and "no trial has reached its end yet" in ended.stdout
+        completed = search(*arguments, "hours=0.0001")
+        assert "the time budget of 0.0001 hours is used up" in completed.stdout
+        assert completed.returncode == 1 and "no trial has reached its end yet" in completed.stdout
         assert not (tmp_path / "out" / "finished").exists()  # and nothing was evaluated on the test images
-    ended = search(*arguments, "--extend", "1")
-    assert ended.returncode == 2 and "has not finished" in ended.stderr
-    ended = search(*arguments, "hours=1")
-    assert ended.returncode == 0 and "study lsq_2: winner's test top-1" in ended.stdout, ended.stdout + ended.stderr
+    completed = search(*arguments, "--extend", "1")
+    assert completed.returncode == 2 and "has not finished" in completed.stderr
+    completed = search(*arguments, "hours=1")
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    assert "study lsq_2: winner's test top-1" in completed.stdout
 
 
 def _wait_for_orphans(out: Path) -> None:
-    """After SIGKILL of the driver Ray's workers end by themselves; until then they hold the locks of their runs."""
+    """After SIGKILL of the driver, Ray's workers end by themselves; until then they hold the locks of their runs."""
     deadline = time.monotonic() + 120
     for file in out.glob("trials/*/*/lock"):
         while is_locked(file) and time.monotonic() < deadline:

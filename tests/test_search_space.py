@@ -26,21 +26,21 @@ DEMO = ROOT / "configs/search/demo.yaml"
 
 def test_studies_take_turns_and_share_their_samples():
     search = load_search(DEMO, ["studies.bits.values=[2, 4]", "trials=3"])
-    names, every = [study.name for study in studies(search)], all_trials(search)
+    names, trials = [study.name for study in studies(search)], all_trials(search)
     assert names == ["lsq_nulsq_2", "lsq_nulsq_4", "lsq_lsq_2", "lsq_lsq_4"]
-    assert [trial.study for trial in every] == names * 3
+    assert [trial.study for trial in trials] == names * 3
     for number in range(3):
-        drawn = [trial.drawn for trial in every if trial.number == number]
+        drawn = [trial.drawn for trial in trials if trial.number == number]
         assert all(values == drawn[0] for values in drawn)
-    assert len({trial.drawn["lr"] for trial in every}) == 3
+    assert len({trial.drawn["lr"] for trial in trials}) == 3
 
 
-def test_a_sample_does_not_depend_on_how_many_there_are():
-    few, many = load_search(DEMO, ["trials=2"]), load_search(DEMO, ["trials=9", "space.extra={key: optim.momentum, "
-                                                                    "sample: uniform, low: 0.8, high: 0.95}"])
-    for a in all_trials(few):
-        b = next(trial for trial in all_trials(many) if trial.key == a.key)
-        assert all(b.drawn[name] == value for name, value in a.drawn.items())
+def test_sample_does_not_depend_on_the_number_of_trials():
+    small = load_search(DEMO, ["trials=2"])
+    large = load_search(DEMO, ["trials=9", "space.extra={key: optim.momentum, sample: uniform, low: 0.8, high: 0.95}"])
+    samples = {trial.key: trial.drawn for trial in all_trials(large)}
+    for trial in all_trials(small):
+        assert all(samples[trial.key][name] == value for name, value in trial.drawn.items())
 
 
 def test_samplers_stay_in_their_range():
@@ -78,7 +78,7 @@ def test_rungs_are_below_the_last_epoch():
     ("name=a~b", "without ~ and /"),
     ("nodes=2", "nodes = 2, allowed with address = local: 1, a local Ray is one node"),
 ])
-def test_a_search_that_cannot_work_is_an_error_at_once(override, message):
+def test_invalid_search_is_an_error(override, message):
     with pytest.raises(InputError, match=message):
         load_search(DEMO, [override])
 
@@ -92,7 +92,7 @@ def scheduler(tmp_path, epochs=9, names=("good", "bad"), grace=1, reduction=3):
 
 
 def test_studies_do_not_eliminate_each_other(tmp_path):
-    """Each study decides as if it were alone, however much better the other one is."""
+    """Decisions in a study equal those in a search of that study alone, however much better the other study is."""
     draw = random.Random(0)
     scores = {name: [base + draw.random() for _ in range(12)] for name, base in (("good", 90), ("bad", 10))}
     both = scheduler(tmp_path)
@@ -108,7 +108,7 @@ def test_studies_do_not_eliminate_each_other(tmp_path):
     assert STOP in together["bad"] and CONTINUE in together["bad"]
 
 
-def test_one_asha_for_all_would_stop_the_worse_study(tmp_path):
+def test_shared_rungs_stop_the_worse_study(tmp_path):
     mixed = scheduler(tmp_path, names=("all",))
     answers = [[mixed.decide("all", f"{name}/{i}", 1, base + i) for name, base in (("good", 90), ("bad", 10))]
                for i in range(6)]
@@ -116,7 +116,7 @@ def test_one_asha_for_all_would_stop_the_worse_study(tmp_path):
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), None])
-def test_a_score_that_is_no_number_stops_the_trial_and_enters_no_rung(tmp_path, score):
+def test_nonfinite_score_stops_the_trial_and_enters_no_rung(tmp_path, score):
     asha = scheduler(tmp_path)
     asha.decide("good", "0", 1, 50.0)
     assert asha.decide("good", "1", 1, score) == STOP
@@ -124,13 +124,13 @@ def test_a_score_that_is_no_number_stops_the_trial_and_enters_no_rung(tmp_path, 
     assert list(json.loads(asha.file.read_text())["rungs"]["good"][-1][1]) == ["0", "2"]
 
 
-def test_the_last_epoch_is_left_to_the_trial(tmp_path):
+def test_trial_is_not_stopped_at_its_last_epoch(tmp_path):
     asha = scheduler(tmp_path, epochs=3)
     asha.decide("good", "0", 1, 90.0)
     assert asha.decide("good", "1", 3, 1.0) == CONTINUE
 
 
-def test_a_restored_scheduler_decides_as_the_uninterrupted_one(tmp_path):
+def test_restored_scheduler_decides_like_an_uninterrupted_one(tmp_path):
     import pickle
     draw = random.Random(1)
     results = [("good", str(number), epoch, 50 + number + epoch + draw.random()) for epoch in (1, 3)
@@ -138,18 +138,18 @@ def test_a_restored_scheduler_decides_as_the_uninterrupted_one(tmp_path):
     draw.shuffle(results)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    straight, stopped = scheduler(tmp_path / "a"), scheduler(tmp_path / "b")
-    saved = pickle.dumps(stopped)  # as Tune does, once, before the first result
-    answers, again = [], []
+    uninterrupted, restored = scheduler(tmp_path / "a"), scheduler(tmp_path / "b")
+    saved = pickle.dumps(restored)  # as Tune does, once, before the first result
+    expected, actual = [], []
     for i, result in enumerate(results):
-        answers.append(straight.decide(*result))
+        expected.append(uninterrupted.decide(*result))
         if i == 8:
-            stopped = pickle.loads(saved)
-        again.append(stopped.decide(*result))
-    assert answers == again and STOP in answers
+            restored = pickle.loads(saved)
+        actual.append(restored.decide(*result))
+    assert expected == actual and STOP in expected
 
 
-def test_a_stopped_trial_that_runs_again_is_stopped_at_the_same_epoch(tmp_path):
+def test_stopped_trial_that_runs_again_stops_at_the_same_epoch(tmp_path):
     asha = scheduler(tmp_path, epochs=4)
     for number, score in enumerate([90, 91, 92]):
         assert asha.decide("good", str(number), 1, score) == CONTINUE
@@ -157,7 +157,7 @@ def test_a_stopped_trial_that_runs_again_is_stopped_at_the_same_epoch(tmp_path):
     assert asha.decide("good", "3", 1, 95) == CONTINUE
     assert asha.decide("good", "3", 3, 10) == STOP
     assert [asha.decide("good", "3", epoch, score) for epoch, score in ((1, 95), (2, 50), (3, 99), (4, 99))] == \
-        [CONTINUE, CONTINUE, STOP, STOP]  # at its last epoch too: it may not slip through to the end
+        [CONTINUE, CONTINUE, STOP, STOP]  # also at its last epoch
 
 
 def test_reporting_the_epochs_of_a_continued_trial_again_changes_nothing(tmp_path):
@@ -176,7 +176,7 @@ def test_loss_is_ranked_downwards(tmp_path):
     assert asha.decide("s", "2", 1, 0.1) == CONTINUE
 
 
-def test_a_diverged_trial_has_the_worst_score_and_enters_no_rung(tmp_path):
+def test_diverged_trial_stops_and_enters_no_rung(tmp_path):
     asha = scheduler(tmp_path)
     settings = TrialSettings(study="good", number=0, key="good/000", repeat=0, stratum="good", overrides={},
                              metric="val_top1", cpus=1, gpus=0, workers=1, search_directory=str(tmp_path),
@@ -196,37 +196,37 @@ def run(code: str) -> subprocess.CompletedProcess:
                           cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_a_function_is_called_in_another_process_and_prints_to_stderr():
-    done = run("print(run_in_subprocess(os.getpid) != os.getpid(), run_in_subprocess(os.path.join, 'a', 'b'))\n"
-               "run_in_subprocess(print, 'a download')\n"
-               "import importlib; run_in_subprocess(importlib.reload, 1)")
-    assert done.stdout == "True a/b\n"  # a program may read it
-    assert done.stderr.startswith("a download\n")
-    # the traceback of the other process is shown, too
-    assert "TypeError: reload() argument must be a module" in done.stderr and "in reload" in done.stderr
+def test_function_runs_in_a_subprocess_and_prints_to_stderr():
+    completed = run("print(run_in_subprocess(os.getpid) != os.getpid(), run_in_subprocess(os.path.join, 'a', 'b'))\n"
+                    "run_in_subprocess(print, 'a download')\n"
+                    "import importlib; run_in_subprocess(importlib.reload, 1)")
+    assert completed.stdout == "True a/b\n"  # stdout stays free of it, for programs that read stdout
+    assert completed.stderr.startswith("a download\n")
+    # the traceback of the subprocess is shown, too
+    assert "TypeError: reload() argument must be a module" in completed.stderr and "in reload" in completed.stderr
 
 
-def test_the_process_has_a_session_of_its_own():
+def test_subprocess_has_its_own_session():
     """Ctrl-C in the terminal reaches the parent alone, which then ends the child."""
-    done = run("print(run_in_subprocess(os.getsid, 0) != os.getsid(0))")
-    assert done.stdout == "True\n"
+    completed = run("print(run_in_subprocess(os.getsid, 0) != os.getsid(0))")
+    assert completed.stdout == "True\n"
 
 
-def test_bad_input_and_a_process_that_dies_are_different_errors():
-    done = run("from nulsq.config import load_recipe\n"
-               "try: run_in_subprocess(load_recipe, 'nowhere.yaml')\n"
-               "except Exception as error: print(type(error).__name__, error)\n"
-               "run_in_subprocess(os._exit, 7)")
-    assert done.stdout == "InputError no file nowhere.yaml\n"
-    assert "RuntimeError: the process that called posix._exit ended with exit code 7" in done.stderr
+def test_invalid_input_and_a_dead_subprocess_are_different_errors():
+    completed = run("from nulsq.config import load_recipe\n"
+                    "try: run_in_subprocess(load_recipe, 'nowhere.yaml')\n"
+                    "except Exception as error: print(type(error).__name__, error)\n"
+                    "run_in_subprocess(os._exit, 7)")
+    assert completed.stdout == "InputError no file nowhere.yaml\n"
+    assert "RuntimeError: the process that called posix._exit ended with exit code 7" in completed.stderr
 
 
-def test_an_error_that_cannot_be_unpickled_keeps_its_text_and_traceback():
-    done = run("from tests.searches import fail\nrun_in_subprocess(fail, 'a', 'b')")
-    assert "RuntimeError: Odd: a and b" in done.stderr and "in fail" in done.stderr
+def test_error_that_cannot_be_unpickled_keeps_its_text_and_traceback():
+    completed = run("from tests.searches import fail\nrun_in_subprocess(fail, 'a', 'b')")
+    assert "RuntimeError: UnpicklableError: a and b" in completed.stderr and "in fail" in completed.stderr
 
 
-def test_a_signal_during_the_check_ends_both_processes(tmp_path):
+def test_signal_during_the_call_ends_both_processes(tmp_path):
     """The child removes its temporary file before it ends."""
     code = ("import signal, sys\nfrom tests.searches import linger\n"
             "from tune.subprocess_call import run_in_subprocess\n"
@@ -244,6 +244,6 @@ def test_a_signal_during_the_check_ends_both_processes(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_where_torch_is_loaded_already_the_function_is_called_in_this_process():
-    done = run("import torch\nprint(run_in_subprocess(os.getpid) == os.getpid())")
-    assert done.stdout == "True\n"
+def test_function_runs_in_this_process_if_torch_is_loaded():
+    completed = run("import torch\nprint(run_in_subprocess(os.getpid) == os.getpid())")
+    assert completed.stdout == "True\n"
