@@ -46,9 +46,10 @@ def sample(form, seed=0, size=(CHANNELS, 6, 5, 5)):
     return x if signed else x.relu()
 
 
-def build(form, *, random_steps=True, **options):
+def build(form, *, random_steps=True, init="nmse", **options):
+    """nmse: the search for the best step would take most of the time of these tests."""
     name, bits, role, signed, channels = form
-    quantizer = nulsq.get_quantizer(name)(bits, role, signed=signed, channels=channels, **options)
+    quantizer = nulsq.get_quantizer(name)(bits, role, signed=signed, channels=channels, init=init, **options)
     quantizer.reset_(Statistics.of(sample(form), per_channel=channels is not None))
     if random_steps:
         draw = torch.Generator().manual_seed(1)

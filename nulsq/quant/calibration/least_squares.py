@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nulsq.quant.calibration.histogram import Histogram
+from nulsq.quant.calibration.initial_step import SMALLEST_STEP
 
 if TYPE_CHECKING:
     from nulsq.quant.base import Quantizer
@@ -39,7 +40,7 @@ def best_step(quantizer: "Quantizer", histogram: Histogram, largest: Tensor) -> 
     def search(start: Tensor, factors: Tensor) -> Tensor:
         errors = []
         for factor in factors:
-            quantizer.set_steps_((start * factor).float())
+            quantizer.set_steps_((start * factor).clamp(min=SMALLEST_STEP).float())  # of a tensor of zeros
             table = quantizer.table()
             errors.append(error(histogram, quantizer.levels_of(table), quantizer.thresholds_of(table)))
         return start * factors.to(start)[torch.stack(errors).argmin(0)]
