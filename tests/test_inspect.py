@@ -414,7 +414,7 @@ def test_inspect_command_prints_totals_and_no_pictures_for_a_float_run(float_run
     (["RUN/recipe.yaml", "quant.bitz=3"], "quant.bitz"),
     (["RUN/recipe.yaml", "--checkpoint", "best"], "--checkpoint best: only a run has checkpoints"),
 ])
-def test_invalid_input_prints_one_line_and_returns_exit_code_2_for_inspect(run, tmp_path, capsys, arguments, message):
+def test_inspect_command_returns_exit_code_2_for_invalid_input(run, tmp_path, capsys, arguments, message):
     paths = {"RUNS": run.parent, "RUN": run}
     for name in ("DAMAGED", "OTHER", "NODATA"):
         paths[name] = tmp_path / name
