@@ -54,7 +54,7 @@ def test_replayed_steps_equal_plain_steps(name, short, float_run, recorded):
 
 def test_resumed_graph_run_equals_uninterrupted_run(short, float_run, recorded, steps_done):
     whole, resumed = (short(name, model__init_from=str(float_run), run__cuda_graph=True, optim__epochs=3)
-                     for name in ("graphed-whole", "graphed-resumed"))
+                      for name in ("graphed-whole", "graphed-resumed"))
     train(whole, quiet=True)
     assert train(resumed, quiet=True, stop=lambda: steps_done[-1] == 6).status == "saved"
     assert train(resumed, quiet=True).status == "finished"

@@ -88,7 +88,7 @@ def bad_gradient(model):
 def test_rollback_equals_a_run_that_skips_the_bad_batch(short, float_run, straight, steps_done, monkeypatch, capsys):
     """The reference is a run whose checkpoint already lists this batch as skipped."""
     recipe, expected = (short(name, model__init_from=str(float_run), optim__epochs=3)
-                      for name in ("rollback", "skipping"))
+                        for name in ("rollback", "skipping"))
     train(expected, stop=lambda: True, quiet=True)  # saves after its first step
     content = last(path_of(expected))
     checkpoint.save(path_of(expected), content | {"skipped": [5]})
