@@ -30,10 +30,10 @@ def library_of(commit: str, folder: Path) -> ctypes.CDLL:
     """The kernel of a commit. Raises InputError if the commit has no kernel, or one with another call interface."""
     for source in build.SOURCES:
         name = f"{commit}:{source.relative_to(ROOT).as_posix()}"
-        shown = subprocess.run(["git", "show", name], cwd=ROOT, capture_output=True, text=True)
-        if shown.returncode:
-            raise InputError(f"COMMIT {commit}: {shown.stderr.strip().splitlines()[0]}")
-        (folder / source.name).write_text(shown.stdout)
+        process = subprocess.run(["git", "show", name], cwd=ROOT, capture_output=True, text=True)
+        if process.returncode:
+            raise InputError(f"COMMIT {commit}: {process.stderr.strip().splitlines()[0]}")
+        (folder / source.name).write_text(process.stdout)
     theirs, ours = ("".join(source.read_text() for source in sources)
                     for sources in ([folder / source.name for source in build.SOURCES], build.SOURCES))
     for name in ("Call", "Rule"):

@@ -53,7 +53,7 @@ SMOKE = [("compiled", "nulsq-a", 2), ("compiled", "lsq", 2), ("eager", "nulsq-a"
 
 
 def target(setting: str, method: str, bits: int) -> float | None:
-    """The project's target for a ratio; None where it has none."""
+    """The project's target for a ratio, or None."""
     if setting == "bf16" and method == "nulsq-a":
         return {3: 1.08, 4: 1.12}.get(bits, 1.05)
     if setting in ("compiled", "bf16", "compiled-cuda-graph"):

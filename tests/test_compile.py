@@ -42,7 +42,7 @@ print(quick is net, misses, hits, messages)
 def small(tmp_path, **environment):
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     process = subprocess.run([sys.executable, "-c", SMALL], capture_output=True, text=True, check=True,
-                          env=os.environ | cache | environment)
+                             env=os.environ | cache | environment)
     return process.stdout.strip()
 
 

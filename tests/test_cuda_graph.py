@@ -74,7 +74,7 @@ def test_rollback_records_the_graphs_again(short, float_run, recorded, steps_don
 
     monkeypatch.setattr(DivergenceGuard, "observe", observe)
     graphed, expected = (short(name, model__init_from=str(float_run), run__cuda_graph=name == "graphed-back",
-                             optim__epochs=3, **EXACT) for name in ("graphed-back", "plain-back"))
+                               optim__epochs=3, **EXACT) for name in ("graphed-back", "plain-back"))
     states = [train(recipe, quiet=True) for recipe in (graphed, expected)]
     assert [(state.status, state.skipped) for state in states] == 2 * [("finished", [6])]
     assert recorded == 2 * HALVES
@@ -117,7 +117,7 @@ def test_recording_rejects_reading_a_number(recorded):
 def test_step_uses_no_tensor_on_the_host(overrides):
     """No tensor is on the host or read there. The check changes torch, so it runs in a process of its own."""
     process = subprocess.run([sys.executable, "-m", "tests.fake_gpu", *overrides], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300)
+                             text=True, timeout=300)
     assert process.returncode == 0 and "on its device" in process.stdout, process.stderr[-3000:]
 
 

@@ -301,7 +301,7 @@ print(loaded, refused)
 @pytest.mark.ffcv
 def test_randomly_damaged_beton_files_are_errors_and_never_crash(copy):
     process = subprocess.run([sys.executable, "-c", FUZZ, str(copy)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300)
+                             timeout=300)
     assert process.returncode == 0, process.stderr[-2000:]
     loaded, refused = map(int, process.stdout.split()[-2:])
     assert loaded >= 3 and refused > 100

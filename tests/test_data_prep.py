@@ -192,7 +192,7 @@ def test_install_ffcv_script_names_missing_system_packages_and_succeeds(tmp_path
     for name in ("dirname", "id"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
     process = subprocess.run(["/bin/sh", str(script), str(tmp_path / "venv/bin/pip")], capture_output=True, text=True,
-                          env={"PATH": str(tmp_path / "bin")})
+                             env={"PATH": str(tmp_path / "bin")})
     assert process.returncode == 0, process.stderr
     assert "ffcv is left out" in process.stderr and "torchvision loader" in process.stderr
     assert "apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++" in process.stderr

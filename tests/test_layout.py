@@ -253,7 +253,7 @@ def test_tree_in_the_docs_lists_exactly_the_source_files():
         assert description, f"docs/architecture.md: {path} has no description"
     suffixes = {".py", ".cpp", ".h", ".sh", ".css", ".js", ".html"}
     existing = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*")
-             if path.suffix in suffixes and path.name != "__init__.py"}
+                if path.suffix in suffixes and path.name != "__init__.py"}
     assert listed == existing
 
 
@@ -261,7 +261,7 @@ def test_every_test_named_in_the_docs_exists():
     named = {name for page in ("reliability", "search", "launch")
              for name in re.findall(r"`(test_\w+)`", (ROOT / f"docs/{page}.md").read_text())}
     existing = {name for path in (ROOT / "tests").glob("test_*.py")
-             for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+                for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
     assert len(named) > 20 and named <= existing, named - existing
 
 
