@@ -1,11 +1,11 @@
-"""How near the kernels come to the memory's speed: bytes read and written, as a share of a copy's bandwidth.
+"""Memory bandwidth of the kernels, counted by bytes read and written, as a share of the bandwidth of a copy.
 
     python -m bench.bandwidth [--device cuda] [--json FILE]
 
-Forward counts x in, y out; backward x and dy in, dx out; after a batch norm, whose work is then part of the pass, x
-and dy twice. A copy of the same tensor, interleaved, is the measure. The `ratio` of a row is that share, so here a
-target is met from below: `met` says whether the share is at least as high.
-On a GPU the clock stops when the device has finished, and five launches share a reading.
+A forward pass reads x and writes y; a backward pass reads x and dy and writes dx. After a batch norm, which is part of
+the pass, backward reads x and dy twice. The reference is a copy of the same tensor, interleaved. The `ratio` of a row
+is this share, so a target is met if the share is at least as high.
+On a GPU the clock stops when the device has finished, and each measurement has five launches.
 """
 
 import math
@@ -23,8 +23,8 @@ from nulsq.quant.registry import get_quantizer
 TARGETS = {("float32", "forward"): {2: 0.80, 3: 0.80, 4: 0.80}, ("float32", "backward"): {2: 0.80, 3: 0.80, 4: 0.60},
            ("bfloat16", "forward"): {2: 0.80, 3: 0.80, 4: 0.80}, ("bfloat16", "backward"): {2: 0.80, 3: 0.60, 4: 0.45}}
 
-
-IMAGE = (64, 32, 32)  # an activation's channels and plane, channels last
+IMAGE = (64, 32, 32)  # channels, height and width of an activation, channels last
+# The number of tensors that each pass reads and writes.
 PASSES = {"forward": 2, "backward": 3, "forward after a batch norm": 2, "backward after a batch norm": 5}
 
 
@@ -57,12 +57,12 @@ def measure(method: str, bits: int, kind: torch.dtype, device: torch.device, ele
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m bench.bandwidth", description=__doc__)
-    made.add_argument("--methods", nargs="+", default=["nulsq", "lsq"], help="(nulsq lsq)")
-    made.add_argument("--elements", type=int, default=50_000_000, help="(%(default)s)")
-    here = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu", "cuda")
-    add_options(made, rounds=15, devices=here)
-    return made
+    parser = Parser(prog="python -m bench.bandwidth", description=__doc__)
+    parser.add_argument("--methods", nargs="+", default=["nulsq", "lsq"], help="(nulsq lsq)")
+    parser.add_argument("--elements", type=int, default=50_000_000, help="size of the tensor (%(default)s)")
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu", "cuda")
+    add_options(parser, rounds=15, devices=devices)
+    return parser
 
 
 @exit_on_input_error
@@ -72,8 +72,8 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--device {arguments.device}: there is no kernel for it here")
     device = begin(arguments)
     print("| method | bits | type | pass | share of a copy's bandwidth | target |", "|---" * 6 + "|", sep="\n")
-    rows = [each for method in arguments.methods for bits in (2, 3, 4) for kind in (torch.float32, torch.bfloat16)
-            for each in measure(method, bits, kind, device, arguments.elements, arguments.rounds)]
+    rows = [line for method in arguments.methods for bits in (2, 3, 4) for kind in (torch.float32, torch.bfloat16)
+            for line in measure(method, bits, kind, device, arguments.elements, arguments.rounds)]
     write_json(arguments.json, rows)
     return 0
 

@@ -24,7 +24,7 @@ from nulsq.run.directory import read_metrics
 from nulsq.text import markdown_table
 from nulsq.train import train
 
-HEADER = ["network", "seconds an epoch", "by seed", "holdout top-1", "by seed"]
+HEADER = ["network", "seconds per epoch", "by seed", "holdout top-1", "by seed"]
 
 
 def epoch(arguments: argparse.Namespace, root: str, name: str, overrides: list[str], seed: int,

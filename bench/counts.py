@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operations whose result the host has to wait for; on a GPU each of them empties the queue.
+# Operations whose result the host has to wait for; on a GPU each of them waits for the whole queue.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique", "unique_", "equal.default",
          "repeat_interleave.Tensor", "bincount", "histc")
 

@@ -1,12 +1,12 @@
-"""Time of a quantizer's forward and backward pass relative to a ReLU's, for every method, width and some libraries.
+"""Time of a quantizer's forward and backward pass relative to a ReLU, for all methods, bit-widths and some libraries.
 
     python -m bench.quantizers [--json FILE]
     python -m bench.quantizers --scaling
 
-Both sides run on one activation, 128 x 16 x 32 x 32, that needs a gradient; a side is forward and backward through
-autograd, with the quantizer's own parameters. Targets are those of the project for the fused form on two cores; on a
-GPU (`--device cuda`) there are none, see bench.bandwidth.
-`--scaling` has time per element for bits 2 to 8, batches 32 to 512 and 16 to 256 channels, relative to a ReLU's.
+Both sides run forward and backward through autograd on one 128 x 16 x 32 x 32 activation that needs a gradient; the
+quantizer also computes the gradients of its parameters. Targets apply to the fused form on two cores; on a GPU
+(`--device cuda`) there are none, see bench.bandwidth.
+`--scaling` measures the time per element for bits 2 to 8, batches 32 to 512 and 16 to 256 channels.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ SHAPE, CPU = (128, 16, 32, 32), torch.device("cpu")
 
 
 def activation(shape: tuple[int, ...], kind: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """What a ReLU leaves of a normal tensor, and a gradient; channels last."""
+    """A normal tensor after a ReLU, and a gradient; channels last."""
     draw = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(shape, generator=draw).contiguous(memory_format=torch.channels_last) for _ in range(2))
     return x.relu_().to(kind), dy.to(kind)
@@ -42,20 +42,20 @@ def both_passes(operation: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) ->
 
 
 def quantizer(method: str, bits: int, x: Tensor):
-    """An activation quantizer that has seen x; None where the method has no such width."""
+    """An activation quantizer that is calibrated on x; None if the method does not support the bit-width."""
     try:
-        made = get_quantizer(method)(bits, "activation", signed=False).to(x.device)
+        result = get_quantizer(method)(bits, "activation", signed=False).to(x.device)
     except ValueError:
         return None
-    made.reset_(Statistics.of(x))
-    return made
+    result.reset_(Statistics.of(x))
+    return result
 
 
 def others(x: Tensor, bits: int) -> tuple[dict[str, Callable[[Tensor], Tensor]], list[str]]:
-    """Uniform quantizers of others, each with one learned step where it has one; and which are not installed."""
+    """Uniform quantizers of other libraries, with a learned step size if available; and the libraries not installed."""
     codes, step = 2**bits - 1, float(x.max()) / (2**bits - 1)
     scale, zero = torch.tensor([step], requires_grad=True), torch.zeros(1, requires_grad=True)
-    found = {
+    operations = {
         "torch.fake_quantize_per_tensor_affine (step fixed)":
             lambda x: torch.fake_quantize_per_tensor_affine(x, step, 0, 0, codes),
         "torch._fake_quantize_learnable_per_tensor_affine":
@@ -64,35 +64,35 @@ def others(x: Tensor, bits: int) -> tuple[dict[str, Callable[[Tensor], Tensor]],
     missing = []
     if importlib.util.find_spec("torchao"):
         from torchao.quantization.quant_primitives import _fake_quantize_affine
-        found["torchao _fake_quantize_affine (step fixed)"] = lambda x: _fake_quantize_affine(
+        operations["torchao _fake_quantize_affine (step fixed)"] = lambda x: _fake_quantize_affine(
             x, x.shape, scale.detach(), zero.detach().int(), torch.int32, 0, codes)
     else:
         missing.append("torchao")
     if importlib.util.find_spec("brevitas"):
         from brevitas.nn import QuantIdentity
         from brevitas.quant import Uint8ActPerTensorFloat
-        theirs = QuantIdentity(act_quant=Uint8ActPerTensorFloat, bit_width=bits, scaling_impl_type="parameter",
-                               scaling_init=float(x.max()))
-        found["brevitas QuantIdentity (learned scale)"] = theirs
+        operations["brevitas QuantIdentity (learned scale)"] = QuantIdentity(
+            act_quant=Uint8ActPerTensorFloat, bit_width=bits, scaling_impl_type="parameter",
+            scaling_init=float(x.max()))
     else:
         missing.append("brevitas")
-    return found, missing
+    return operations, missing
 
 
 def measure(methods: list[str], bits: list[int], rounds: int, form: str | None, kind: torch.dtype,
             device: torch.device = CPU) -> list[dict]:
-    x, dy = (each.to(device) for each in activation(SHAPE, kind))
+    x, dy = (tensor.to(device) for tensor in activation(SHAPE, kind))
     setting, rows = f"{form or 'fused'} {str(kind).removeprefix('torch.')}", []
     for method in methods:
         for width in bits:
-            if (made := quantizer(method, width, x.float())) is None:
+            if (measured := quantizer(method, width, x.float())) is None:
                 continue
             with force(form):
-                times = interleaved({"relu": both_passes(torch.relu, x, dy), "q": both_passes(made, x, dy)}, rounds, 5,
-                                    clock=clock_of(device))
-            aimed = form in (None, "fused") and device.type == "cpu"
+                times = interleaved({"relu": both_passes(torch.relu, x, dy), "q": both_passes(measured, x, dy)},
+                                    rounds, 5, clock=clock_of(device))
+            has_target = form in (None, "fused") and device.type == "cpu"
             rows.append(timed_row(METHODS[method], width, setting, times["q"], times["relu"],
-                                  TARGETS.get(method, {}).get(width) if aimed else None))
+                                  TARGETS.get(method, {}).get(width) if has_target else None))
             show(rows[-1:])
     return rows
 
@@ -101,18 +101,18 @@ def measure_others(bits: list[int], rounds: int) -> list[dict]:
     x, dy = activation(SHAPE)
     rows = []
     for width in bits:
-        found, missing = others(x, width)
+        operations, missing = others(x, width)
         times = interleaved({"relu": both_passes(torch.relu, x, dy)}
-                            | {name: both_passes(operation, x, dy) for name, operation in found.items()}, rounds)
-        rows += [timed_row(name, width, "others float32", times[name], times["relu"], None) for name in found]
+                            | {name: both_passes(operation, x, dy) for name, operation in operations.items()}, rounds)
+        rows += [timed_row(name, width, "others float32", times[name], times["relu"], None) for name in operations]
     for name in missing:
-        print(f"{name} is not installed: no row of it")
+        print(f"{name} is not installed: it has no row")
     print(table(rows))
     return rows
 
 
 def scaling(methods: list[str], rounds: int) -> list[dict]:
-    """Nanoseconds an element, one dimension varied at a time around 4 bits, batch 128, 16 channels."""
+    """Nanoseconds per element; varies one of bits, batch and channels at a time around 4 bits, 128 and 16."""
     cases = ([(bits, 128, 16) for bits in range(2, 9)] + [(4, batch, 16) for batch in (32, 64, 256, 512)]
              + [(4, 128, channels) for channels in (32, 64, 256)])
     print("| method | bits | batch | channels | ns / element | ReLU's | ratio |", "|---" * 7 + "|", sep="\n")
@@ -120,34 +120,34 @@ def scaling(methods: list[str], rounds: int) -> list[dict]:
     for method in methods:
         for bits, batch, channels in cases:
             x, dy = activation((batch, channels, 32 if channels < 64 else 16, 32 if channels < 64 else 16))
-            if (made := quantizer(method, bits, x)) is None:
+            if (measured := quantizer(method, bits, x)) is None:
                 continue
-            times = interleaved({"relu": both_passes(torch.relu, x, dy), "q": both_passes(made, x, dy)}, rounds, 5)
-            found = timed_row(METHODS[method], bits, f"scaling batch {batch} channels {channels}", times["q"],
-                              times["relu"], None)
-            each, relu = (found[key] * 1e6 / x.numel() for key in ("milliseconds", "base_milliseconds"))
-            rows.append(found | {"nanoseconds_per_element": round(each, 3)})
-            print(f"| {METHODS[method]} | {bits} | {batch} | {channels} | {each:.2f} | {relu:.2f} | "
+            times = interleaved({"relu": both_passes(torch.relu, x, dy), "q": both_passes(measured, x, dy)}, rounds, 5)
+            line = timed_row(METHODS[method], bits, f"scaling batch {batch} channels {channels}", times["q"],
+                             times["relu"], None)
+            nanoseconds, relu = (line[key] * 1e6 / x.numel() for key in ("milliseconds", "base_milliseconds"))
+            rows.append(line | {"nanoseconds_per_element": round(nanoseconds, 3)})
+            print(f"| {METHODS[method]} | {bits} | {batch} | {channels} | {nanoseconds:.2f} | {relu:.2f} | "
                   f"{ratios(times['q'], times['relu'])[0]:.2f} |", flush=True)
     return rows
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m bench.quantizers", description=__doc__)
-    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
-    made.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="(2 3 4)")
-    add_options(made, rounds=31, devices=("cpu", "cuda"))
-    made.add_argument("--form", choices=FORMS, help="force this form of the operation (the usual choice)")
-    made.add_argument("--bf16", action="store_true", help="activations and gradients in bfloat16")
-    made.add_argument("--scaling", action="store_true", help="time per element over bits, batches and channels")
-    return made
+    parser = Parser(prog="python -m bench.quantizers", description=__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="bit-widths (2 3 4)")
+    add_options(parser, rounds=31, devices=("cpu", "cuda"))
+    parser.add_argument("--form", choices=FORMS, help="force this form of the operation (default: as in training)")
+    parser.add_argument("--bf16", action="store_true", help="activations and gradients in bfloat16")
+    parser.add_argument("--scaling", action="store_true", help="time per element over bits, batches and channels")
+    return parser
 
 
 @exit_on_input_error
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     if arguments.scaling and arguments.device != "cpu":
-        raise InputError("--scaling is of the CPU; on a GPU bench.bandwidth has its speed by the byte")
+        raise InputError("--scaling runs on the CPU only; on a GPU use bench.bandwidth")
     device = begin(arguments)
     if arguments.scaling:
         rows = scaling([method for method in arguments.methods if method != "minmax"], arguments.rounds)

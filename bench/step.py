@@ -53,7 +53,7 @@ SMOKE = [("compiled", "nulsq-a", 2), ("compiled", "lsq", 2), ("eager", "nulsq-a"
 
 
 def target(setting: str, method: str, bits: int) -> float | None:
-    """The project's target for a ratio; None where it has none."""
+    """The project's target for a ratio, or None."""
     if setting == "bf16" and method == "nulsq-a":
         return {3: 1.08, 4: 1.12}.get(bits, 1.05)
     if setting in ("compiled", "bf16", "compiled-cuda-graph"):
@@ -72,33 +72,34 @@ class Step:
     def __init__(self, overrides: list[str], setting: str, device: torch.device = CPU):
         large = setting.startswith("preresnet18")
         channels_last = setting != "eager-nchw"
-        more = [f"run.channels_last={str(channels_last).lower()}",
-                f"run.cuda_graph={str(setting.endswith('cuda-graph')).lower()}"]
+        settings = [f"run.channels_last={str(channels_last).lower()}",
+                    f"run.cuda_graph={str(setting.endswith('cuda-graph')).lower()}"]
         if setting.startswith("bf16"):
-            more.append("run.precision=bf16")
+            settings.append("run.precision=bf16")
         if large:
-            more.append("model.name=pytorchcv:preresnet18")
-        self.recipe = load_recipe("configs/recipes/cifar10/w2a2.yaml", [*overrides, *more])
+            settings.append("model.name=pytorchcv:preresnet18")
+        self.recipe = load_recipe("configs/recipes/cifar10/w2a2.yaml", [*overrides, *settings])
         torch.manual_seed(0)
         classes, batch, side = (1000, 32, 224) if large else (10, 128, 32)
-        memory = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = build_network(self.recipe, classes, start=False).to(device, memory_format=memory)
-        draw = torch.Generator().manual_seed(1)
-        self.images = torch.randn(batch, 3, side, side, generator=draw).to(device).contiguous(memory_format=memory)
-        self.labels = torch.randint(0, classes, (batch,), generator=draw).to(device)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = build_network(self.recipe, classes, start=False).to(device, memory_format=memory_format)
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randn(batch, 3, side, side, generator=generator)
+        self.images = images.to(device).contiguous(memory_format=memory_format)
+        self.labels = torch.randint(0, classes, (batch,), generator=generator).to(device)
         if quantizers_of(self.model):
             calibrate_(self.model, [self.images])
             fold_(self.model)
         self.model.train()
-        stepped = self.model
+        network = self.model
         if setting in ("compiled", "traced", "bf16", "preresnet18", "memory", "compiled-cuda-graph"):
-            stepped = compiled(self.model, device)
-        plain = "eager" if device.type == "cpu" else "reference"  # what is chosen where there is no kernel
+            network = compiled(self.model, device)
+        plain = "eager" if device.type == "cpu" else "reference"  # the form that is used if there is no kernel
         self.form = {"no-compiler": plain, "traced": "reference"}.get(setting)
-        alone = Ranks(0, 1, device)
+        ranks = Ranks(0, 1, device)
         self.state = TrainState(self.model, Optimizers(self.model, self.recipe.optim), Counters(device),
-                                DivergenceGuard(self.recipe.guard, classes, alone))
-        self.step = training_step(self.recipe, alone, self.state, stepped)
+                                DivergenceGuard(self.recipe.guard, classes, ranks))
+        self.step = training_step(self.recipe, ranks, self.state, network)
 
     def __call__(self) -> None:
         with force(self.form):
@@ -182,7 +183,7 @@ def main(argv: list[str]) -> int:
     if graphs and arguments.device != "cuda":
         raise InputError(f"--settings {graphs[0]} needs --device cuda")
     if arguments.profile and arguments.device != "cpu":
-        raise InputError("--profile is of the CPU; on a GPU nsys or torch.profiler say more")
+        raise InputError("--profile runs on the CPU only; on a GPU use nsys or torch.profiler")
     device = begin(arguments)
     if arguments.profile:
         for method in arguments.methods:

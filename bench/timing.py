@@ -1,4 +1,4 @@
-"""Interleaved timing, rows with targets, and the options that measurements share.
+"""Interleaved timing, rows with targets, and the options that all measurements share.
 
 A machine's speed drifts by more than the differences that are measured here. So both sides of a ratio run one after the
 other in every round, and the result is the median and the quartiles of the rounds' ratios.
@@ -87,19 +87,19 @@ def ratios(times: Sequence[float], base: Sequence[float]) -> tuple[float, float,
     return middle, low, high
 
 
-def row(name: str, bits: int | None, setting: str, ratio: float, target: float | None, **more: Any) -> Row:
+def row(name: str, bits: int | None, setting: str, ratio: float, target: float | None, **columns: Any) -> Row:
     """A line of a table and of the JSON file; `met` is None if there is no target."""
     return {"name": name, "bits": bits, "setting": setting, "ratio": round(ratio, 4), "target": target,
-            "met": None if target is None else ratio <= target, **more}
+            "met": None if target is None else ratio <= target, **columns}
 
 
 def timed_row(name: str, bits: int | None, setting: str, times: Sequence[float], base: Sequence[float],
-              target: float | None, **more: Any) -> Row:
+              target: float | None, **columns: Any) -> Row:
     """A row of the ratio times / base, with its quartiles and the median times."""
     middle, low, high = ratios(times, base)
     return row(name, bits, setting, middle, target, quartiles=[round(low, 4), round(high, 4)],
                milliseconds=round(1e3 * statistics.median(times), 3),
-               base_milliseconds=round(1e3 * statistics.median(base), 3), rounds=len(times), **more)
+               base_milliseconds=round(1e3 * statistics.median(base), 3), rounds=len(times), **columns)
 
 
 def target_cells(line: Row) -> list[str]:
@@ -109,7 +109,7 @@ def target_cells(line: Row) -> list[str]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as Markdown."""
-    cells = [["what", "bits", "setting", "ratio", "quartiles", "target", "met", "ms / base ms"]]
+    cells = [["name", "bits", "setting", "ratio", "quartiles", "target", "met", "ms / base ms"]]
     for line in rows:
         quartiles = "{:.2f} - {:.2f}".format(*line["quartiles"]) if "quartiles" in line else ""
         times = f"{line['milliseconds']:.1f} / {line['base_milliseconds']:.1f}" if "milliseconds" in line else ""

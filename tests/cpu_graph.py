@@ -1,8 +1,8 @@
-"""What a CUDA graph does, on the CPU: the operations of one call, repeated on the same memory.
+"""A CPU substitute for a CUDA graph: records the operations of one call and repeats them on the same memory.
 
-Like a graph it computes nothing while recording (what was changed is put back, and what will be computed holds NaN
-until then), refuses to read a number, and knows of no Python between the operations. What reaches kernels around
-torch's dispatcher it does not see: quantizers have to take the form "reference".
+Like a graph it computes nothing while recording (changed memory is restored, and results hold NaN until the first
+replay), does not allow reading a number, and does not repeat Python code between the operations. It cannot record
+kernels that are called around torch's dispatcher, so quantizers have to use the form "reference".
 """
 
 import contextlib
@@ -25,13 +25,13 @@ class Recorder(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("a number is read while a graph is recorded")
         kwargs = kwargs or {}
-        given = {place(tensor) for tensor in tensors((args, kwargs))}
+        inputs = {address(tensor) for tensor in tensors((args, kwargs))}
         for tensor in tensors((args, kwargs)):
-            if place(tensor) not in self.own | self.before.keys():
-                self.before[place(tensor)] = tensor.untyped_storage(), tensor.untyped_storage().clone()
+            if address(tensor) not in self.own | self.before.keys():
+                self.before[address(tensor)] = tensor.untyped_storage(), tensor.untyped_storage().clone()
         result = function(*args, **kwargs)
-        self.own |= {place(tensor) for tensor in tensors(result)} - given
-        self.calls.append((function, args, kwargs, result))  # keeps them, so that no memory is used twice
+        self.own |= {address(tensor) for tensor in tensors(result)} - inputs
+        self.calls.append((function, args, kwargs, result))  # references keep memory from being reused
         return result
 
     @torch.no_grad()
@@ -40,14 +40,14 @@ class Recorder(TorchDispatchMode):
             storage.copy_(content)
         for *_, result in self.calls:
             for tensor in tensors(result):
-                if place(tensor) in self.own and tensor.is_floating_point():
+                if address(tensor) in self.own and tensor.is_floating_point():
                     tensor.fill_(torch.nan)
 
     @torch.no_grad()
     def replay(self):
         for function, args, kwargs, result in self.calls:
             for old, new in zip(tensors(result), tensors(function(*args, **kwargs)), strict=True):
-                if place(old) != place(new):
+                if address(old) != address(new):
                     old.copy_(new)
 
 
@@ -55,7 +55,7 @@ def tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.numel()]
 
 
-def place(tensor) -> int:
+def address(tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
@@ -69,21 +69,21 @@ def record(function, arguments):
 
 
 def note(monkeypatch, device, record) -> list[str]:
-    """Let `record` do the recording on this kind of device; the names of the functions that are recorded."""
+    """Use `record` as the recorder of this kind of device. Returns a list that grows by the name of each function."""
     recorded = []
 
-    def noted(function, arguments):
+    def recorder(function, arguments):
         recorded.append(function.__name__)
         return record(function, arguments)
 
-    monkeypatch.setitem(cuda_graph.RECORDERS, device, noted)
+    monkeypatch.setitem(cuda_graph.RECORDERS, device, recorder)
     return recorded
 
 
 @contextlib.contextmanager
 def on_the_cpu(monkeypatch):
-    """Within it runs on the CPU may have run.cuda_graph, and their quantizers are seen by a recorder. Yields the names
-    of the functions recorded."""
+    """Allow run.cuda_graph on the CPU, with quantizers in a form that a recorder sees. Yields the names of recorded
+    functions."""
     recorded = note(monkeypatch, "cpu", record)
     monkeypatch.setitem(cuda_graph.WARM_UPS, "cpu", lambda function, arguments: function(*arguments))
     monkeypatch.setattr(cpu, "moments", torch.ops.nulsq.moments)

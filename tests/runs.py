@@ -1,4 +1,4 @@
-"""What tests of runs compare: metrics without the clock, checkpoints bit for bit; and runs of several ranks."""
+"""Helpers for tests of runs: metrics without times, exact comparison of checkpoints, and runs with several ranks."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from nulsq.run.directory import TIMES, read_metrics
 
 
 def numbers(run: Path) -> list[dict]:
-    """The metrics without the clock's."""
+    """The metrics without times."""
     return [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(run)]
 
 
@@ -22,7 +22,7 @@ def last(run: Path) -> dict:
 
 
 def assert_same_state(a, b):
-    """Equal, bit for bit, through dicts and lists."""
+    """Assert that two nested structures are equal, tensors bit for bit; times are ignored."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
     elif isinstance(a, dict):

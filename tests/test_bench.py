@@ -1,4 +1,4 @@
-"""The instruments of the measurements: what they report is what happened."""
+"""The benchmark tools: timing, counts and rows are correct."""
 
 import json
 
@@ -13,8 +13,8 @@ from nulsq.quant.op.cpu import kernel as cpu
 from nulsq.training.step import WARM_UP
 
 
-def test_sides_take_turns_and_ratios_are_those_of_a_round():
-    """A clock that drifts: every round twice as slow as the one before. The ratio does not see it."""
+def test_interleaved_alternates_sides_and_ratios_are_per_round():
+    """Every round is twice as slow as the previous one, which does not change the ratios."""
     now, speed, order = [0.0], [1.0], []
 
     def side(name, cost):
@@ -30,10 +30,10 @@ def test_sides_take_turns_and_ratios_are_those_of_a_round():
     assert ratios([1.0, 2.0, 6.0], [1.0, 1.0, 2.0]) == (2.0, 1.5, 2.5)
 
 
-def test_rows_say_whether_the_target_is_met_and_are_written_as_json(tmp_path):
+def test_rows_report_whether_the_target_is_met_and_are_written_as_json(tmp_path):
     rows = [row("LSQ", 2, "syncs", 0.0, 0.0), row("LSQ", 3, "x", 1.2, 1.1), row("LSQ", None, "x", 1.0, None),
             timed_row("LCQ", 4, "eager", [3.0, 3.0], [2.0, 2.0], 1.6)]
-    assert [each["met"] for each in rows] == [True, False, None, True]
+    assert [line["met"] for line in rows] == [True, False, None, True]
     write_json(tmp_path / "rows.json", rows)
     read = json.loads((tmp_path / "rows.json").read_text())
     assert read == rows and set(read[0]) == {"name", "bits", "setting", "ratio", "target", "met"}
@@ -41,24 +41,24 @@ def test_rows_say_whether_the_target_is_met_and_are_written_as_json(tmp_path):
     write_json(None, rows)
 
 
-@pytest.mark.parametrize(("case", "wanted"), [
+@pytest.mark.parametrize(("case", "expected"), [
     (("compiled", "nulsq-a", 2), 1.05), (("compiled", "lsq", 4), 1.10), (("compiled", "lcq", 4), 1.30),
     (("compiled", "apot", 3), 1.15), (("eager", "nulsq-wa", 2), 1.18), (("eager", "nulsq-a", 2), 1.15),
     (("eager", "nulsq-a", 4), 1.18), (("bf16", "nulsq-a", 3), 1.08), (("bf16", "nulsq-a", 4), 1.12),
     (("eager", "uniq", 2), 1.25),
     (("eager", "lcq", 2), 1.6), (("bf16", "lsq", 2), 1.05), (("memory-eager", "lsq", 2), 1.25),
     (("preresnet18", "nulsq-a", 2), 1.05), (("no-compiler", "lsq", 2), None)])
-def test_targets_are_the_projects(case, wanted):
-    assert step.target(*case) == wanted
+def test_target_of_each_case(case, expected):
+    assert step.target(*case) == expected
 
 
-def test_waits_are_counted():
+def test_synchronizations_are_counted():
     x = torch.ones(10)
     assert synchronizations(lambda: x + 1) == 0
     assert synchronizations(lambda: float(x.sum()) and x.nonzero()) == 2
 
 
-def test_the_peak_is_that_of_the_call():
+def test_peak_bytes_counts_allocations_of_the_call():
     def run():
         a = torch.empty(1000, 1000)
         b = torch.empty(1000, 1000)
@@ -69,11 +69,11 @@ def test_the_peak_is_that_of_the_call():
     assert peak_bytes(run) == pytest.approx(8_000_000, abs=10_000)
 
 
-def test_operations_are_listed_with_the_longest_first():
+def test_operations_are_sorted_by_decreasing_time():
     x = torch.randn(300, 300)
-    found = operations(lambda: (x @ x).relu())
-    assert {"aten::mm", "aten::relu"} <= set(found)
-    assert list(found.values()) == sorted(found.values(), reverse=True)
+    times = operations(lambda: (x @ x).relu())
+    assert {"aten::mm", "aten::relu"} <= set(times)
+    assert list(times.values()) == sorted(times.values(), reverse=True)
 
 
 class Broken(nn.Module):
@@ -86,37 +86,38 @@ def test_graph_breaks_and_compilations_are_counted():
     x = torch.ones(2, 3)
     assert graph_breaks(nn.Linear(3, 3), x) == 0
     assert graph_breaks(Broken(), x) == 1
-    assert compilations(nn.ReLU()) == 2  # one shape, then any
+    assert compilations(nn.ReLU()) == 2  # one for the first shape, one for any shape
 
 
-def test_every_quantizer_and_the_independent_ones_run():
+def test_quantizers_of_nulsq_and_of_other_libraries_run():
     x, dy = quantizers.activation((2, 4, 4, 4))
     for method in quantizers.METHODS:
         quantizers.both_passes(quantizers.quantizer(method, 2, x), x, dy)()
     assert quantizers.quantizer("apot", 8, x) is None
-    found, missing = quantizers.others(x, 2)
-    for operation in found.values():
+    available, missing = quantizers.others(x, 2)
+    for operation in available.values():
         y = operation(x)
         assert len(y.unique()) <= 4
-    assert len(found) >= 2 and set(missing) <= {"torchao", "brevitas"}
+    assert len(available) >= 2 and set(missing) <= {"torchao", "brevitas"}
 
 
-def test_a_step_is_the_trainers_and_changes_the_parameters():
-    made = step.Step([*step.quantized("nulsq-a", 2), "model.name=pytorchcv:resnet20_cifar10"], "eager")
-    before = [p.clone() for p in made.model.parameters()]
-    made()
-    assert all(p.isfinite().all() for p in made.model.parameters())
-    assert sum(not torch.equal(a, b) for a, b in zip(before, made.model.parameters(), strict=True)) > len(before) // 2
-    assert made.state.counters.values[3] == 128
+def test_step_changes_the_parameters_and_counts_the_images():
+    training_step = step.Step([*step.quantized("nulsq-a", 2), "model.name=pytorchcv:resnet20_cifar10"], "eager")
+    before = [p.clone() for p in training_step.model.parameters()]
+    training_step()
+    assert all(p.isfinite().all() for p in training_step.model.parameters())
+    changed = [not torch.equal(a, b) for a, b in zip(before, training_step.model.parameters(), strict=True)]
+    assert sum(changed) > len(before) // 2
+    assert training_step.state.counters.values[3] == 128
 
 
-def test_shares_of_the_bandwidth_have_no_targets_on_a_cpu():
+def test_bandwidth_shares_have_no_targets_on_a_cpu():
     rows = bandwidth.measure("nulsq", 2, torch.float32, torch.device("cpu"), 10_000, 2)
-    assert [each["setting"] for each in rows] == [f"cpu float32 {side}" for side in bandwidth.PASSES]
-    assert all(each["ratio"] > 0 and each["met"] is None for each in rows)
+    assert [line["setting"] for line in rows] == [f"cpu float32 {side}" for side in bandwidth.PASSES]
+    assert all(line["ratio"] > 0 and line["met"] is None for line in rows)
 
 
-def test_loaders_are_timed_by_kind_and_workers(digits, capsys):
+def test_loader_benchmark_has_a_row_for_each_kind_and_rejects_no_workers(digits, capsys):
     from data_prep.__main__ import main
     assert main(["bench", str(digits), "--workers", "1", "--seconds", "0.1"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -128,7 +129,7 @@ def test_loaders_are_timed_by_kind_and_workers(digits, capsys):
 
 @pytest.mark.long
 @pytest.mark.ffcv
-def test_every_way_to_store_photographs_is_timed_beside_pillow(tmp_path):
+def test_loader_benchmark_compares_every_storage_format_with_pillow(tmp_path):
     import numpy as np
     from PIL import Image
 
@@ -141,17 +142,17 @@ def test_every_way_to_store_photographs_is_timed_beside_pillow(tmp_path):
     assert loader.main([str(tmp_path / "photos"), "--images", "80", "--rounds", "2", "--workers", "1", "--no-training",
                         "--json", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [each["name"] for each in rows] == [*loader.FORMATS, loader.BASE] and rows[-1]["ratio"] == 1.0
-    assert all(each["cold"] > 0 and each["megabytes"] > 0 and each["images_per_second"] > 0 for each in rows)
+    assert [line["name"] for line in rows] == [*loader.FORMATS, loader.BASE] and rows[-1]["ratio"] == 1.0
+    assert all(line["cold"] > 0 and line["megabytes"] > 0 and line["images_per_second"] > 0 for line in rows)
 
 
 @pytest.mark.skipif(not (kernels.ROOT / ".git").exists(), reason="no git checkout")
 @pytest.mark.skipif(not cpu.available(), reason="no C++ compiler on this machine")
-def test_another_commits_kernel_is_called_in_turn(tmp_path, capsys):
+def test_kernel_benchmark_times_the_kernel_of_another_commit(tmp_path, capsys):
     assert kernels.main(["HEAD", "--methods", "nulsq", "--bits", "4", "--rounds", "2", "--json",
                          str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(each["setting"], each["rounds"]) for each in rows] == [("forward", 2), ("backward", 2)]
+    assert [(line["setting"], line["rounds"]) for line in rows] == [("forward", 2), ("backward", 2)]
     assert kernels.library_of("HEAD", tmp_path)._name.startswith(str(tmp_path))
     assert kernels.main(["no-such-commit"]) == 2
     assert "COMMIT no-such-commit" in capsys.readouterr().err
@@ -159,16 +160,17 @@ def test_another_commits_kernel_is_called_in_turn(tmp_path, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("setting", ["eager", "cuda-graph", "compiled", "compiled-cuda-graph", "memory-eager"])
-def test_a_whole_step_on_a_gpu(setting):
-    """Also replayed as CUDA graphs: then it reads nothing back, and the replayed steps train."""
+def test_training_step_on_a_gpu(setting):
+    """The step does not synchronize, and a step that is replayed as a CUDA graph changes the parameters."""
     device = torch.device("cuda")
     rows = step.measure(setting, [("nulsq-a", 2)], 3, device)
     assert len(rows) == 1 and rows[0]["ratio"] > 0
     assert step.measure("syncs", [("nulsq-a", 2)], 1, device)[0]["ratio"] == 0
     if setting == "cuda-graph":
-        made = step.Step(step.quantized("nulsq-a", 2), setting, device)
-        for _ in range(WARM_UP + 1):  # the last one records, and replays
-            made()
-        before = [each.clone() for each in made.model.parameters()]
-        made()
-        assert all(not torch.equal(a, b) for a, b in zip(before, made.model.parameters(), strict=True) if a.numel() > 1)
+        training_step = step.Step(step.quantized("nulsq-a", 2), setting, device)
+        for _ in range(WARM_UP + 1):  # the last one records and replays
+            training_step()
+        before = [parameter.clone() for parameter in training_step.model.parameters()]
+        training_step()
+        after = training_step.model.parameters()
+        assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True) if a.numel() > 1)

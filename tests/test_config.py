@@ -1,4 +1,4 @@
-"""Recipes and command lines: an error names the key, the bad value, what is allowed and the near miss."""
+"""Recipes and command lines: errors name the key, the bad value, the allowed values and a similar name."""
 
 import json
 from pathlib import Path
@@ -29,18 +29,18 @@ W2A2 = ROOT / "configs/recipes/digits/w2a2.yaml"
     ("quant.bits=3.5", "quant.bits: "),
     ("optim=3", "Merge error"),
 ])
-def test_an_override_that_does_not_fit_names_the_key(override, message):
+def test_error_for_invalid_override_names_the_key(override, message):
     with pytest.raises(InputError, match=message):
         load(Recipe, W2A2, [override])
 
 
-def test_exponents_are_numbers_and_a_dict_of_overrides_equals_dotted_text():
+def test_overrides_parse_exponents_and_accept_a_dict_or_dotted_text():
     assert load(Recipe, None, ["optim.lr=1e-4"]).optim.lr == 1e-4
     assert load(Recipe, None, {"optim.lr": 1e-4, "quant.rules.edges.bits": 4}) == \
         load(Recipe, None, ["optim.lr=1e-4", "quant.rules.edges.bits=4"])
 
 
-def test_a_saved_recipe_reads_back_equal(tmp_path):
+def test_saved_recipe_loads_back_equal(tmp_path):
     recipe = load_recipe(W2A2, ["quant.rules.mid.match=[a.b,c*]", "quant.weight.options.x=1", "optim.clip_norm=2"])
     (tmp_path / "r.yaml").write_text(to_yaml(recipe))
     assert load(Recipe, tmp_path / "r.yaml") == recipe
@@ -48,7 +48,7 @@ def test_a_saved_recipe_reads_back_equal(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", "\x00\x01", "optim: {lr: {}}\n", ""])
-def test_a_file_that_does_not_hold_a_recipe_is_an_input_error(tmp_path, content):
+def test_file_without_a_recipe_is_an_input_error_and_an_empty_file_is_the_default(tmp_path, content):
     path = tmp_path / "r.yaml"
     path.write_text(content)
     if content == "":
@@ -58,7 +58,7 @@ def test_a_file_that_does_not_hold_a_recipe_is_an_input_error(tmp_path, content)
             load(Recipe, path)
 
 
-def test_a_missing_file_lists_the_nearest_files():
+def test_error_for_missing_file_suggests_similar_files():
     with pytest.raises(InputError, match="no file .*there are: .*w2a2.yaml"):
         load(Recipe, W2A2.with_name("w2a3.yaml"))
 
@@ -81,7 +81,7 @@ def test_dotted_and_published_options_mix_in_any_order():
     assert (recipe.quant.bits, recipe.optim.epochs, recipe.optim.lr, recipe.data.batch) == (4, 3, 0.5, 8)
 
 
-def test_fp_on_both_sides_selects_the_float_network():
+def test_fp_for_weights_and_activations_selects_the_float_network():
     from nulsq.models.network import is_float
     _, recipe = parse(parser("x", ""), [str(W2A2), "--x_quantizer", "FP", "--w_quantizer", "FP"])
     assert is_float(recipe)
@@ -96,7 +96,7 @@ def test_fp_on_both_sides_selects_the_float_network():
     (["--num_bit", "3"], "unrecognized arguments: --num_bit 3. Did you mean '--num_bits'"),
     (["--num_bits", "0"], "quant.bits = 0"),
 ])
-def test_a_published_option_that_does_not_fit(arguments, message):
+def test_invalid_published_option_is_an_input_error(arguments, message):
     with pytest.raises(InputError, match=message):
         parse(parser("x", ""), [str(W2A2), *arguments])
 
@@ -116,7 +116,7 @@ def test_help_lists_every_setting():
     ("data.holdout=strat:0.1", "data.holdout = 'strat:0.1'. Did you mean 'stratified'"),
     ("optim.warmup_epochs=6", "optim.warmup_epochs = 6.0, allowed: below optim.epochs = 6"),
 ])
-def test_names_and_combinations_are_checked_before_data_are_read(override, message):
+def test_names_and_combinations_are_checked_before_data_is_read(override, message):
     with pytest.raises(InputError, match=message):
         load_recipe(W2A2, ["data.path=/nowhere", override])
     with pytest.raises(InputError, match="needs optim.momentum above 0"):
@@ -132,7 +132,7 @@ def test_names_and_combinations_are_checked_before_data_are_read(override, messa
     (" last:+5 ", Holdout("last", count=5)),
     ("none", Holdout("none")),
 ])
-def test_a_holdout_reads_the_same_in_files_overrides_and_on_the_command_line(text, holdout, tmp_path):
+def test_holdout_parses_equally_in_files_overrides_and_on_the_command_line(text, holdout, tmp_path):
     import numpy as np
 
     from nulsq.data.order import split
@@ -147,12 +147,12 @@ def test_a_holdout_reads_the_same_in_files_overrides_and_on_the_command_line(tex
 
 @pytest.mark.parametrize("text", ["last:0", "last:-5", "last:5.0", "last:", "last", "stratified:0", "stratified:1",
                                   "stratified:nan", "stratified:inf", "none:", "none:3", "random:0.1", "", "5"])
-def test_another_holdout_is_one_clear_message(text):
+def test_error_for_invalid_holdout_lists_the_allowed_values(text):
     with pytest.raises(InputError, match="data.holdout = .*Allowed: stratified:SHARE with .*, last:N .*, or none"):
         load_recipe(W2A2, {"data.holdout": text})
 
 
-def test_a_text_setting_takes_a_colon_and_a_mapping_stays_a_mapping():
+def test_text_settings_accept_a_colon_and_mapping_settings_parse_as_mappings():
     assert load(Recipe, W2A2, ["model.name=a: b"]).model.name == "a: b"
     assert load(Recipe, W2A2, ["optim={lr: 0.5}"]).optim.lr == load(Recipe, W2A2, ["optim=lr: 0.5"]).optim.lr == 0.5
     with pytest.raises(InputError, match="data.holdout: "):

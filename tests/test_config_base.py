@@ -1,4 +1,4 @@
-"""`base: OTHER.yaml` in recipes, searches and site files: what is inherited, in which order, and what is refused."""
+"""`base: OTHER.yaml` in recipes, searches and site files: what is inherited, in which order, and what is rejected."""
 
 import pytest
 import yaml
@@ -12,7 +12,7 @@ W2A2 = ROOT / "configs/recipes/digits/w2a2.yaml"
 
 @pytest.fixture
 def write(tmp_path):
-    """write("a/b.yaml", "text") -> its path; folders are made."""
+    """write("a/b.yaml", "text") creates the file and its folders, and returns its path."""
     def write(name, text):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ def write(tmp_path):
     return write
 
 
-def test_settings_come_from_defaults_then_bases_then_the_file_then_overrides(write):
+def test_defaults_are_overridden_by_bases_then_the_file_then_overrides(write):
     write("shared/root.yaml", "optim: {lr: 0.1, epochs: 10, momentum: 0.5}\ndata: {batch: 7}\n")
     write("middle.yaml", "base: shared/root.yaml\noptim: {lr: 0.2, epochs: 20}\n")
     path = write("runs/file.yaml", "base: ../middle.yaml\noptim: {lr: 0.3}\n")
@@ -30,7 +30,7 @@ def test_settings_come_from_defaults_then_bases_then_the_file_then_overrides(wri
     assert recipe.data.batch == 9 and recipe.optim.weight_decay == Recipe().optim.weight_decay
 
 
-def test_the_name_belongs_to_the_file_that_sets_it(write):
+def test_name_is_not_inherited_from_the_base(write):
     write("base.yaml", "name: first\noptim: {lr: 0.1}\n")
     assert load_recipe(write("set/second.yaml", "base: ../base.yaml\n")).name == "set-second"
     assert load_recipe(write("third.yaml", "base: base.yaml\nname: mine\n")).name == "mine"
@@ -40,7 +40,7 @@ def rules(*entries):
     return "quant:\n  rules:\n" + "".join(f"    {entry}\n" for entry in entries)
 
 
-def test_a_files_own_rules_precede_those_of_its_base(write):
+def test_rules_of_a_file_precede_the_rules_of_its_base(write):
     write("root.yaml", rules("deep: {match: [layer4.*], bits: 3}", "wide: {match: [layer3.*], bits: 5}"))
     write("middle.yaml", "base: root.yaml\n" + rules("stem: {match: ['role:first'], bits: 6}"))
     path = write("file.yaml", "base: middle.yaml\n" + rules("wide: {bits: 4}", "head: {match: ['role:last'], bits: 7}"))
@@ -51,7 +51,7 @@ def test_a_files_own_rules_precede_those_of_its_base(write):
     assert (recipe.quant.rules["wide"].match, recipe.quant.rules["wide"].bits) == (["layer3.*"], 4)  # merged
 
 
-def test_a_files_own_rule_takes_a_layer_that_its_bases_rule_matches_too(write):
+def test_rule_of_a_file_wins_over_a_matching_rule_of_its_base(write):
     import torch
 
     from nulsq.quant.policy import resolve
@@ -61,27 +61,27 @@ def test_a_files_own_rule_takes_a_layer_that_its_bases_rule_matches_too(write):
     assert bits == {"0": 8, "1": 2, "2": 5}
 
 
-def test_a_saved_recipe_has_no_base_and_keeps_the_order_of_the_rules(write):
+def test_saved_recipe_has_no_base_and_keeps_the_order_of_rules(write):
     write("root.yaml", rules("deep: {match: [layer4.*], bits: 3}"))
     recipe = load_recipe(write("file.yaml", "base: root.yaml\n" + rules("head: {match: ['role:last'], bits: 7}")))
     text = to_yaml(recipe)
     assert "base" not in yaml.safe_load(text)
-    again = load(Recipe, write("elsewhere/recipe.yaml", text))
-    assert again == recipe and list(again.quant.rules) == list(recipe.quant.rules) == ["head", "edges", "deep"]
+    reloaded = load(Recipe, write("elsewhere/recipe.yaml", text))
+    assert reloaded == recipe and list(reloaded.quant.rules) == list(recipe.quant.rules) == ["head", "edges", "deep"]
 
 
-def test_the_resolved_text_loads_without_its_bases(write):
+def test_resolved_text_loads_without_its_bases(write):
     write("root.yaml", "name: root\noptim: {lr: 1e-4}\ndata: {holdout: 'last:5'}\nrun: {train_id: '007'}\n"
           "model: {init_from: 'runs/a-${run.train_id}'}\n" + rules("deep: {match: [layer4.*], bits: 3}"))
     path = write("file.yaml", "base: root.yaml\n" + rules("head: {match: ['role:last'], bits: 7}"))
-    recipe, again = (load(Recipe, file) for file in (path, write("copy/file.yaml", resolved(path))))
-    assert again == recipe and list(again.quant.rules) == list(recipe.quant.rules)
+    recipe, reloaded = (load(Recipe, file) for file in (path, write("copy/file.yaml", resolved(path))))
+    assert reloaded == recipe and list(reloaded.quant.rules) == list(recipe.quant.rules)
     assert load(Recipe, path.with_name("file.yaml"), ["run.train_id=8"]).model.init_from == "runs/a-8"
     assert load(Recipe, path.parent / "copy/file.yaml", ["run.train_id=8"]).model.init_from == "runs/a-8"
     assert resolved(W2A2) == W2A2.read_text()  # comments included
 
 
-def test_a_circle_names_its_files(write):
+def test_error_for_circular_bases_names_the_files(write):
     write("a.yaml", "base: b.yaml\n")
     write("b.yaml", "base: sub/../c.yaml\n")
     path = write("c.yaml", "base: ./a.yaml\n")
@@ -92,7 +92,7 @@ def test_a_circle_names_its_files(write):
         load(Recipe, write("self.yaml", "base: self.yaml\n"))
 
 
-def test_a_missing_base_names_the_file_that_wants_it_and_the_nearest_files(write):
+def test_error_for_missing_base_names_the_referring_file_and_similar_files(write):
     for name in "abcdefgh":
         write(f"{name}.yaml", "")
     write("rn18_w2a2.yaml", "")
@@ -107,25 +107,25 @@ def test_a_missing_base_names_the_file_that_wants_it_and_the_nearest_files(write
     ("optim: {lrr: 1}\n", r"^\S*other.yaml: optim.lrr: .*Did you mean: 'lr'"),
     ("optim: {lr: -1}\n", r"optim.lr = -1.0, allowed: above 0"),
 ])
-def test_a_base_that_does_not_fit_is_named(write, base, message):
+def test_error_for_invalid_base_names_its_file(write, base, message):
     write("other.yaml", base)
     with pytest.raises(InputError, match=message):
         load(Recipe, write("file.yaml", "base: other.yaml\n"))
 
 
 @pytest.mark.parametrize("base", ["3", "[a.yaml]", "''", "{a: b}"])
-def test_base_is_a_path(write, base):
+def test_base_must_be_a_path(write, base):
     with pytest.raises(InputError, match=r"file.yaml: base = .*, allowed: the path of another YAML file"):
         load(Recipe, write("file.yaml", f"base: {base}\n"))
 
 
 @pytest.mark.parametrize("overrides", [["base=other.yaml"], ["base.x=1"], {"base": "other.yaml"}])
-def test_base_is_no_setting(overrides):
+def test_base_cannot_be_an_override(overrides):
     with pytest.raises(InputError, match="base is a line of a YAML file, not a setting"):
         load(Recipe, W2A2, overrides)
 
 
-def test_searches_and_site_files_have_bases_too(write, monkeypatch):
+def test_searches_and_site_files_can_have_bases(write, monkeypatch):
     from launch.site import load_site
     from tune.space import load_search
     monkeypatch.chdir(ROOT)

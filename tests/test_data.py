@@ -1,4 +1,4 @@
-"""Order, augmentation and loaders: arithmetic of (seed, epoch, sample index), the same everywhere."""
+"""Order, augmentation and loaders: each depends only on (seed, epoch, sample index), on every loader and rank."""
 
 import json
 import os
@@ -38,14 +38,14 @@ def test_stratified_holdout_takes_its_share_of_every_class():
     assert np.array_equal(val, split(LABELS, "stratified:0.25", 3)[1])
 
 
-def test_last_and_none():
+def test_last_and_none_holdouts():
     assert split(LABELS, "last:30", 0)[1].tolist() == list(range(170, 200))
     assert len(split(LABELS, "none", 0)[1]) == 0
 
 
 @pytest.mark.parametrize("holdout", ["last:0", "last:200", "last:x", "stratified:0", "stratified:1", "random:0.1",
                                      "none:3"])
-def test_a_holdout_that_makes_no_sense_names_the_allowed_forms(holdout):
+def test_error_for_invalid_holdout_lists_the_allowed_forms(holdout):
     with pytest.raises(InputError, match="stratified:SHARE"):
         split(LABELS, holdout, 0)
 
@@ -67,7 +67,7 @@ def test_evaluation_sees_every_image_exactly_once(size):
     assert np.array_equal(np.sort(seen), indices)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_every_epoch_and_seed_has_a_different_order():
     orders = [np.concatenate(shuffled(np.arange(64), 8, seed)(number)) for seed in (0, 1) for number in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
 
@@ -90,7 +90,7 @@ def test_crops_and_flips_are_uniform_and_depend_on_every_argument():
         assert (crop_and_flip(seed, number, indices, 4)[0] != top).mean() > 0.8
 
 
-def test_crop_and_flip_move_pixels_as_defined():
+def test_crop_and_flip_equal_padding_slicing_and_mirroring():
     images = np.random.default_rng(0).integers(1, 255, (6, 8, 8, 3), dtype=np.uint8)
     indices = np.arange(6) * 7
     out = apply_crop_and_flip(images, 3, 2, indices, 2, True)
@@ -98,18 +98,18 @@ def test_crop_and_flip_move_pixels_as_defined():
     padded = np.zeros((6, 12, 12, 3), np.uint8)
     padded[:, 2:10, 2:10] = images
     for i in range(6):
-        wanted = padded[i, top[i]:top[i] + 8, left[i]:left[i] + 8]
-        assert np.array_equal(out[i], wanted[:, ::-1] if flip[i] else wanted)
+        expected = padded[i, top[i]:top[i] + 8, left[i]:left[i] + 8]
+        assert np.array_equal(out[i], expected[:, ::-1] if flip[i] else expected)
 
 
-def test_resized_crops_lie_inside_with_the_asked_shape():
+def test_resized_crops_lie_inside_the_image_with_valid_area_and_aspect_ratio():
     with np.errstate(over="ignore"):
         boxes = [resized_crop(np.uint64(0), np.uint64(0), np.uint64(i), 300, 400) for i in range(2000)]
-    shares = np.array([h * w / 120_000 for _, _, h, w in boxes])
+    areas = np.array([h * w / 120_000 for _, _, h, w in boxes])
     assert all(top >= 0 and left >= 0 and top + h <= 300 and left + w <= 400 for top, left, h, w in boxes)
-    assert shares.min() < 0.1 and shares.max() > 0.9
+    assert areas.min() < 0.1 and areas.max() > 0.9
     assert all(0.7 < w / h < 1.43 for _, _, h, w in boxes)
-    with np.errstate(over="ignore"):  # a strip, where no draw fits: the central crop of the nearest ratio
+    with np.errstate(over="ignore"):  # no draw fits into a strip: the central crop with the nearest aspect ratio
         assert resized_crop(np.uint64(0), np.uint64(0), np.uint64(0), 10, 1000) == (0, 493, 10, 13)
 
 
@@ -121,7 +121,7 @@ def loaders(digits, kind, workers=1, rank=0, size=1):
 @needs_ffcv
 @pytest.mark.ffcv
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ffcv_gives_the_same_pixels_as_torchvision(digits, workers):
+def test_ffcv_and_torchvision_loaders_give_the_same_pixels(digits, workers):
     ffcv, plain = loaders(digits, "ffcv", workers), loaders(digits, "torchvision")
     assert (ffcv.loader_name, plain.loader_name) == ("ffcv", "torchvision")
     for number in (0, 3, 1):
@@ -132,7 +132,7 @@ def test_ffcv_gives_the_same_pixels_as_torchvision(digits, workers):
 
 @needs_ffcv
 @pytest.mark.ffcv
-def test_leaving_an_ffcv_epoch_early_leaves_no_thread(digits):
+def test_ffcv_epoch_left_early_leaves_no_thread(digits):
     import threading
     import time
     loader = loaders(digits, "ffcv").train
@@ -148,7 +148,7 @@ def test_leaving_an_ffcv_epoch_early_leaves_no_thread(digits):
 
 @needs_ffcv
 @pytest.mark.ffcv
-def test_ffcv_leaves_torchs_threads_alone(digits):
+def test_ffcv_does_not_change_the_thread_count_of_torch(digits):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -159,7 +159,7 @@ def test_ffcv_leaves_torchs_threads_alone(digits):
         torch.set_num_threads(before)
 
 
-def test_two_ranks_see_what_one_process_sees(digits):
+def test_two_ranks_together_see_the_batches_of_one_process(digits):
     alone = epoch(loaders(digits, "torchvision").train, 1)
     ranks = [epoch(loaders(digits, "torchvision", rank=rank, size=2).train, 1) for rank in range(2)]
     for step, whole in enumerate(alone):
@@ -167,15 +167,15 @@ def test_two_ranks_see_what_one_process_sees(digits):
             assert torch.equal(part, torch.cat([rank[step][i] for rank in ranks]))
 
 
-def test_normalization_is_that_of_the_manifest(digits):
+def test_normalization_uses_mean_and_std_of_the_manifest(digits):
     data = DataSet(digits)
     images = torch.from_numpy(data.images("train")[:500].copy()).permute(0, 3, 1, 2)
     x = Normalize(data, torch.device("cpu"))(images)
-    wanted = (images / 255 - torch.tensor(data.mean).view(1, 3, 1, 1)) / torch.tensor(data.std).view(1, 3, 1, 1)
-    torch.testing.assert_close(x, wanted, rtol=1e-5, atol=1e-5)
+    expected = (images / 255 - torch.tensor(data.mean).view(1, 3, 1, 1)) / torch.tensor(data.std).view(1, 3, 1, 1)
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_holdout_and_test_are_what_the_recipe_says(digits):
+def test_holdout_is_disjoint_from_training_and_test_split_is_complete(digits):
     data, recipe = DataSet(digits), Data(path=str(digits), holdout="stratified:0.2", loader="torchvision")
     built = build_loaders(recipe, data, 0)
     train = torch.cat([indices for _, _, indices in built.train.epoch(0)])
@@ -185,24 +185,24 @@ def test_holdout_and_test_are_what_the_recipe_says(digits):
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "manifest"])
-def test_a_damaged_data_set_names_the_file(digits, tmp_path, damage):
+def test_error_for_damaged_data_set_names_the_file(digits, tmp_path, damage):
     copy = tmp_path / "digits"
     shutil.copytree(digits, copy)
-    victim = copy / "train_images.npy"
+    damaged_file = copy / "train_images.npy"
     if damage == "missing":
-        victim.unlink()
+        damaged_file.unlink()
     elif damage == "truncated":
-        os.truncate(victim, victim.stat().st_size // 2)
+        os.truncate(damaged_file, damaged_file.stat().st_size // 2)
     else:
-        victim = copy / "manifest.json"
-        victim.write_text(victim.read_text()[:100])
-    with pytest.raises(InputError, match=victim.name):
+        damaged_file = copy / "manifest.json"
+        damaged_file.write_text(damaged_file.read_text()[:100])
+    with pytest.raises(InputError, match=damaged_file.name):
         DataSet(copy)
 
 
 @needs_ffcv
 @pytest.mark.ffcv
-def test_a_truncated_beton_is_named(digits, tmp_path):
+def test_error_for_truncated_beton_names_the_file(digits, tmp_path):
     copy = tmp_path / "digits"
     shutil.copytree(digits, copy)
     os.truncate(copy / "train.beton", 1000)
@@ -215,12 +215,12 @@ def test_a_truncated_beton_is_named(digits, tmp_path):
     ({"batch": 100_000}, "more than the"),
     ({"holdout": "last:5000"}, "last:N with 0 < N"),
 ])
-def test_a_recipe_that_does_not_fit_the_data(digits, settings, message):
+def test_recipe_that_does_not_fit_the_data_is_an_error(digits, settings, message):
     with pytest.raises(InputError, match=message):
         build_loaders(Data(path=str(digits), **settings), DataSet(digits), 0)
 
 
-# ---- real photographs and CIFAR-10, where they are
+# ---- real photographs and CIFAR-10, if NULSQ_DATA names them
 
 
 real = pytest.mark.skipif("NULSQ_DATA" not in os.environ, reason="NULSQ_DATA names no folder of real images")
@@ -235,7 +235,7 @@ def photographs(tmp_path_factory):
 
 
 @real
-def test_photographs_are_prepared_with_their_classes(photographs):
+def test_prepared_photographs_keep_their_classes(photographs):
     data = DataSet(photographs)
     assert data.counts == {"train": 1000, "test": 400} and len(data.classes) == 10
     assert np.bincount(data.labels("train")).tolist() == [100] * 10
@@ -244,7 +244,7 @@ def test_photographs_are_prepared_with_their_classes(photographs):
 @real
 @needs_ffcv
 @pytest.mark.ffcv
-def test_photographs_have_the_same_order_labels_boxes_and_flips_in_both_loaders(photographs):
+def test_ffcv_and_torchvision_agree_on_order_labels_boxes_and_flips_of_photographs(photographs):
     def build(kind, workers):
         recipe = Data(path=str(photographs), batch=20, loader=kind, workers=workers, crop="resized", flip=True,
                       size=64, subset=100)
@@ -254,7 +254,7 @@ def test_photographs_have_the_same_order_labels_boxes_and_flips_in_both_loaders(
     assert same(one, two)
     for a, b in zip(plain, one, strict=True):
         assert torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
-        # Decoders and resampling differ; another box or flip would be off by tens of grey levels.
+        # Decoders and resampling differ; a different box or flip would change pixels by tens of grey levels.
         assert (a[0].float() - b[0].float()).abs().mean((1, 2, 3)).max() < 12
 
 
@@ -262,7 +262,7 @@ def test_photographs_have_the_same_order_labels_boxes_and_flips_in_both_loaders(
 @pytest.mark.slow
 @needs_ffcv
 @pytest.mark.ffcv
-def test_cifar10_gives_the_same_pixels_in_both_loaders(tmp_path):
+def test_ffcv_and_torchvision_give_the_same_pixels_of_cifar10(tmp_path):
     import subprocess
     import sys
 
@@ -287,7 +287,7 @@ def test_cifar10_gives_the_same_pixels_in_both_loaders(tmp_path):
 # ---- sizes and orders of ImageNet's recipes
 
 
-def test_photographs_grow_as_the_recipe_says():
+def test_image_size_grows_between_the_ends_of_the_ramp():
     transform = Transform(0, "resized", 0, True, 192, 0.875, 160, (0.75, 0.875), 16)
     assert [transform.size_at(epoch) for epoch in (0, 11, 12, 13, 15)] == [160, 160, 192, 192, 192]
     slow = Transform(0, "resized", 0, True, 224, 0.875, 128, (0.3, 0.9), 10)
@@ -297,7 +297,7 @@ def test_photographs_grow_as_the_recipe_says():
 
 @real
 @pytest.mark.parametrize("kind", ["torchvision", pytest.param("ffcv", marks=[needs_ffcv, pytest.mark.ffcv])])
-def test_a_loader_changes_its_size_between_epochs(photographs, kind):
+def test_loader_changes_the_image_size_between_epochs(photographs, kind):
     recipe = Data(path=str(photographs), batch=20, loader=kind, workers=1, crop="resized", size=96, start_size=32,
                   ramp_start=0.25, ramp_end=0.75, eval_size=64, subset=40, holdout="stratified:0.02")
     with pytest.raises(ValueError, match="build_loaders needs its number of epochs"):
@@ -309,22 +309,22 @@ def test_a_loader_changes_its_size_between_epochs(photographs, kind):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_windowed_order_is_shared_by_ranks_and_touches_few_neighbours_at_a_time(size):
+def test_windowed_order_is_shared_by_ranks_and_reads_few_chunks_per_window(size):
     count, batch, window = 5000, 64, 1024
     ranks = [shuffled(np.arange(count), batch, 3, rank, size, window)(1) for rank in range(size)]
-    steps = [np.concatenate(each) for each in zip(*ranks, strict=True)]
+    steps = [np.concatenate(parts) for parts in zip(*ranks, strict=True)]
     alone = shuffled(np.arange(count), batch, 3, window=window)(1)
     assert all(np.array_equal(a, b) for a, b in zip(steps, alone, strict=True))
     seen = np.concatenate(steps)
     assert len(np.unique(seen)) == len(seen) == count // batch * batch
     for start in range(0, len(seen) - window, window):
-        assert len(np.unique(seen[start:start + window] // 128)) <= 2 * window // 128  # the file's last chunk is short
+        assert len(np.unique(seen[start:start + window] // 128)) <= 2 * window // 128  # the last chunk is short
     assert not np.array_equal(seen, np.concatenate(shuffled(np.arange(count), batch, 3, window=window)(2)))
-    inside = seen[:window]
-    assert abs(np.corrcoef(np.arange(window), np.argsort(np.argsort(inside)))[0, 1]) < 0.1  # mixed within a window
+    first_window = seen[:window]
+    assert abs(np.corrcoef(np.arange(window), np.argsort(np.argsort(first_window)))[0, 1]) < 0.1  # well mixed
 
 
-def test_evaluation_with_the_mirror_image_does_not_see_which_way_an_image_looks(short, float_run, digits):
+def test_evaluation_with_eval_flip_gives_the_same_metrics_for_mirrored_images(short, float_run, digits):
     from nulsq.distributed import Ranks
     from nulsq.evaluate import evaluate
     from nulsq.models.network import build_network
@@ -341,7 +341,7 @@ def test_evaluation_with_the_mirror_image_does_not_see_which_way_an_image_looks(
         def epoch(self, number):
             return ((images.flip(3), labels, indices) for images, labels, indices in loader.epoch(number))
 
-    a, b = (evaluate(model, each, normalize, ranks, flip=True) for each in (loader, Mirrored()))
-    assert a == pytest.approx(b, rel=1e-5)
+    original, mirrored = (evaluate(model, images, normalize, ranks, flip=True) for images in (loader, Mirrored()))
+    assert original == pytest.approx(mirrored, rel=1e-5)
     plain = evaluate(model, loader, normalize, ranks)
-    assert plain["val_loss"] != pytest.approx(a["val_loss"], rel=1e-5)
+    assert plain["val_loss"] != pytest.approx(original["val_loss"], rel=1e-5)

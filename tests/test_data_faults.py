@@ -1,4 +1,4 @@
-"""Bad data is a message: files that are no photographs, damaged .beton files, pipelines that fail or stall."""
+"""Bad data gives a clear error: files that are not photographs, damaged .beton files, pipelines that fail or stall."""
 
 import os
 import random
@@ -28,8 +28,8 @@ def photograph(seed, height=40, width=56):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-def claims(path, width, height):
-    """A small PNG whose header says that it is large."""
+def save_png_with_false_size(path, width, height):
+    """Save a small PNG whose header states this size."""
     photograph(0).save(path)
     content = bytearray(path.read_bytes())
     content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
@@ -39,7 +39,7 @@ def claims(path, width, height):
 
 @pytest.fixture
 def source(tmp_path):
-    """Two classes of twenty good photographs, some of an odd kind."""
+    """Two classes of twenty valid photographs each, and five images of unusual modes and formats."""
     root = tmp_path / "source"
     for label in ("cat", "dog"):
         (root / label).mkdir(parents=True)
@@ -55,22 +55,22 @@ def source(tmp_path):
 
 @pytest.fixture
 def faulty(source):
-    """The same with one file of each fault; name -> part of the reason."""
+    """Adds one file with each fault to `source`; file name -> part of the reason."""
     whole = (source / "cat" / "00.jpg").read_bytes()
     (source / "cat" / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
     (source / "cat" / "empty.jpg").write_bytes(b"")
     (source / "dog" / "text.jpg").write_text("not an image")
-    (source / "dog" / "notes.txt").write_text("not named as one")
-    claims(source / "dog" / "huge.png", 60_000, 60_000)
+    (source / "dog" / "notes.txt").write_text("no image suffix")
+    save_png_with_false_size(source / "dog" / "huge.png", 60_000, 60_000)
     return {"cat/truncated.jpg": "truncated", "cat/empty.jpg": "the file is empty", "dog/text.jpg": "not an image",
             "dog/notes.txt": "not named as an image", "dog/huge.png": "3600000000 pixels"}
 
 
-def prepare(source, out, *more):
-    return main(["folder", "--source", str(source), "--out", str(out), "--workers", "2", *more])
+def prepare(source, out, *options):
+    return main(["folder", "--source", str(source), "--out", str(out), "--workers", "2", *options])
 
 
-def test_every_faulty_file_is_named_with_its_reason_and_nothing_is_written(source, faulty, tmp_path, capsys):
+def test_preparation_names_every_faulty_file_with_its_reason_and_writes_nothing(source, faulty, tmp_path, capsys):
     assert prepare(source, tmp_path / "out") == 2
     error = capsys.readouterr().err
     for path, reason in faulty.items():
@@ -79,7 +79,7 @@ def test_every_faulty_file_is_named_with_its_reason_and_nothing_is_written(sourc
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_faulty_files_are_left_out_on_request_with_an_exit_code_of_its_own(source, faulty, tmp_path, capsys):
+def test_on_error_skip_leaves_out_faulty_files_and_returns_its_own_exit_code(source, faulty, tmp_path, capsys):
     assert prepare(source, tmp_path / "out", "--on-error", "skip") == 2
     assert "more than --max-skipped = 0.01" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert prepare(source, tmp_path / "out", "--on-error", "skip", "--max-skipped", "0.2") == ExitCode.FILES_SKIPPED
@@ -91,7 +91,7 @@ def test_faulty_files_are_left_out_on_request_with_an_exit_code_of_its_own(sourc
     assert main(["check", str(tmp_path / "out")]) == 0
 
 
-def test_odd_kinds_of_images_become_the_rgb_that_they_show(source):
+def test_grey_cmyk_rgba_and_16_bit_images_are_converted_to_rgb(source):
     deep = np.asarray(read_rgb(source / "dog" / "deep.png"))
     assert deep.shape == (40, 56, 3)
     assert np.array_equal(deep[..., 0], (np.arange(40 * 56).reshape(40, 56) * 29 >> 8).astype(np.uint8))
@@ -100,7 +100,7 @@ def test_odd_kinds_of_images_become_the_rgb_that_they_show(source):
         assert read_rgb(source / name).mode == "RGB"
 
 
-def test_a_killed_preparation_leaves_nothing_that_looks_finished(source, tmp_path):
+def test_killed_preparation_leaves_no_data_set_that_looks_finished(source, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "data_prep", "folder", "--source", str(source), "--out", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -139,8 +139,8 @@ def copy(beton, tmp_path):
     return tmp_path / "copy"
 
 
-def loader(path, **more):
-    recipe = Data(path=str(path), batch=8, loader="ffcv", crop="resized", size=32, **{"holdout": "none"} | more)
+def loader(path, **settings):
+    recipe = Data(path=str(path), batch=8, loader="ffcv", crop="resized", size=32, **{"holdout": "none"} | settings)
     return build_loaders(recipe, DataSet(path), 0).train
 
 
@@ -150,7 +150,7 @@ def patch(path, offset, content):
         file.write(content)
 
 
-def test_check_verifies_a_file_and_decodes_every_sample(beton, copy, capsys):
+def test_check_verifies_the_checksum_and_decodes_every_sample(beton, copy, capsys):
     assert main(["check", str(beton / "train.beton")]) == 0
     assert "32 samples, 2 labels, checksum and labels as written, every sample decoded" in capsys.readouterr().out
     alone = copy.parent / "alone.beton"
@@ -172,10 +172,10 @@ def test_check_verifies_a_file_and_decodes_every_sample(beton, copy, capsys):
     (8, (10**12).to_bytes(8, "little"), "is truncated"),
     (8, (5).to_bytes(8, "little"), "has other labels than the data set"),
     (24, b"\5", "does not hold an image and a label"),
-    (24 + 2 * 1041 + 1, b"\x39\0", "its records are not those that were written"),  # a width, by 1
+    (24 + 2 * 1041 + 1, b"\x39\0", "its records are not those that were written"),  # changes a width by 1
     (24 + 2 * 1041 + 5, b"\xff" * 7, "the record of sample 0 is impossible"),
 ])
-def test_a_file_that_is_not_what_it_should_be_names_itself(copy, offset, content, message):
+def test_error_for_invalid_beton_names_the_file(copy, offset, content, message):
     patch(copy / "train.beton", offset, content)
     with pytest.raises(InputError, match=message) as error:
         list(loader(copy).epoch(0))
@@ -184,8 +184,8 @@ def test_a_file_that_is_not_what_it_should_be_names_itself(copy, offset, content
 
 @needs_ffcv
 @pytest.mark.ffcv
-def test_a_damaged_photograph_reaches_the_training_loop_with_its_index(copy):
-    """FFCV's own decoder returns an error code that nobody reads: pixels of another image came out."""
+def test_ffcv_loader_error_for_damaged_photograph_names_the_sample(copy):
+    """FFCV ignores the error code of its decoder and would return the pixels of another image."""
     file = beton_format.read(copy / "train.beton")
     patch(copy / "train.beton", int(file.samples["start"][17]), b"\0\0\0\0")
     for workers in (1, 2):
@@ -194,22 +194,22 @@ def test_a_damaged_photograph_reaches_the_training_loop_with_its_index(copy):
     assert not [thread for thread in threading.enumerate() if type(thread).__name__ == "_EpochThread"]
 
 
-def test_the_torchvision_loader_names_the_sample_too(source, tmp_path):
+def test_torchvision_loader_error_for_damaged_photograph_names_the_sample(source, tmp_path):
     assert prepare(source, tmp_path / "out") == 0
     data = DataSet(tmp_path / "out")
-    victim = data.paths("train")[11]
-    victim.write_bytes(victim.read_bytes()[:300])
+    damaged_file = data.paths("train")[11]
+    damaged_file.write_bytes(damaged_file.read_bytes()[:300])
     for workers in (0, 1):
         recipe = Data(path=str(tmp_path / "out"), batch=8, loader="torchvision", crop="resized", size=32,
                       holdout="none", workers=workers)
         with pytest.raises(InputError) as error:
             list(build_loaders(recipe, data, 0).train.epoch(0))
-        assert str(error.value).startswith(f"sample 11 is damaged: {victim}: ") and "\n" not in str(error.value)
+        assert str(error.value).startswith(f"sample 11 is damaged: {damaged_file}: ") and "\n" not in str(error.value)
 
 
 @needs_ffcv
 @pytest.mark.ffcv
-def test_a_file_replaced_under_a_running_job_is_an_error(copy, beton):
+def test_beton_replaced_during_an_epoch_is_an_error(copy, beton):
     train = loader(copy)
     epoch = train.epoch(0)
     next(epoch)
@@ -224,19 +224,19 @@ def test_a_file_replaced_under_a_running_job_is_an_error(copy, beton):
 @needs_ffcv
 @pytest.mark.ffcv
 @pytest.mark.parametrize("fault", ["exception", "stall"])
-def test_a_pipeline_that_fails_or_stalls_is_reported(beton, monkeypatch, fault):
+def test_failing_or_stalling_ffcv_pipeline_is_an_error(beton, monkeypatch, fault):
     from ffcv.loader.epoch_iterator import EpochIterator
-    plain, release = EpochIterator.run_pipeline, threading.Event()
+    original, release = EpochIterator.run_pipeline, threading.Event()
 
     def run_pipeline(self, number, indices, *rest):
         if number == 1:
             if fault == "exception":
                 raise MemoryError("no room")
             release.wait(30)
-        return plain(self, number, indices, *rest)
+        return original(self, number, indices, *rest)
 
     train = loader(beton)
-    list(train.epoch(0))  # compiles, which takes longer than
+    list(train.epoch(0))  # compiles, which takes longer than the patience below
     train.patience = 1.0
     monkeypatch.setattr(EpochIterator, "run_pipeline", run_pipeline)
     epoch = train.epoch(0)
@@ -247,12 +247,12 @@ def test_a_pipeline_that_fails_or_stalls_is_reported(beton, monkeypatch, fault):
         next(epoch)
     release.set()
     monkeypatch.undo()
-    assert len(list(train.epoch(0))) == 4  # the loader is as good as new
+    assert len(list(train.epoch(0))) == 4  # the loader works again
 
 
 @needs_ffcv
 @pytest.mark.ffcv
-def test_loops_that_are_left_early_leave_no_thread(beton):
+def test_epochs_left_early_leave_no_thread(beton):
     train = loader(beton)
     before = threading.active_count()
     for number in range(12):
@@ -285,11 +285,11 @@ for round in range(400):
     path.write_bytes(damaged)
     try:
         beton_format.read(path)
-        if loaded < 3 and draw.random() < 0.2:  # what passes is given to FFCV
+        if loaded < 3 and draw.random() < 0.2:  # FFCV loads a file that passes the check
             loaded += 1
             recipe = Data(path=str(path.parent), batch=8, loader="ffcv", crop="resized", size=32, holdout="none")
             data = DataSet(path.parent)
-            data.files["train.beton"] = dataclasses.replace(data.files["train.beton"], records=None)  # no safety net
+            data.files["train.beton"] = dataclasses.replace(data.files["train.beton"], records=None)  # no check
             list(build_loaders(recipe, data, 0).train.epoch(0))
     except InputError:
         refused += 1
@@ -299,15 +299,15 @@ print(loaded, refused)
 
 @needs_ffcv
 @pytest.mark.ffcv
-def test_damaged_beton_files_are_errors_and_never_crash(copy):
-    done = subprocess.run([sys.executable, "-c", FUZZ, str(copy)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    loaded, refused = map(int, done.stdout.split()[-2:])
+def test_randomly_damaged_beton_files_are_errors_and_never_crash(copy):
+    process = subprocess.run([sys.executable, "-c", FUZZ, str(copy)], cwd=ROOT, capture_output=True, text=True,
+                             timeout=300)
+    assert process.returncode == 0, process.stderr[-2000:]
+    loaded, refused = map(int, process.stdout.split()[-2:])
     assert loaded >= 3 and refused > 100
 
 
-def test_damaged_recipes_are_errors(tmp_path):
+def test_randomly_damaged_recipes_are_errors(tmp_path):
     draw, read, refused = random.Random(0), 0, 0
     whole = (ROOT / "configs/recipes/cifar10/w2a2.yaml").read_bytes()
     for _ in range(100):
@@ -325,8 +325,8 @@ def test_damaged_recipes_are_errors(tmp_path):
     assert read > 5 and refused > 25
 
 
-def test_images_that_shrank_after_the_run_began_are_an_error(digits, tmp_path):
-    """Mapped from disk: reading past the end of a file that was cut would end the process."""
+def test_image_file_truncated_after_opening_is_an_error(digits, tmp_path):
+    """Images are mapped from disk: reading past the end of a truncated file would kill the process."""
     path = Path(shutil.copytree(digits, tmp_path / "digits"))
     data = DataSet(path)
     train = build_loaders(Data(path=str(path), batch=32), data, 0).train

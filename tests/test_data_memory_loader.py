@@ -19,7 +19,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory) -> Path:
-    """What the grey, square digits cannot show: 1,100 images of CIFAR-10 where it is, else noise, higher than wide."""
+    """1,100 images that are not grey and square like the digits: of CIFAR-10 if available, otherwise tall noise."""
     from data_prep.writing import write_arrays
     if "NULSQ_DATA" in os.environ:
         from PIL import Image
@@ -34,10 +34,10 @@ def colours(tmp_path_factory) -> Path:
                         labels={"train": labels[:1000], "test": labels[1000:]})
 
 
-def same(found, wanted):
-    """Batch by batch: FFCV's live until its next one."""
+def assert_same_batches(actual, expected):
+    """Compare one batch at a time, because FFCV reuses the memory of a batch for the next one."""
     count = 0
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
         count += 1
     assert count
@@ -53,42 +53,42 @@ def loaders(digits, kind, rank=0, size=1, **settings):
     {"crop": "pad", "flip": True}, {"crop": "pad", "padding": 1}, {"flip": True}, {},
     {"crop": "pad", "flip": True, "subset": 200}])
 @pytest.mark.parametrize("images", ["digits", "colours"])
-def test_batches_are_those_of_the_other_loaders(images, settings, other, request):
+def test_device_loader_gives_the_batches_of_the_other_loaders(images, settings, other, request):
     path = request.getfixturevalue(images)
     ours, theirs = loaders(path, "device", **settings), loaders(path, other, **settings)
     assert (ours.loader_name, theirs.loader_name) == ("device", other) and ours.train.steps == theirs.train.steps
     for epoch in (0, 3):
-        same(ours.train.epoch(epoch), theirs.train.epoch(epoch))
-    same(ours.val.epoch(0), theirs.val.epoch(0))
+        assert_same_batches(ours.train.epoch(epoch), theirs.train.epoch(epoch))
+    assert_same_batches(ours.val.epoch(0), theirs.val.epoch(0))
 
 
-def test_ranks_and_a_start_within_the_epoch(colours):
+def test_device_loader_with_two_ranks_and_a_start_within_the_epoch(colours):
     for rank in range(2):
         ours, theirs = (loaders(colours, kind, rank, 2, crop="pad", flip=True) for kind in ("device", "torchvision"))
-        same(ours.train.epoch(0), theirs.train.epoch(0))
-        same(ours.train.epoch(1, 3), theirs.train.epoch(1, 3))
-        same(ours.val.epoch(0), theirs.val.epoch(0))
+        assert_same_batches(ours.train.epoch(0), theirs.train.epoch(0))
+        assert_same_batches(ours.train.epoch(1, 3), theirs.train.epoch(1, 3))
+        assert_same_batches(ours.val.epoch(0), theirs.val.epoch(0))
     assert list(ours.train.epoch(0, ours.train.steps)) == []
 
 
-def test_images_that_no_epoch_shows_need_not_be_brought_to_the_device(colours):
+def test_loader_with_only_the_used_images_gives_the_same_batches(colours):
     whole = loaders(colours, "device", crop="pad", flip=True, subset=200).train
     used = np.unique(torch.cat([indices for _, _, indices in whole.epoch(0)]).numpy())
     part = MemoryLoader(DataSet(colours), "train", whole.order, whole.transform, CPU, used)
     assert len(part.images) == len(used) < len(whole.images)
-    same(part.epoch(0), whole.epoch(0))
+    assert_same_batches(part.epoch(0), whole.epoch(0))
 
 
-@pytest.mark.parametrize("which", ["test", "val"])
-def test_evaluation_shows_every_image_once(digits, which):
-    data, made = DataSet(digits), []
-    for kind in ("device", "torchvision"):
-        made.append(build_loader(Data(path=str(digits), batch=100, loader=kind), data, which))
-    same(made[0].epoch(0), made[1].epoch(0))
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_evaluation_shows_every_image_once(digits, split):
+    data = DataSet(digits)
+    ours, theirs = (build_loader(Data(path=str(digits), batch=100, loader=kind), data, split)
+                    for kind in ("device", "torchvision"))
+    assert_same_batches(ours.epoch(0), theirs.epoch(0))
 
 
-def test_an_epoch_reads_no_number_back(digits):
-    """On a GPU each read would stop the queue; what is copied per epoch is copied before its first step."""
+def test_epoch_does_not_read_values_back_from_the_device(digits):
+    """On a GPU each read would wait for the queue; the order of an epoch is copied before its first step."""
     loader, normalize = loaders(digits, "device", crop="pad", flip=True).train, Normalize(DataSet(digits), CPU)
     with Waits() as waits:
         for images, _, _ in loader.epoch(0):
@@ -96,39 +96,39 @@ def test_an_epoch_reads_no_number_back(digits):
     assert waits.count == 0
 
 
-def test_batches_can_be_kept_and_changed(digits):
-    """They are no views of the images: training in place on one does not change the next epoch."""
+def test_in_place_changes_of_batches_do_not_change_the_images(digits):
+    """Batches are not views of the images, so a change does not affect the next epoch."""
     loader = loaders(digits, "device").train
     before = [images.clone() for images, _, _ in loader.epoch(0)]
     for images, labels, _ in loader.epoch(0):
         images.zero_()
         labels.zero_()
-    same(([images] for images, _, _ in loader.epoch(0)), ([images] for images in before))
+    assert_same_batches(([images] for images, _, _ in loader.epoch(0)), ([images] for images in before))
 
 
-def test_auto_takes_the_device_on_the_cpu_and_on_a_gpu_where_the_images_fit(digits, monkeypatch):
-    data, recipe, asked = DataSet(digits), Data(path=str(digits)), Data(path=str(digits), loader="device")
+def test_auto_selects_the_device_loader_on_the_cpu_and_on_a_gpu_with_enough_memory(digits, monkeypatch):
+    data, recipe, explicit = DataSet(digits), Data(path=str(digits)), Data(path=str(digits), loader="device")
     needed = data.images("train").nbytes
     assert check_data(recipe, data, device=CPU) == "device"
 
-    def free(count, kept=0):
+    def set_free_memory(count, reserved=0):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (count, 10 * needed))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: kept)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
 
-    free(2 * needed)
-    assert check_data(recipe, data, device=CUDA) == check_data(asked, data, device=CUDA) == "device"
-    free(needed, kept=needed)  # a network that was trained before has left it to torch
+    set_free_memory(2 * needed)
+    assert check_data(recipe, data, device=CUDA) == check_data(explicit, data, device=CUDA) == "device"
+    set_free_memory(needed, reserved=needed)  # torch keeps memory of a network trained before
     assert check_data(recipe, data, device=CUDA) == "device"
-    free(2 * needed - 2)
+    set_free_memory(2 * needed - 2)
     assert check_data(recipe, data, device=CUDA) == ("ffcv" if data.beton("train") else "torchvision")
-    assert check_data(asked, data, device=CUDA, split_name="test") == "device"  # there are fewer of them
+    assert check_data(explicit, data, device=CUDA, split_name="test") == "device"  # the test split is smaller
     with pytest.raises(InputError, match="device: the images need .* GB, half of what is free on cuda is .* GB; "
                                          "allowed: auto, ffcv, torchvision"):
-        check_data(asked, data, device=CUDA)
+        check_data(explicit, data, device=CUDA)
 
 
-def test_photographs_stay_with_the_other_loaders():
+def test_device_loader_rejects_photographs_and_auto_selects_torchvision_for_them():
     class Photographs:
         storage, path = "files", "data/photographs"
 
@@ -144,18 +144,18 @@ def test_photographs_stay_with_the_other_loaders():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_no_step_synchronizes(digits):
+def test_steps_on_a_gpu_do_not_synchronize(digits):
     data, device = DataSet(digits), CUDA
     recipe = Data(path=str(digits), batch=64, crop="pad", flip=True)
-    ours, theirs = (build_loaders(recipe, data, 7, device=where).train for where in (device, CPU))
-    found, normalize = [], Normalize(data, device)
+    ours, theirs = (build_loaders(recipe, data, 7, device=place).train for place in (device, CPU))
+    batches, normalize = [], Normalize(data, device)
     steps = ours.epoch(0)
-    found.append(next(steps))  # copies the epoch's order
+    batches.append(next(steps))  # copies the epoch's order
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in steps:
             normalize(batch[0])
-            found.append(batch)
+            batches.append(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    same(([each.cpu() for each in batch] for batch in found), theirs.epoch(0))
+    assert_same_batches(([tensor.cpu() for tensor in batch] for batch in batches), theirs.epoch(0))

@@ -1,4 +1,4 @@
-"""Preparation: atomic, repeatable, and what is wrong is named."""
+"""Preparation is atomic and repeatable, and errors name the bad file or argument."""
 
 import shutil
 import subprocess
@@ -26,7 +26,7 @@ def class_folders(tmp_path):
     return tmp_path / "source"
 
 
-def test_digits_are_the_packages_own_images(digits):
+def test_digits_come_from_scikit_learn_with_a_stratified_test_split(digits):
     from sklearn.datasets import load_digits
     data = DataSet(digits)
     assert sum(data.counts.values()) == len(load_digits().target)
@@ -35,7 +35,7 @@ def test_digits_are_the_packages_own_images(digits):
     assert abs(share - 0.2).max() < 0.01
 
 
-def test_a_second_call_reuses_what_is_there(digits, capsys):
+def test_second_preparation_reuses_the_existing_data_set(digits, capsys):
     before = (digits / "manifest.json").stat().st_mtime_ns
     assert main(["digits", "--out", str(digits)]) == 0
     assert "was there already" in capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_check_finds_a_changed_byte(digits, tmp_path, capsys):
     assert "train_images.npy: the checksum" in capsys.readouterr().err
 
 
-def test_class_folders_become_a_data_set_with_a_stratified_test(class_folders, tmp_path):
+def test_class_folders_become_a_data_set_with_a_stratified_test_split(class_folders, tmp_path):
     assert main(["folder", "--source", str(class_folders), "--out", str(tmp_path / "out")]) == 0
     data = DataSet(tmp_path / "out")
     assert data.classes == ["cat", "dog"] and data.counts == {"train": 10, "test": 2}
@@ -61,7 +61,7 @@ def test_class_folders_become_a_data_set_with_a_stratified_test(class_folders, t
     assert not set(data.paths("test")) & set(data.paths("train"))
 
 
-def test_a_train_folder_without_val_is_not_a_class(class_folders, tmp_path):
+def test_train_folder_without_val_folder_is_not_a_class(class_folders, tmp_path):
     (tmp_path / "outer").mkdir()
     class_folders.rename(tmp_path / "outer" / "train")
     assert main(["folder", "--source", str(tmp_path / "outer"), "--out", str(tmp_path / "out")]) == 0
@@ -69,7 +69,7 @@ def test_a_train_folder_without_val_is_not_a_class(class_folders, tmp_path):
     assert data.classes == ["cat", "dog"] and data.paths("train")[0].is_file()
 
 
-def test_another_data_set_in_the_same_place_is_an_error(digits, capsys):
+def test_output_folder_with_another_data_set_is_an_error(digits, capsys):
     assert main(["cifar10", "--out", str(digits)]) == 2
     assert "holds the data set digits, not cifar10" in capsys.readouterr().err
 
@@ -98,14 +98,14 @@ def test_damaged_images_are_found_with_and_without_ffcv(class_folders, tmp_path,
     (["check", "{}/source"], "not a prepared data set"),
     (["digitz", "--out", "x"], "invalid choice: 'digitz'"),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(class_folders, tmp_path, capsys, arguments, message):
-    assert main([each.format(tmp_path) for each in arguments]) == 2
+def test_invalid_input_prints_one_line_and_returns_exit_code_2(class_folders, tmp_path, capsys, arguments, message):
+    assert main([argument.format(tmp_path) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_without_ffcv_everything_but_the_beton_files_is_written(tmp_path, monkeypatch, capsys):
+def test_preparation_without_ffcv_writes_everything_but_beton_files(tmp_path, monkeypatch, capsys):
     import importlib.util
     pytest.importorskip("sklearn")
     from nulsq.config import Data
@@ -121,7 +121,7 @@ def test_without_ffcv_everything_but_the_beton_files_is_written(tmp_path, monkey
     with pytest.raises(InputError, match="needs ffcv"):
         build_loaders(Data(path=str(data.path), loader="ffcv"), data, 0)
     monkeypatch.setattr(importlib.util, "find_spec", real)
-    if real("ffcv"):  # installed later: the data set is still without
+    if real("ffcv"):  # installed later: the data set still has no .beton files
         with pytest.raises(InputError, match="no train.beton"):
             build_loaders(Data(path=str(data.path), loader="ffcv"), data, 0)
 
@@ -130,8 +130,8 @@ def test_without_ffcv_everything_but_the_beton_files_is_written(tmp_path, monkey
 
 
 @pytest.mark.parametrize("name", ["folder", "digits"])
-def test_output_in_a_file_has_no_progress_bar(class_folders, tmp_path, name):
-    """A bar's carriage returns made a log of 100,000 lines for a million images."""
+def test_output_to_a_file_has_no_progress_bar(class_folders, tmp_path, name):
+    """A progress bar would write 100,000 lines to a log for a million images."""
     out, log = tmp_path / "out", tmp_path / "log"
     source = ["--source", str(class_folders), "--write-mode", "jpg", "--workers", "2"] if name == "folder" else []
     for command in ([name, "--out", str(out), *source], ["check", str(out), "--workers", "2"]):
@@ -148,14 +148,14 @@ def test_output_in_a_file_has_no_progress_bar(class_folders, tmp_path, name):
 
 
 @pytest.mark.parametrize(("hours", "lines"), [(0.001, 2), (0.1, 13), (1, 22), (100, 22)])
-def test_a_long_step_writes_a_few_dozen_lines(capsys, hours, lines):
+def test_progress_of_a_long_step_is_at_most_two_dozen_lines(capsys, hours, lines):
     total, now = 1_281_167, [0.0]
-    shown = progress.ProgressLines("writing train.beton", total, clock=lambda: now[0])
+    progress_lines = progress.ProgressLines("writing train.beton", total, clock=lambda: now[0])
     for _ in range(total // 50):
         now[0] += hours * 3600 / total * 50
-        shown.update(50)
-    shown.update(total % 50)
-    shown.close()
+        progress_lines.update(50)
+    progress_lines.update(total % 50)
+    progress_lines.close()
     written = capsys.readouterr().err.splitlines()
     assert abs(len(written) - lines) <= 1
     assert written[0] == "writing train.beton: 0 of 1,281,167"
@@ -164,26 +164,26 @@ def test_a_long_step_writes_a_few_dozen_lines(capsys, hours, lines):
         assert written[1] == "writing train.beton: 1% (10,700 of 1,281,167), 30s, 59m30s left"
 
 
-def test_a_terminal_has_a_bar(monkeypatch, capsys):
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     tqdm = pytest.importorskip("tqdm").tqdm
     monkeypatch.setattr(progress, "on_terminal", lambda: True)
     assert list(progress.tracked(range(3), "reading", 3)) == [0, 1, 2]
     assert "reading: 100%" in capsys.readouterr().err
-    shown = progress.progress("reading", 3)
-    assert isinstance(shown, tqdm)
-    shown.close()
+    bar = progress.progress("reading", 3)
+    assert isinstance(bar, tqdm)
+    bar.close()
 
 
 @pytest.mark.parametrize("on_terminal", [False, True])
-def test_bars_of_other_libraries_need_a_terminal(monkeypatch, capsys, on_terminal):
+def test_progress_bars_of_other_libraries_appear_only_on_a_terminal(monkeypatch, capsys, on_terminal):
     monkeypatch.setattr(progress, "on_terminal", lambda: on_terminal)
     with progress.without_foreign_bars():
         print("\r 50%", end="", file=sys.stderr)
     assert capsys.readouterr().err == ("\r 50%" if on_terminal else "")
 
 
-def test_where_ffcvs_packages_cannot_be_installed_the_script_says_what_to_ask_for(tmp_path):
-    """A machine without compiler and apt-get, and a fresh environment without ffcv: go on, and say what is missing."""
+def test_install_ffcv_script_names_missing_system_packages_and_succeeds(tmp_path):
+    """Without a compiler, apt-get or ffcv the script exits with 0 and prints which packages to install."""
     import venv
     from pathlib import Path
     script = Path(__file__).resolve().parent.parent / "data_prep" / "install_ffcv.sh"
@@ -191,8 +191,8 @@ def test_where_ffcvs_packages_cannot_be_installed_the_script_says_what_to_ask_fo
     (tmp_path / "bin").mkdir()
     for name in ("dirname", "id"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
-    done = subprocess.run(["/bin/sh", str(script), str(tmp_path / "venv/bin/pip")], capture_output=True, text=True,
-                          env={"PATH": str(tmp_path / "bin")})
-    assert done.returncode == 0, done.stderr
-    assert "ffcv is left out" in done.stderr and "torchvision loader" in done.stderr
-    assert "apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++" in done.stderr
+    process = subprocess.run(["/bin/sh", str(script), str(tmp_path / "venv/bin/pip")], capture_output=True, text=True,
+                             env={"PATH": str(tmp_path / "bin")})
+    assert process.returncode == 0, process.stderr
+    assert "ffcv is left out" in process.stderr and "torchvision loader" in process.stderr
+    assert "apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++" in process.stderr

@@ -1,4 +1,4 @@
-"""Distillation, averaged weights, and all options of a training run together: resume equals uninterrupted."""
+"""Distillation, averaged weights, and runs with all options, whose resumption equals an uninterrupted run."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ from nulsq.training.ema import WeightAverage
 from nulsq.training.loss import TaskLoss, distillation
 from tests.runs import assert_same_state, last, numbers, torchrun
 
-# Twelve steps are few: counted fast, and from the start, so that some weights do freeze.
+# A low momentum and tracking from the start, so that some weights freeze within twelve steps.
 ALL = {"oscillation__momentum": 0.1, "oscillation__freeze_threshold": 0.25, "oscillation__freeze_final": 0.2,
        "oscillation__start": 0.0, "oscillation__dampening": 1e-3, "optim__ema_decay": 0.9, "optim__reestimate_bn": 3,
        "distill__weight": 0.5, "distill__temperature": 2.0, "optim__epochs": 3}
@@ -51,47 +51,47 @@ def recipe_of(label_smoothing=0.0, **distill):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_distillation_is_the_formula(temperature):
-    """Against plain Python; the loss itself is computed in float32, hence the tolerance."""
+def test_distillation_loss_equals_its_formula(temperature):
+    """The reference is plain Python in float64; the loss is computed in float32, hence the tolerance."""
     student, teacher = logits(0), logits(1)
     total = 0.0
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
         p, q = ([math.exp(z / temperature) for z in row] for row in (t, s))
         p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
         total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    found = distillation(student, teacher, temperature)
-    assert found.item() == pytest.approx(temperature**2 * total / 7, rel=1e-5)
+    actual = distillation(student, teacher, temperature)
+    assert actual.item() == pytest.approx(temperature**2 * total / 7, rel=1e-5)
 
 
-def test_the_loss_mixes_labels_and_teacher_by_weight():
+def test_task_loss_weights_label_and_teacher_losses():
     student, teacher, labels = logits(0).float(), logits(1).float(), torch.arange(7) % 5
     hard = F.cross_entropy(student, labels, label_smoothing=0.1)
     soft = distillation(student, teacher, 3.0)
-    found = TaskLoss.of(recipe_of(0.1, weight=0.25, temperature=3.0))(student, labels, teacher)
-    torch.testing.assert_close(found, 0.75 * hard + 0.25 * soft)
+    actual = TaskLoss.of(recipe_of(0.1, weight=0.25, temperature=3.0))(student, labels, teacher)
+    torch.testing.assert_close(actual, 0.75 * hard + 0.25 * soft)
     assert torch.equal(TaskLoss.of(recipe_of(weight=1.0, temperature=3.0))(student, labels, teacher), soft)
     assert torch.equal(TaskLoss.of(recipe_of(0.1))(student, labels), hard)
 
 
-def test_a_student_that_is_its_teacher_has_no_loss_and_does_not_move(short, float_run):
+def test_student_equal_to_its_teacher_has_zero_loss_and_does_not_change(short, float_run):
     recipe = short("itself", **FLOAT, model__init_from=str(float_run), distill__teacher=str(float_run),
                    optim__freeze_bn=True, optim__weight_decay=0.0, optim__epochs=1)
     train(recipe, quiet=True)
-    # Softmax and KL in float32: zero up to rounding.
+    # Softmax and KL divergence are float32, so the loss is zero up to rounding.
     assert abs(read_metrics(path_of(recipe))[0]["train_loss"]) < 1e-6
     before, after = checkpoint.load_chosen(float_run)["model"], last(path_of(recipe))["model"]
-    for key, value in before.items():  # a step that learns moves weights by 1e-3 and more
+    for key, value in before.items():  # a step with a nonzero loss changes weights by at least 1e-3
         torch.testing.assert_close(after[key], value, rtol=1e-5, atol=1e-5)
 
 
-def test_a_quantized_run_can_teach(short, everything, float_run):
+def test_quantized_run_can_be_the_teacher(short, everything, float_run):
     recipe = short("taught", model__init_from=str(float_run), distill__teacher=str(everything), optim__epochs=1,
                    optim__accumulate=2)
     assert train(recipe, quiet=True).status == "finished"
     assert not any("teacher" in key for key in last(path_of(recipe)))
 
 
-def test_a_teacher_from_a_file_is_the_same_teacher(short, float_run, tmp_path):
+def test_teacher_from_a_file_equals_teacher_from_a_run(short, float_run, tmp_path):
     torch.save(checkpoint.load_chosen(float_run)["model"], tmp_path / "teacher.pth")
     losses = []
     for name, settings in (("run", {"distill__teacher": str(float_run)}),
@@ -103,7 +103,7 @@ def test_a_teacher_from_a_file_is_the_same_teacher(short, float_run, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_a_teacher_that_does_not_fit_writes_nothing(short, float_run, tmp_path):
+def test_invalid_teacher_raises_and_creates_no_run_directory(short, float_run, tmp_path):
     hundred = path_of(short("hundred"))
     other = dataclasses.replace(short("hundred", **FLOAT), model=dataclasses.replace(
         short("x").model, name="pytorchcv:preresnet20_cifar100"))
@@ -130,7 +130,7 @@ def test_a_teacher_that_does_not_fit_writes_nothing(short, float_run, tmp_path):
 
 
 def make_run(recipe, path, classes):
-    """The least that a run directory is, with fresh weights."""
+    """Write a minimal run directory with random weights."""
     from nulsq.config import to_yaml
     from nulsq.models.network import build_network
     path.mkdir(parents=True)
@@ -150,10 +150,10 @@ def small():
     return model
 
 
-def test_the_average_is_the_recursion_and_undone_bit_for_bit():
+def test_weight_average_follows_its_recursion_and_restores_weights_exactly():
     model = small()
     average = WeightAverage(model, 0.9)
-    wanted = {key: value.double().clone() for key, value in model.state_dict().items() if value.is_floating_point()}
+    expected = {key: value.double().clone() for key, value in model.state_dict().items() if value.is_floating_point()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     nulsq.follow_step_(optimizer, model)
     for step in range(1, 121):
@@ -163,22 +163,22 @@ def test_the_average_is_the_recursion_and_undone_bit_for_bit():
         average.update_(step)
         decay = min(0.9, (1 + step) / (10 + step))
         assert (decay == 0.9) == (step >= 80)
-        for key, value in wanted.items():
-            wanted[key] = decay * value + (1 - decay) * model.state_dict()[key].double()
+        for key, value in expected.items():
+            expected[key] = decay * value + (1 - decay) * model.state_dict()[key].double()
     trained = {key: value.clone() for key, value in model.state_dict().items()}
     with average.applied():
-        inside = model.state_dict()
-        for key, value in inside.items():
+        averaged = model.state_dict()
+        for key, value in averaged.items():
             if key in average.values:  # float32 against float64 over 120 steps
-                torch.testing.assert_close(value.double(), wanted[key], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-5)
             else:
                 assert torch.equal(value, trained[key])
-        assert (inside["4.weight_quantizer.step"] > 0).all() and (inside["4.activation_quantizer.steps"] > 0).all()
-        assert not torch.equal(inside["0.weight"], trained["0.weight"])
+        assert (averaged["4.weight_quantizer.step"] > 0).all() and (averaged["4.activation_quantizer.steps"] > 0).all()
+        assert not torch.equal(averaged["0.weight"], trained["0.weight"])
     assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
 
 
-def test_layers_that_share_a_weight_get_it_back():
+def test_weight_average_restores_a_weight_shared_by_two_layers():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     average, start = WeightAverage(model, 0.5), model[0].weight.detach().clone()
@@ -190,18 +190,18 @@ def test_layers_that_share_a_weight_get_it_back():
     assert torch.equal(model[1].weight, trained) and torch.equal(average.values["0.weight"], start)
 
 
-def test_trackers_and_whole_numbers_are_not_averaged():
+def test_oscillation_trackers_and_integers_are_not_averaged():
     model = small()
     average = WeightAverage(model, 0.9)
     assert not any(".oscillation." in key or key.endswith(("num_batches_tracked", "sign")) for key in average.values)
     assert {key.rpartition(".")[2] for key in average.values} >= {"weight", "bias", "step", "steps", "running_mean"}
 
 
-def test_evaluation_and_starting_weights_take_the_average(short, everything):
+def test_evaluation_and_init_from_use_the_averaged_weights(short, everything):
     lines, content = read_metrics(everything), checkpoint.load_chosen(everything)
-    found = evaluate_run(everything, split="val", ranks=ALONE)
+    metrics = evaluate_run(everything, split="val", ranks=ALONE)
     best = content["best"]
-    assert {key: found[key] for key in ("val_top1", "val_loss", "val_images")} == {
+    assert {key: metrics[key] for key in ("val_top1", "val_loss", "val_images")} == {
         key: best[key] for key in ("val_top1", "val_loss", "val_images")}
     assert evaluate_run(everything, split="val", which="last", ranks=ALONE)["val_loss"] == lines[-1]["val_loss"]
     assert all(line["val_loss"] != line["raw_val_loss"] for line in lines)
@@ -217,8 +217,8 @@ def test_evaluation_and_starting_weights_take_the_average(short, everything):
 
 
 @pytest.mark.parametrize("settings", [{}, {"data__holdout": "none"}])
-def test_re_estimated_statistics_are_what_a_checkpoint_holds(short, float_run, settings):
-    """The run's own network, measured anew on the first batches of epoch 0, has the checkpoint's statistics."""
+def test_checkpoint_holds_the_reestimated_batch_norm_statistics(short, float_run, settings):
+    """Re-estimation on the first batches of epoch 0 with the checkpoint's network gives the checkpoint's statistics."""
     from nulsq.data import DataSet, Normalize, build_loaders
     from nulsq.models.trained import trained_network
     from nulsq.quant.batch_norm import reestimate_batch_norm_
@@ -228,7 +228,7 @@ def test_re_estimated_statistics_are_what_a_checkpoint_holds(short, float_run, s
     train(recipe, quiet=True)
     content, data = last(path_of(recipe)), DataSet(recipe.data.path)
     model = trained_network(recipe, content, 10).to(memory_format=torch.channels_last)
-    fold_(model)  # as the run did: a folded batch norm rounds otherwise
+    fold_(model)  # as in the run, because a folded batch norm rounds differently
     before = {key: value.clone() for key, value in model.state_dict().items()}
     loader = build_loaders(recipe.data, data, recipe.run.seed).train
     reestimate_batch_norm_(model, first_batches(loader, Normalize(data, torch.device("cpu")), 2))
@@ -238,12 +238,12 @@ def test_re_estimated_statistics_are_what_a_checkpoint_holds(short, float_run, s
 # ---- all together
 
 
-def test_resume_equals_uninterrupted_with_every_option(short, float_run, everything, steps_done):
-    """Stopped in the middle of an epoch and right after the last step of one."""
+def test_resume_with_every_option_equals_uninterrupted_run(short, float_run, everything, steps_done):
+    """The run is stopped within an epoch and right after the last step of one."""
     recipe = short("everything-stopped", model__init_from=str(float_run), distill__teacher=str(float_run), **ALL)
-    for at in (3, 8, 9):
-        state = train(recipe, stop=lambda at=at: steps_done[-1] >= at, quiet=True)
-        assert (state.status, state.step) == ("saved", at)
+    for step in (3, 8, 9):
+        state = train(recipe, stop=lambda step=step: steps_done[-1] >= step, quiet=True)
+        assert (state.status, state.step) == ("saved", step)
     assert train(recipe, quiet=True).status == "finished"
     assert numbers(path_of(recipe)) == numbers(everything)
     assert_same_state(last(path_of(recipe)), last(everything))
@@ -251,7 +251,7 @@ def test_resume_equals_uninterrupted_with_every_option(short, float_run, everyth
     assert records[0] == records[1] and [line["epoch"] for line in records[0]] == [1, 2, 3]
 
 
-def test_oscillations_are_recorded_per_layer_and_in_all(everything):
+def test_oscillations_are_recorded_per_layer_and_in_total(everything):
     record, metrics = read_lines(everything / "oscillations.jsonl")[-1], read_metrics(everything)[-1]
     layers = record["layers"]
     assert len(layers) == 20 and (record["epoch"], record["step"]) == (3, 12)
@@ -263,8 +263,8 @@ def test_oscillations_are_recorded_per_layer_and_in_all(everything):
     assert frozen == sum(int(value.sum()) for key, value in state.items() if key.endswith("oscillation.frozen"))
 
 
-def test_progressive_training_from_four_to_three_to_two_bits(short, float_run):
-    """Each run starts from the last: through trackers, averages, weight normalization and other quantizers."""
+def test_progressive_training_from_four_through_three_to_two_bits(short, float_run):
+    """Each run starts from the previous one, with trackers, averages, weight normalization and other quantizers."""
     start = float_run
     for bits, quantizer in ((4, "apot"), (3, "lcq"), (2, "lsq")):
         settings = {key: value for key, value in ALL.items() if not key.startswith("distill")} | {"optim__epochs": 1}
@@ -276,20 +276,21 @@ def test_progressive_training_from_four_to_three_to_two_bits(short, float_run):
 
 
 def test_two_ranks_with_every_option_equal_one_process(short, float_run, tmp_path):
-    """With batch norm frozen; dampening is so strong that halving it would move the weights by a tenth."""
+    """Batch norm is frozen; dampening is strong enough that halving it would change the weights by a tenth."""
     settings = ALL | {"model__init_from": str(float_run), "distill__teacher": str(float_run), "optim__lr": 0.01,
                       "oscillation__dampening": 1.0, "optim__reestimate_bn": 0, "optim__freeze_bn": True,
                       "optim__epochs": 1}
     one, two = short("every-one", **settings), short("every-two", **settings)
     assert train(one, quiet=True).status == "finished"
-    done = torchrun(two, tmp_path, 2)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = torchrun(two, tmp_path, 2)
+    assert process.returncode == 0, process.stderr[-2000:]
     start, *(a, b) = checkpoint.load_chosen(float_run)["model"], last(path_of(one)), last(path_of(two))
-    for which in ("model", "ema"):
-        moved = sum((a[which][key] - start[key]).square().sum() for key in start if key.endswith("conv.weight")).sqrt()
-        apart = sum((a[which][key] - b[which][key]).square().sum() for key in start if key.endswith("conv.weight"))
-        # Four steps: the order of sums moves hardly a value across a threshold, 1e-5 of the way where this was written.
-        assert apart.sqrt() < 0.01 * moved
+    for weights in ("model", "ema"):
+        keys = [key for key in start if key.endswith("conv.weight")]
+        moved = sum((a[weights][key] - start[key]).square().sum() for key in keys).sqrt()
+        difference = sum((a[weights][key] - b[weights][key]).square().sum() for key in keys)
+        # In four steps the summation order moves hardly any value across a threshold; 1e-5 when this was written.
+        assert difference.sqrt() < 0.01 * moved
     x, y = read_metrics(path_of(one))[0], read_metrics(path_of(two))[0]
     for key in ("train_loss", "val_loss", "raw_val_loss"):
         assert x[key] == pytest.approx(y[key], rel=2e-3)
@@ -299,12 +300,12 @@ def test_two_ranks_with_every_option_equal_one_process(short, float_run, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_ranks_measure_batch_norm_again(short, float_run, tmp_path):
-    """On the CPU each rank's statistics are its share's; their average is rank 0's checkpoint and what val was of."""
+def test_two_ranks_average_their_reestimated_batch_norm_statistics(short, float_run, tmp_path):
+    """On the CPU each rank measures its own images; the checkpoint and evaluation use the average over ranks."""
     recipe = short("ranks-reestimate", model__init_from=str(float_run), optim__reestimate_bn=2, optim__epochs=1,
                    optim__ema_decay=0.9)
-    done = torchrun(recipe, tmp_path, 2)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = evaluate_run(path_of(recipe), split="val", ranks=ALONE)
+    process = torchrun(recipe, tmp_path, 2)
+    assert process.returncode == 0, process.stderr[-2000:]
+    metrics = evaluate_run(path_of(recipe), split="val", ranks=ALONE)
     line = read_metrics(path_of(recipe))[-1]
-    assert found["val_top1"] == line["val_top1"] and found["val_loss"] == pytest.approx(line["val_loss"], rel=1e-6)
+    assert metrics["val_top1"] == line["val_top1"] and metrics["val_loss"] == pytest.approx(line["val_loss"], rel=1e-6)

@@ -1,4 +1,4 @@
-"""The divergence guard: what counts as going wrong, going back, leaving out, giving up, and naming the culprit."""
+"""The divergence guard: detection of bad steps, rollback, skipped batches, giving up, and the diagnosis."""
 
 import json
 import math
@@ -46,21 +46,21 @@ GOOD = [1.0] * WARM_UP
 @pytest.mark.parametrize("every", [1, 7, 50])
 @pytest.mark.parametrize(("losses", "bad"), [
     ([*GOOD, NAN, 1.0], 20), ([*GOOD, INF], 20), ([*GOOD, 25.0, 1.0, 30.0], 20), ([*GOOD, 19.0], None), (GOOD, None),
-    ([1.0] * 5 + [1000.0], None),  # too early to know what is usual
-    ([0.001] * 30 + [1.0], None),  # no worse than guessing among ten classes
+    ([1.0] * 5 + [1000.0], None),  # before the guard has a usual loss
+    ([0.001] * 30 + [1.0], None),  # not above the loss of guessing among ten classes
     ([0.001] * 30 + [2.4], 30),
 ])
-def test_what_counts_as_going_wrong_however_often_one_looks(every, losses, bad):
+def test_guard_finds_the_first_bad_step_for_every_check_interval(every, losses, bad):
     assert judge(losses, every=every)[0] == bad
     assert judge(losses, every=every)[1] == judge(losses, every=3)[1]
 
 
-def test_a_gradient_that_is_no_number_counts_at_its_own_step():
+def test_nonfinite_gradient_norm_is_reported_at_its_step():
     assert judge(GOOD, [1.0] * 7 + [INF] + [1.0] * 12)[0] == 7
     assert judge([*GOOD, 1e9], spike=None)[0] is None
 
 
-def test_looking_costs_no_synchronization():
+def test_observing_a_step_does_not_synchronize():
     guard = DivergenceGuard(Guard(every=20), 10, ALONE)
     loss = torch.tensor(1.0)
     with Waits() as waits:
@@ -69,14 +69,14 @@ def test_looking_costs_no_synchronization():
         assert waits.count == 0
 
 
-def spoil(monkeypatch, steps_done, when, what):
-    """From now on `what(model)` is done to the gradients of the steps that `when` says."""
-    plain = nulsq.training.step.backward
+def spoil(monkeypatch, steps_done, condition, change):
+    """Call `change(model)` after the backward pass of every step for which `condition(step)` is true."""
+    original = nulsq.training.step.backward
 
     def backward(model, *rest, **options):
-        loss = plain(model, *rest, **options)
-        if when(steps_done[-1]):
-            what(model)
+        loss = original(model, *rest, **options)
+        if condition(steps_done[-1]):
+            change(model)
         return loss
     monkeypatch.setattr(nulsq.training.step, "backward", backward)
 
@@ -85,32 +85,33 @@ def bad_gradient(model):
     model.output.bias.grad[0] = NAN
 
 
-def test_a_run_goes_back_and_leaves_the_batch_out(short, float_run, straight, steps_done, monkeypatch, capsys):
-    """It ends as a run does that was to leave this batch out from the start."""
-    recipe, wanted = (short(name, model__init_from=str(float_run), optim__epochs=3)
-                      for name in ("going-back", "left-out"))
-    train(wanted, stop=lambda: True, quiet=True)  # saves after its first step
-    content = last(path_of(wanted))
-    checkpoint.save(path_of(wanted), content | {"skipped": [5]})
-    assert train(wanted, quiet=True).status == "finished"
+def test_rollback_equals_a_run_that_skips_the_bad_batch(short, float_run, straight, steps_done, monkeypatch, capsys):
+    """The reference is a run whose checkpoint already lists this batch as skipped."""
+    recipe, expected = (short(name, model__init_from=str(float_run), optim__epochs=3)
+                        for name in ("rollback", "skipping"))
+    train(expected, stop=lambda: True, quiet=True)  # saves after its first step
+    content = last(path_of(expected))
+    checkpoint.save(path_of(expected), content | {"skipped": [5]})
+    assert train(expected, quiet=True).status == "finished"
     spoil(monkeypatch, steps_done, lambda step: step == 5, bad_gradient)
     state = train(recipe)
     assert (state.status, state.skipped) == ("finished", [5])
-    said = "step 5 went wrong; going back to step 4 and leaving its batch out (1 of at most 3)"
-    assert said in capsys.readouterr().out
-    assert numbers(path_of(recipe)) == numbers(path_of(wanted))
+    message = "step 5 went wrong; going back to step 4 and leaving its batch out (1 of at most 3)"
+    assert message in capsys.readouterr().out
+    assert numbers(path_of(recipe)) == numbers(path_of(expected))
     assert [line["train_images"] for line in read_metrics(path_of(recipe))] == [128, 96, 128]
-    assert_same_state(last(path_of(recipe)), last(path_of(wanted)))
+    assert_same_state(last(path_of(recipe)), last(path_of(expected)))
     assert numbers(path_of(recipe))[0] == numbers(straight)[0] and numbers(path_of(recipe)) != numbers(straight)
     assert read_outcome(path_of(recipe))["skipped"] == [5]
 
 
-def test_a_run_that_keeps_going_wrong_ends_and_names_the_quantizer(short, float_run, steps_done, monkeypatch):
-    recipe, reported = short("giving-up", model__init_from=str(float_run), optim__epochs=3, guard__rollbacks=2), []
+def test_run_exceeding_its_rollbacks_diverges_and_names_the_quantizer(short, float_run, steps_done, monkeypatch):
+    recipe, reported = short("diverged", model__init_from=str(float_run), optim__epochs=3, guard__rollbacks=2), []
 
     def bad_step_size(model):
-        name, quantizer = next((name, each) for name, each in model.named_modules() if each in quantizers_of(model)
-                               and each.role == "activation" and list(each.parameters()))
+        name, quantizer = next((name, module) for name, module in model.named_modules()
+                               if module in quantizers_of(model) and module.role == "activation"
+                               and list(module.parameters()))
         next(quantizer.parameters()).grad.fill_(INF)
         bad_step_size.name = name
 
@@ -124,7 +125,7 @@ def test_a_run_that_keeps_going_wrong_ends_and_names_the_quantizer(short, float_
     assert last(path_of(recipe))["step"] == 4 and len(read_metrics(path_of(recipe))) == 1
 
 
-def test_the_culprit_is_the_first_in_the_order_of_the_network(digits):
+def test_find_nonfinite_names_the_first_module_in_network_order(digits):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3))
     images = torch.randn(2, 3, 8, 8)
@@ -141,7 +142,7 @@ def test_the_culprit_is_the_first_in_the_order_of_the_network(digits):
     assert model.training
 
 
-TWO = """
+GUARD_OF_ONE_RANK = """
 import json, sys, torch
 from nulsq.training.divergence import Diverged, DivergenceGuard
 from nulsq.config.recipe import Guard
@@ -158,11 +159,11 @@ with join_ranks("cpu") as ranks:
 """
 
 
-def test_all_ranks_agree_on_what_one_of_them_sees(tmp_path):
+def test_all_ranks_report_divergence_that_one_rank_sees(tmp_path):
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713",
                                 "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [subprocess.Popen([sys.executable, "-c", TWO, str(tmp_path / "rank")], cwd=ROOT,
-                              env=environment | {"RANK": str(rank)}) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    answers = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)]
-    assert answers[0] == answers[1] == [[[7, 5]], [1.5, 5]]
+    processes = [subprocess.Popen([sys.executable, "-c", GUARD_OF_ONE_RANK, str(tmp_path / "rank")], cwd=ROOT,
+                                  env=environment | {"RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    results = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)]
+    assert results[0] == results[1] == [[[7, 5]], [1.5, 5]]

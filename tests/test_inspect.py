@@ -1,4 +1,4 @@
-"""Inspection: numbers against counts by hand on small networks; the command on the digits."""
+"""Inspection: small networks against hand-computed values, and the command on the digits."""
 
 import json
 import math
@@ -57,17 +57,17 @@ def by_hand(x, quantized, low, high):
 # ---- one quantizer and its values
 
 
-def test_clipping_and_snr_of_a_weight_are_those_counted_by_hand():
+def test_clipping_and_snr_of_a_weight_equal_hand_computed_values():
     model = small()
     weight = nulsq.inspect.report(model, [images(2, 2, 6, 6)]).layers[0].weight
     w = model[0].weight.detach()
-    wanted = by_hand(w, WEIGHT_STEP * (w / WEIGHT_STEP).round().clamp(-2, 1), -2 * WEIGHT_STEP, WEIGHT_STEP)
-    assert 0 < weight.clipped < 1 and weight.clipped == wanted["clipped"]
-    assert weight.snr == pytest.approx(wanted["snr"], rel=1e-6)  # float32 levels
+    expected = by_hand(w, WEIGHT_STEP * (w / WEIGHT_STEP).round().clamp(-2, 1), -2 * WEIGHT_STEP, WEIGHT_STEP)
+    assert 0 < weight.clipped < 1 and weight.clipped == expected["clipped"]
+    assert weight.snr == pytest.approx(expected["snr"], rel=1e-6)  # the levels are float32
 
 
-def test_clipping_snr_and_steps_of_an_input_are_those_counted_by_hand():
-    """Over two batches of different sizes; level by level, thresholds in the middle of the steps."""
+def test_clipping_snr_and_steps_of_an_input_equal_hand_computed_values():
+    """Two batches of different sizes; each threshold is the midpoint of its step."""
     batches = [images(5, 2, 6, 6, seed=1), images(2, 2, 6, 6, seed=2)]
     side = nulsq.inspect.report(small(), batches).layers[0].activation
     x = torch.cat(batches)
@@ -75,124 +75,125 @@ def test_clipping_snr_and_steps_of_an_input_are_those_counted_by_hand():
     y = torch.zeros_like(x)
     for threshold, level in zip([0.15, 0.55, 1.25], levels[1:], strict=True):
         y[x > threshold] = level
-    wanted = by_hand(x, y, 0, 1.7)
-    assert side.count == x.numel() and side.clipped == wanted["clipped"]
-    assert side.snr == pytest.approx(wanted["snr"], rel=1e-6)
+    expected = by_hand(x, y, 0, 1.7)
+    assert side.count == x.numel() and side.clipped == expected["clipped"]
+    assert side.snr == pytest.approx(expected["snr"], rel=1e-6)
     torch.testing.assert_close(side.gaps, torch.tensor(INPUT_STEPS))
     shares = [float((y == torch.tensor(level)).double().mean()) for level in levels]
     assert side.entropy == pytest.approx(-sum(p * math.log2(p) for p in shares), rel=1e-12)
     assert side.used == 4
 
 
-def test_a_layer_behind_others_is_measured_in_the_quantized_network():
+def test_later_layer_is_measured_on_the_output_of_quantized_layers():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     nulsq.quantize_(model, Policy(bits=3, activation=SideRule(quantizer="lsq"), rules={}))
     x = images(20, 6)
     nulsq.calibrate_(model, [x])
-    found = nulsq.inspect.report(model, [x]).layers[1].activation
+    actual = nulsq.inspect.report(model, [x]).layers[1].activation
     first = model[0]
     hidden = F.linear(first.activation_quantizer(x), first.weight_quantizer(first.weight), first.bias).relu()
-    assert found.signal == pytest.approx(float(hidden.detach().double().square().sum()), rel=1e-9)
+    assert actual.signal == pytest.approx(float(hidden.detach().double().square().sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("channels", [None, 6])
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 @pytest.mark.parametrize("name", nulsq.available())
-def test_every_quantizer_is_measured_as_it_encodes(name, bits, channels):
+def test_fidelity_of_every_quantizer_agrees_with_its_encoding(name, bits, channels):
     w = images(6, 40, seed=bits) * torch.linspace(0.1, 3, 6)[:, None]
     quantizer = nulsq.get_quantizer(name)(bits, "weight", channels=channels)
     quantizer.reset_(Statistics.of(w, per_channel=channels is not None))
-    found = Fidelity(quantizer)
-    found.add(w)
+    fidelity = Fidelity(quantizer)
+    fidelity.add(w)
     y = quantizer(w).detach()
-    assert torch.equal(found.occupancy, torch.bincount(quantizer.encode(w).flatten(), minlength=len(found.occupancy)))
-    assert found.noise == pytest.approx(float((w.double() - y.double()).square().sum()), rel=1e-9)
+    counts = torch.bincount(quantizer.encode(w).flatten(), minlength=len(fidelity.occupancy))
+    assert torch.equal(fidelity.occupancy, counts)
+    assert fidelity.noise == pytest.approx(float((w.double() - y.double()).square().sum()), rel=1e-9)
     levels = quantizer.levels()
-    assert (found.below, found.above) == (int((w < levels[..., :1]).sum()), int((w > levels[..., -1:]).sum()))
-    assert 0 < found.entropy <= bits and found.used <= 2**bits
-    # per channel the sample is in steps of its channel: the widest has no more of them than the narrowest
-    wanted = (w / levels.diff(dim=-1).mean(-1, keepdim=True)).flatten()
-    torch.testing.assert_close(found.sample, wanted if channels else w.flatten())
+    assert (fidelity.below, fidelity.above) == (int((w < levels[..., :1]).sum()), int((w > levels[..., -1:]).sum()))
+    assert 0 < fidelity.entropy <= bits and fidelity.used <= 2**bits
+    # per channel, sampled values are in units of the channel's mean step, so all channels have the same weight
+    expected = (w / levels.diff(dim=-1).mean(-1, keepdim=True)).flatten()
+    torch.testing.assert_close(fidelity.sample, expected if channels else w.flatten())
 
 
 @pytest.mark.parametrize("bits", [1, 2])
-def test_unsigned_inputs_of_few_bits(bits):
+def test_fidelity_of_unsigned_inputs_with_few_bits(bits):
     quantizer = nulsq.get_quantizer("nulsq")(bits, "activation", signed=False)
     x = images(8, 10).relu()
     quantizer.reset_(Statistics.of(x))
-    found = Fidelity(quantizer)
-    found.add(x)
-    assert found.levels.shape == (2**bits,) and found.below == 0
+    fidelity = Fidelity(quantizer)
+    fidelity.add(x)
+    assert fidelity.levels.shape == (2**bits,) and fidelity.below == 0
 
 
-def test_a_range_that_follows_the_batch_is_read_after_it():
+def test_dynamic_range_is_read_after_the_batch():
     quantizer = nulsq.get_quantizer("minmax")(8, "activation", signed=False, range="dynamic")
     quantizer.reset_(Statistics.of(torch.ones(2)))
-    found = Fidelity(quantizer)
-    found.add(torch.linspace(0, 5, 100))
-    assert found.clipped == 0 and float(found.levels[-1]) == pytest.approx(5)
+    fidelity = Fidelity(quantizer)
+    fidelity.add(torch.linspace(0, 5, 100))
+    assert fidelity.clipped == 0 and float(fidelity.levels[-1]) == pytest.approx(5)
 
 
-def test_the_sample_is_bounded_repeatable_and_in_proportion():
-    def sampled():
+def test_sample_is_bounded_reproducible_and_proportional():
+    def draw_sample():
         quantizer = nulsq.get_quantizer("lsq")(4, "activation", signed=True)
         quantizer.reset_(Statistics.of(images(10)))
-        found = Fidelity(quantizer)
+        fidelity = Fidelity(quantizer)
         for sign, count in ((1, SAMPLE), (-1, 3 * SAMPLE), (1, 2 * SAMPLE)):
-            found.add(torch.full((count,), float(sign)))
-        return found.sample
+            fidelity.add(torch.full((count,), float(sign)))
+        return fidelity.sample
 
-    sample = sampled()
-    assert len(sample) == SAMPLE and torch.equal(sample, sampled())
-    # half of the values are negative; drawn, so within 4 standard deviations
+    sample = draw_sample()
+    assert len(sample) == SAMPLE and torch.equal(sample, draw_sample())
+    # half of the values are negative; tolerance of 4 standard deviations for a random sample
     assert abs(float((sample < 0).float().mean()) - 0.5) < 4 * 0.5 / SAMPLE**0.5
 
 
-def test_values_that_are_not_finite_are_counted_and_named_and_spoil_nothing():
+def test_nonfinite_values_are_counted_and_excluded_from_the_measures():
     model, good, bad = small(), images(4, 2, 6, 6), images(4, 2, 6, 6, seed=1)
     bad[0, 0, 0, :2] = torch.tensor([math.nan, math.inf])
-    found = nulsq.inspect.report(model, [good, bad])
-    assert found.layers[0].activation.snr == nulsq.inspect.report(model, [good]).layers[0].activation.snr
-    assert "0: 2 values of its input are NaN or infinite" in nulsq.inspect.text(found)
-    json.dumps(nulsq.inspect.content(found), allow_nan=False)
+    report = nulsq.inspect.report(model, [good, bad])
+    assert report.layers[0].activation.snr == nulsq.inspect.report(model, [good]).layers[0].activation.snr
+    assert "0: 2 values of its input are NaN or infinite" in nulsq.inspect.text(report)
+    json.dumps(nulsq.inspect.content(report), allow_nan=False)
 
 
-def test_a_constant_zero_has_no_ratio():
-    found = Fidelity(small()[0].activation_quantizer)
-    found.add(torch.zeros(2, 3))
-    assert math.isnan(found.snr) and found.entropy == 0 and found.used == 1
+def test_snr_of_a_constant_zero_is_nan():
+    fidelity = Fidelity(small()[0].activation_quantizer)
+    fidelity.add(torch.zeros(2, 3))
+    assert math.isnan(fidelity.snr) and fidelity.entropy == 0 and fidelity.used == 1
 
 
 # ---- cost
 
 
-def test_cost_is_that_counted_by_hand():
+def test_cost_equals_hand_computed_values():
     """Convolution: 3 x 2 x 2 outputs of 2 x 3 x 3 weights each, W2A2; linear layer: 12 x 5, W3A32."""
-    found = nulsq.inspect.report(small(), [images(3, 2, 6, 6)]).cost
-    assert found.image == (2, 6, 6)
-    assert [layer.macs for layer in found.layers.values()] == [3 * 2 * 2 * 18, 60]
-    assert (found.macs, found.other_macs) == (216 + 60, 0)
-    assert found.bit_operations == 216 * 2 * 2 + 60 * 3 * 32
-    assert found.float_bit_operations == 276 * 1024
-    assert found.weight_bytes == 14 + 23  # 54 weights of 2 bits, 60 of 3: rounded up for each tensor
-    assert found.parameter_bytes == 3 * 4  # the bias
-    assert found.quantizer_bytes == (1 + 3 + 1) * 4  # step, three steps, step
-    assert found.float_bytes == (54 + 3 + 60) * 4
-    assert found.average_weight_bits == pytest.approx((54 * 2 + 60 * 3) / 114)
-    assert found.average_activation_bits == pytest.approx((72 * 2 + 12 * 32) / 84)  # inputs: 2 x 6 x 6 and 12
+    cost = nulsq.inspect.report(small(), [images(3, 2, 6, 6)]).cost
+    assert cost.image == (2, 6, 6)
+    assert [layer.macs for layer in cost.layers.values()] == [3 * 2 * 2 * 18, 60]
+    assert (cost.macs, cost.other_macs) == (216 + 60, 0)
+    assert cost.bit_operations == 216 * 2 * 2 + 60 * 3 * 32
+    assert cost.float_bit_operations == 276 * 1024
+    assert cost.weight_bytes == 14 + 23  # 54 weights of 2 bits, 60 of 3: rounded up for each tensor
+    assert cost.parameter_bytes == 3 * 4  # the bias
+    assert cost.quantizer_bytes == (1 + 3 + 1) * 4  # step, three steps, step
+    assert cost.float_bytes == (54 + 3 + 60) * 4
+    assert cost.average_weight_bits == pytest.approx((54 * 2 + 60 * 3) / 114)
+    assert cost.average_activation_bits == pytest.approx((72 * 2 + 12 * 32) / 84)  # inputs: 2 x 6 x 6 and 12
 
 
 def test_macs_of_grouped_depthwise_and_dilated_convolutions():
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=4), nn.Conv2d(8, 8, 3, groups=8, dilation=2, padding=2),
                           nn.Conv2d(8, 6, 1, stride=3, bias=False))
-    found = cost_of(model, images(1, 4, 9, 9))
-    assert [layer.macs for layer in found.layers.values()] == [8 * 81 * 9, 8 * 81 * 9, 6 * 9 * 8]
-    assert found.other_macs == 0
+    cost = cost_of(model, images(1, 4, 9, 9))
+    assert [layer.macs for layer in cost.layers.values()] == [8 * 81 * 9, 8 * 81 * 9, 6 * 9 * 8]
+    assert cost.other_macs == 0
 
 
 class Attention(nn.Module):
-    """Two heads, as the model libraries write it."""
+    """Attention with two heads, written as in the model libraries."""
 
     def __init__(self, width):
         super().__init__()
@@ -204,32 +205,32 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
-def test_tokens_count_and_the_products_inside_attention_are_named_apart():
+def test_macs_count_tokens_and_list_attention_products_separately():
     model = nn.Sequential(Attention(16), nn.LayerNorm(16), nn.Linear(16, 4))
     nulsq.quantize_(model, Policy(bits=4, weight=SideRule(quantizer="lsq", per_channel=True), rules={}))
     x = images(3, 10, 16)
     nulsq.calibrate_(model, [x])
-    found = nulsq.inspect.report(model, [x])
-    assert [layer.cost.macs for layer in found.layers] == [10 * 16 * 48, 10 * 16 * 16, 10 * 16 * 4]
-    assert found.cost.other_macs == 2 * 10 * 10 * 16  # q k^T, and its product with v
-    assert found.cost.bit_operations == 10 * 16 * (48 + 16 + 4) * 16 + 2 * 10 * 10 * 16 * 1024
-    assert found.layers[0].roles == ["first", "qkv"]
-    assert found.layers[0].activation.quantizer.signed and found.layers[0].activation.count == x.numel()
-    assert found.layers[0].weight.levels.shape == (48, 16)
+    report = nulsq.inspect.report(model, [x])
+    assert [layer.cost.macs for layer in report.layers] == [10 * 16 * 48, 10 * 16 * 16, 10 * 16 * 4]
+    assert report.cost.other_macs == 2 * 10 * 10 * 16  # q k^T, and its product with v
+    assert report.cost.bit_operations == 10 * 16 * (48 + 16 + 4) * 16 + 2 * 10 * 10 * 16 * 1024
+    assert report.layers[0].roles == ["first", "qkv"]
+    assert report.layers[0].activation.quantizer.signed and report.layers[0].activation.count == x.numel()
+    assert report.layers[0].weight.levels.shape == (48, 16)
 
 
-def test_products_of_layers_that_are_never_called_are_counted_all_the_same():
-    """torch's attention uses the weights of its output layer without calling it, in a fused kernel where it may."""
+def test_macs_of_layers_that_are_not_called_are_counted():
+    """torch's attention uses the weights of its output layer without calling that layer."""
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    found = cost_of(model, images(1, 5, 8))
-    assert found.layers["self_attn.out_proj"].macs == 0
-    assert found.macs == 4 * 5 * 8 * 8 + 2 * 5 * 5 * 8 + 2 * 5 * 8 * 16
+    cost = cost_of(model, images(1, 5, 8))
+    assert cost.layers["self_attn.out_proj"].macs == 0
+    assert cost.macs == 4 * 5 * 8 * 8 + 2 * 5 * 5 * 8 + 2 * 5 * 8 * 16
 
 
 # ---- report
 
 
-def test_a_report_leaves_the_model_as_it_was():
+def test_report_does_not_change_the_model():
     model = small().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     nulsq.inspect.report(model, [images(2, 2, 6, 6)])
@@ -238,24 +239,24 @@ def test_a_report_leaves_the_model_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_report_needs_a_batch():
+def test_report_without_a_batch_is_an_error():
     with pytest.raises(ValueError, match="no batch"):
         nulsq.inspect.report(small(), [])
 
 
-def test_a_normalized_weight_is_measured_as_its_quantizer_sees_it():
+def test_normalized_weight_is_measured_after_normalization():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 4))
     nulsq.quantize_(model, Policy(bits=4, weight=SideRule(quantizer="apot"), activation=SideRule(quantizer="fp"),
                                   rules={}))
     nulsq.calibrate_(model, [])
-    found = nulsq.inspect.report(model, [images(2, 30)])
+    report = nulsq.inspect.report(model, [images(2, 30)])
     w = model[0].weight.detach().double()
-    assert found.layers[0].weight.signal == pytest.approx(float(((w - w.mean()) / w.std()).square().sum()), rel=1e-5)
-    assert found.layers[0].activation is None and "apot signed lwn" in nulsq.inspect.text(found)
+    assert report.layers[0].weight.signal == pytest.approx(float(((w - w.mean()) / w.std()).square().sum()), rel=1e-5)
+    assert report.layers[0].activation is None and "apot signed lwn" in nulsq.inspect.text(report)
 
 
-def test_oscillating_and_frozen_weights_are_shares_of_the_layer():
+def test_oscillating_and_frozen_weights_are_reported_as_shares_of_the_layer():
     model = small()
     Oscillations(model, OscillationSettings(track=True, max_bits=2))
     tracker = model[0].oscillation
@@ -278,23 +279,23 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 def is_drawn(path: Path) -> bool:
-    """More than a thousand red pixels, the levels, and more than half of the picture white."""
+    """Whether more than a thousand pixels are red, as levels are, and more than half of the picture is white."""
     from matplotlib import pyplot
     pixels = torch.from_numpy(pyplot.imread(path)).flatten(0, 1)[:, :3]
     red = pixels[:, 0] - pixels[:, 1:].amax(1) > 0.3
     return int(red.sum()) > 1000 and float((pixels > 0.99).all(1).float().mean()) > 0.5
 
 
-def test_one_page_where_everything_fits(tmp_path):
+def test_plot_of_a_small_network_is_one_page(tmp_path):
     pytest.importorskip("matplotlib")
-    made = nulsq.inspect.plot(nulsq.inspect.report(small(), [images(2, 2, 6, 6)]), tmp_path / "new", "small")
-    assert made == [tmp_path / "new" / "overview.png"]
-    assert min(png_size(made[0])) > 600 and is_drawn(made[0])
-    assert list((tmp_path / "new").iterdir()) == made
+    files = nulsq.inspect.plot(nulsq.inspect.report(small(), [images(2, 2, 6, 6)]), tmp_path / "new", "small")
+    assert files == [tmp_path / "new" / "overview.png"]
+    assert min(png_size(files[0])) > 600 and is_drawn(files[0])
+    assert list((tmp_path / "new").iterdir()) == files
 
 
-def test_per_channel_tokens_and_many_levels_have_pictures(tmp_path):
-    """Ten layers: an overview and two pages. Channels of very different widths, one layer all zero."""
+def test_plots_of_per_channel_steps_tokens_and_many_levels(tmp_path):
+    """Ten layers give an overview and two pages; channel ranges differ widely, and one layer is all zero."""
     pytest.importorskip("matplotlib")
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(10)))
@@ -307,9 +308,9 @@ def test_per_channel_tokens_and_many_levels_have_pictures(tmp_path):
                                       "eight": LayerRule(["6"], quantizer="minmax", bits=8)}))
     x = images(2, 5, 12)
     nulsq.calibrate_(model, [x])
-    made = nulsq.inspect.plot(nulsq.inspect.report(model, [x]), tmp_path)
-    assert [path.name for path in made] == ["overview.png", "layers-01.png", "layers-02.png"]
-    assert all(is_drawn(path) for path in made)
+    files = nulsq.inspect.plot(nulsq.inspect.report(model, [x]), tmp_path)
+    assert [path.name for path in files] == ["overview.png", "layers-01.png", "layers-02.png"]
+    assert all(is_drawn(path) for path in files)
 
 
 # ---- the command
@@ -317,7 +318,7 @@ def test_per_channel_tokens_and_many_levels_have_pictures(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(short, float_run):
-    """A quantized run of one epoch that tracks oscillations, of weights of at most 4 bits, and averages its weights."""
+    """A quantized run of one epoch that tracks oscillations and averages its weights."""
     from nulsq.train import train
     recipe = short("inspected", model__init_from=str(float_run), optim__epochs=1, oscillation__track=True,
                    optim__ema_decay=0.5)
@@ -325,37 +326,37 @@ def run(short, float_run):
     return path_of(recipe)
 
 
-def test_a_run_as_table_json_and_pictures(run, tmp_path, capsys):
+def test_inspect_command_writes_table_json_and_pictures_of_a_run(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert main([str(run), "--batches", "1", "--json", str(tmp_path / "new" / "report.json")]) == 0
-    shown = capsys.readouterr().out
-    found = json.loads((tmp_path / "new" / "report.json").read_text())
-    assert found.keys() == {"title", "images", "layers", "totals"}
-    assert len(found["layers"]) == 22 and all(layer["name"] in shown for layer in found["layers"])
-    for layer in found["layers"]:
+    output = capsys.readouterr().out
+    report = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert report.keys() == {"title", "images", "layers", "totals"}
+    assert len(report["layers"]) == 22 and all(layer["name"] in output for layer in report["layers"])
+    for layer in report["layers"]:
         edge = {"first", "last"} & set(layer["roles"])
-        kinds = [(layer[side]["quantizer"], layer[side]["bits"]) for side in ("weight", "activation")]
-        assert kinds == ([("minmax", 8)] * 2 if edge else [("lsq", 2), ("nulsq", 2)])
+        quantizers = [(layer[side]["quantizer"], layer[side]["bits"]) for side in ("weight", "activation")]
+        assert quantizers == ([("minmax", 8)] * 2 if edge else [("lsq", 2), ("nulsq", 2)])
         assert layer["oscillating"] is None if edge else 0 <= layer["oscillating"] <= 1
         for side in (layer["weight"], layer["activation"]):
             assert len(side["levels"]) == len(side["steps"]) + 1 == len(side["thresholds"]) + 1
             assert sum(side["occupancy"]) == side["values"] and 0 <= side["clipped"] <= 1
             assert min(side["steps"]) == side["smallest_step"] <= side["largest_step"] == max(side["steps"])
-    first = found["layers"][0]
+    first = report["layers"][0]
     assert first["roles"] == ["first"] and first["weight"]["values"] == 432
-    average = checkpoint.load_chosen(run)["ema"]["features.init_block.weight"]  # what evaluation sees
+    average = checkpoint.load_chosen(run)["ema"]["features.init_block.weight"]  # evaluation uses the average
     assert first["weight"]["signal"] == pytest.approx(float(average.double().square().sum()), rel=1e-9)
     # preresnet20: 40.8 million multiply-accumulates and 0.27 million parameters, as published
-    assert found["totals"]["macs"] == 40_813_184 and found["totals"]["float_bytes"] == 4 * 272_282
-    assert found["totals"]["image"] == [3, 32, 32] and "3 x 32 x 32" in shown
+    assert report["totals"]["macs"] == 40_813_184 and report["totals"]["float_bytes"] == 4 * 272_282
+    assert report["totals"]["image"] == [3, 32, 32] and "3 x 32 x 32" in output
     pictures = sorted(path.name for path in (run / "inspect").iterdir())
     assert pictures == ["layers-01.png", "layers-02.png", "layers-03.png", "overview.png"]
-    assert all(str(run / "inspect" / name) in shown for name in pictures)
+    assert all(str(run / "inspect" / name) in output for name in pictures)
     assert all(min(png_size(run / "inspect" / name)) > 900 and is_drawn(run / "inspect" / name) for name in pictures)
 
 
-def test_a_run_is_measured_on_its_holdout_and_test_stays_closed(run, tmp_path, capsys):
-    """The run's data set with test images that cannot be read."""
+def test_inspect_command_measures_the_holdout_and_never_reads_test_images(run, tmp_path, capsys):
+    """The data set is a copy whose test images cannot be read."""
     from nulsq.run.directory import read_recipe
     copy, data = tmp_path / "run", tmp_path / "digits"
     recipe = read_recipe(run)
@@ -373,26 +374,26 @@ def test_a_run_is_measured_on_its_holdout_and_test_stays_closed(run, tmp_path, c
     assert not (copy / "inspect").exists()
 
 
-def test_a_recipe_is_shown_as_it_would_start(short, float_run, tmp_path, capsys):
-    """Overrides count; the same steps as a run that is calibrated and trained for no step has."""
+def test_inspect_command_shows_a_recipe_before_training(short, float_run, tmp_path, capsys):
+    """Overrides apply, and the network is the calibrated one that training would start from."""
     recipe = short("not-run", model__init_from=str(float_run), quant__weight__per_channel=True)
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe))
     assert main([str(file), "quant.bits=3", "quant.rules.edges.enabled=false", "--no-plot", "--json", "-"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["title"].startswith("not-run, before training")
-    first = found["layers"][0]
+    report = json.loads(capsys.readouterr().out)
+    assert report["title"].startswith("not-run, before training")
+    first = report["layers"][0]
     assert first["weight"]["channels"] == 16 and torch.tensor(first["weight"]["levels"]).shape == (16, 8)
-    assert found["totals"]["average_weight_bits"] == 3 == found["totals"]["average_activation_bits"]
+    assert report["totals"]["average_weight_bits"] == 3 == report["totals"]["average_activation_bits"]
     weight = checkpoint.load_chosen(float_run)["model"]["features.init_block.weight"]
     assert first["weight"]["signal"] == pytest.approx(float(weight.double().square().sum()), rel=1e-9)
     assert not path_of(recipe).exists()
 
 
-def test_a_float_run_has_totals_and_no_pictures(float_run, tmp_path, capsys):
+def test_inspect_command_prints_totals_and_no_pictures_for_a_float_run(float_run, tmp_path, capsys):
     assert main([str(float_run), "--out", str(tmp_path / "out"), "--batches", "1"]) == 0
-    shown = capsys.readouterr().out
-    assert "nothing is quantized" in shown and "weights 32.00, activations 32.00" in shown and "1.0 times" in shown
+    output = capsys.readouterr().out
+    assert "nothing is quantized" in output and "weights 32.00, activations 32.00" in output and "1.0 times" in output
     assert not (tmp_path / "out").exists()
 
 
@@ -413,10 +414,10 @@ def test_a_float_run_has_totals_and_no_pictures(float_run, tmp_path, capsys):
     (["RUN/recipe.yaml", "quant.bitz=3"], "quant.bitz"),
     (["RUN/recipe.yaml", "--checkpoint", "best"], "--checkpoint best: only a run has checkpoints"),
 ])
-def test_what_cannot_be_inspected_is_one_line_and_exit_code_2(run, tmp_path, capsys, arguments, message):
-    places = {"RUNS": run.parent, "RUN": run}
+def test_inspect_command_returns_exit_code_2_for_invalid_input(run, tmp_path, capsys, arguments, message):
+    paths = {"RUNS": run.parent, "RUN": run}
     for name in ("DAMAGED", "OTHER", "NODATA"):
-        places[name] = tmp_path / name
+        paths[name] = tmp_path / name
         shutil.copytree(run, tmp_path / name)
     for file in (tmp_path / "DAMAGED/checkpoints").glob("*.pt"):
         file.write_bytes(b"PK damaged")
@@ -424,23 +425,23 @@ def test_what_cannot_be_inspected_is_one_line_and_exit_code_2(run, tmp_path, cap
     (tmp_path / "OTHER/recipe.yaml").write_text(recipe.replace("preresnet20_cifar10", "preresnet56_cifar10"))
     (tmp_path / "NODATA/recipe.yaml").write_text(recipe.replace("/digits", "/elsewhere"))
 
-    def settled(text):
-        for name, place in sorted(places.items(), reverse=True):
-            text = text.replace(name, str(place))
+    def with_paths(text):
+        for name, path in sorted(paths.items(), reverse=True):
+            text = text.replace(name, str(path))
         return text
 
-    assert main([settled(each) for each in arguments]) == 2
+    assert main([with_paths(argument) for argument in arguments]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and errors.count("\n") == 1
-    assert settled(message) in errors
+    assert with_paths(message) in errors
 
 
-def test_the_library_part_needs_torch_alone():
+def test_nulsq_inspect_imports_no_package_besides_torch():
     code = ("import sys, torch, nulsq, nulsq.inspect\n"
             "model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))\n"
             "x = torch.randn(8, 4)\n"
             "nulsq.calibrate_(nulsq.quantize_(model), [x])\n"
             "assert 'minmax' in nulsq.inspect.text(nulsq.inspect.report(model, [x]))\n"
             "print(sorted({'omegaconf', 'yaml', 'matplotlib', 'timm', 'torchvision', 'pytorchcv'} & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert process.stdout.strip() == "[]"

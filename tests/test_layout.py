@@ -1,4 +1,4 @@
-"""The house's laws: who may import whom, file sizes, every YAML loads, every command of the README parses."""
+"""Rules of the repository: allowed imports, file sizes, YAML files that load, documented commands that parse."""
 
 import ast
 import importlib
@@ -13,8 +13,8 @@ import pytest
 from nulsq.config import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("nulsq", "tune", "launch", "data_prep", "bench")
-FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+PACKAGES = ("nulsq", "tune", "launch", "data_prep", "bench")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
@@ -38,7 +38,7 @@ def inside(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == package or name.startswith((f"{package}.", f"{package}/")) for package in packages)
 
 
-# Who may import what. docs/architecture.md explains the rules.
+# Which files may import which packages. docs/architecture.md explains the rules.
 ONLY_IN = {
     "ray": ("tune/ray_backend",),
     "ray.job_submission": ("launch", "tune/ray_backend"),
@@ -58,7 +58,7 @@ NEVER_IN = {
     "launch": ("tune", "data_prep", "bench"),
     "data_prep": ("tune", "launch", "bench"),
 }
-# Packages that need little: quantization is a library by itself, the engine runs where there is no torch.
+# Parts with few dependencies: quantization is a library of its own, and the engine runs without torch.
 NEEDS_ONLY = {
     "nulsq/quant": ("torch", "triton", "nulsq.quant", "nulsq.quantizers", "nulsq.errors", "nulsq.text"),
     "nulsq/quantizers": ("torch", "nulsq.quant"),
@@ -71,51 +71,51 @@ NEEDS_ONLY = {
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_import_rules(path):
-    where = path.relative_to(ROOT).as_posix()
+    file = path.relative_to(ROOT).as_posix()
     for name in imports(path):
         package = next((known for known in sorted(ONLY_IN, key=len, reverse=True) if inside(name, (known,))), None)
-        assert package is None or inside(where, ONLY_IN[package]), f"{where} imports {name}"
-        assert not inside(name, NEVER_IN.get(where.partition("/")[0], ())), f"{where} imports {name}"
-        for home, allowed in NEEDS_ONLY.items():
-            if inside(where, (home,)):
+        assert package is None or inside(file, ONLY_IN[package]), f"{file} imports {name}"
+        assert not inside(name, NEVER_IN.get(file.partition("/")[0], ())), f"{file} imports {name}"
+        for part, allowed in NEEDS_ONLY.items():
+            if inside(file, (part,)):
                 assert name.partition(".")[0] in sys.stdlib_module_names or inside(name, allowed), \
-                    f"{where} imports {name}"
+                    f"{file} imports {name}"
 
 
-def test_importing_nulsq_needs_torch_alone():
+def test_nulsq_imports_no_package_besides_torch():
     code = ("import sys, nulsq, torch\n"
             "nulsq.calibrate_(nulsq.quantize_(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))), "
             "[torch.randn(8, 4)])\n"
             "print(sorted({'omegaconf', 'yaml', 'ray', 'ffcv', 'timm', 'torchvision', 'pytorchcv', 'numba'} "
             "& set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert process.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("module", ["nulsq", "nulsq.config.command_line", "nulsq.run.directory", "tune.search",
                                     "tune.status", "tune.ray_backend.trial", "launch.__main__"])
-def test_what_trains_nothing_does_not_wait_for_torch(module):
-    """Nor keep it: the process of a search lives as long as its trials."""
+def test_modules_that_do_not_train_do_not_import_torch(module):
+    """Importing torch is slow, and the process of a search would keep its memory as long as the trials run."""
     code = f"import sys, importlib; importlib.import_module({module!r}); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "False"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert process.stdout.strip() == "False"
 
 
-def test_editors_and_the_interpreter_see_the_same_names():
+def test_type_checking_imports_equal_the_lazily_loaded_names():
     import nulsq
     tree = ast.parse((ROOT / "nulsq/__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    shown = {alias.name: node.module for node in block.body for alias in node.names}
-    assert shown | {"__version__": "nulsq._version"} == {
+    imported = {alias.name: node.module for node in block.body for alias in node.names}
+    assert imported | {"__version__": "nulsq._version"} == {
         name: nulsq._MODULES.get(name, "nulsq._version") for name in nulsq.__all__}
-    for name, module in shown.items():
+    for name, module in imported.items():
         assert getattr(nulsq, name) is getattr(importlib.import_module(module), name)
     assert set(nulsq.__all__) <= set(dir(nulsq))
     with pytest.raises(AttributeError, match="no attribute 'quantise_'"):
         nulsq.quantise_  # noqa: B018
 
 
-def test_every_name_of_an_initializer_has_its_function():
+def test_every_initializer_name_has_a_function():
     from nulsq.quant import settings
     from nulsq.quant.calibration import initial_step as init
     assert ("mse", *init.BY_NAME) == settings.INITIALIZERS  # `mse` is a search, no formula
@@ -132,23 +132,23 @@ def test_every_name_of_an_initializer_has_its_function():
     ("ray", "from tune.search import run; from tune.space import Search; run(Search(name='x'), None, None, None)",
      "search"),
 ])
-def test_what_is_missing_says_which_extra_to_install(missing, code, extra):
-    """Hide one package from a fresh interpreter, use what needs it."""
-    hide = ("import sys, importlib.abc\n"
-            "class Hide(importlib.abc.MetaPathFinder):\n"
-            "    def find_spec(self, name, path=None, target=None):\n"
-            f"        if name.partition('.')[0] == {missing!r}: raise ModuleNotFoundError(name=name)\n"
-            "sys.meta_path.insert(0, Hide())\n"
-            "import importlib.util; real = importlib.util.find_spec\n"
-            f"importlib.util.find_spec = lambda name, *rest: None if name == {missing!r} else real(name, *rest)\n"
-            f"try:\n    exec({code!r})\nexcept Exception as error: print(type(error).__name__, error)\n")
-    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=ROOT)
-    assert f"InputError this needs {missing}" in done.stdout, done.stdout + done.stderr[-500:]
-    assert f"pip install 'nulsq[{extra}]'" in done.stdout
+def test_error_for_a_missing_package_names_the_extra_to_install(missing, code, extra):
+    """Hide one package from a new interpreter and run code that needs it."""
+    program = ("import sys, importlib.abc\n"
+               "class Hide(importlib.abc.MetaPathFinder):\n"
+               "    def find_spec(self, name, path=None, target=None):\n"
+               f"        if name.partition('.')[0] == {missing!r}: raise ModuleNotFoundError(name=name)\n"
+               "sys.meta_path.insert(0, Hide())\n"
+               "import importlib.util; real = importlib.util.find_spec\n"
+               f"importlib.util.find_spec = lambda name, *rest: None if name == {missing!r} else real(name, *rest)\n"
+               f"try:\n    exec({code!r})\nexcept Exception as error: print(type(error).__name__, error)\n")
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert f"InputError this needs {missing}" in process.stdout, process.stdout + process.stderr[-500:]
+    assert f"pip install 'nulsq[{extra}]'" in process.stdout
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_are_short_and_tell_what_they_are(path):
+def test_files_are_short_and_have_docstrings_and_specific_names(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 300
     assert ast.get_docstring(ast.parse(text))
@@ -156,14 +156,14 @@ def test_files_are_short_and_tell_what_they_are(path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/recipes").rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_loads_and_opens_with_its_command(path):
+def test_every_recipe_loads_and_its_header_has_its_command(path):
     load_recipe(path)
     assert re.search(r"^# run: +python -m nulsq\.train " + re.escape(str(path.relative_to(ROOT))), path.read_text(),
                      re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/search").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_search_loads_and_opens_with_its_command(path, monkeypatch):
+def test_every_search_loads_and_its_header_has_its_command(path, monkeypatch):
     from tune.space import load_search
     monkeypatch.chdir(ROOT)
     load_search(path)
@@ -187,7 +187,7 @@ def shell_lines():
 
 @pytest.mark.parametrize("line", shell_lines())
 def test_documented_commands_parse(line, monkeypatch):
-    """Every command in the docs names a module or make target that exists, with arguments that it takes."""
+    """Every command in the docs names an existing module or make target, with arguments that it accepts."""
     from nulsq.config import command_line
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
@@ -223,49 +223,49 @@ def test_documented_commands_parse(line, monkeypatch):
         from data_prep.__main__ import parser
         parser().parse_args(arguments)
     elif module in ("nulsq.evaluate", "nulsq.inspect", "tune.status", "tune.report") or module.startswith("bench."):
-        made = importlib.import_module(f"{module}.__main__" if module in ("nulsq.inspect", "tune.report") else module)
-        made.parser().parse_intermixed_args(arguments)
+        suffix = ".__main__" if module in ("nulsq.inspect", "tune.report") else ""
+        importlib.import_module(module + suffix).parser().parse_intermixed_args(arguments)
     else:
         assert module == "pytest", line
 
 
-def test_the_readmes_python_runs():
+def test_python_code_in_the_readme_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd="/", timeout=300)
-        assert done.returncode == 0, done.stderr
+        process = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd="/", timeout=300)
+        assert process.returncode == 0, process.stderr
 
 
-def test_the_tree_in_the_docs_is_the_tree():
-    """docs/architecture.md has one line for every source file, with words about it, and no other file."""
+def test_tree_in_the_docs_lists_exactly_the_source_files():
+    """docs/architecture.md has one line with a description for every source file, and lists no other file."""
     text = (ROOT / "docs/architecture.md").read_text()
     block = re.search(r"## The tree\n\n```text\n(.*?)```", text, re.DOTALL).group(1)
     listed, folders = set(), {}
     for line in block.splitlines():
-        depth, name, words = re.fullmatch(r"( *)(\S+) *(.*)", line).groups()
-        level = len(depth) // 2
+        indent, name, description = re.fullmatch(r"( *)(\S+) *(.*)", line).groups()
+        level = len(indent) // 2
         path = f"{folders[level - 1]}{name}" if level else name
         if name.endswith("/"):
             folders[level] = path
         else:
             listed.add(path)
-        assert words, f"docs/architecture.md: {path} has no description"
+        assert description, f"docs/architecture.md: {path} has no description"
     suffixes = {".py", ".cpp", ".h", ".sh", ".css", ".js", ".html"}
-    there = {path.relative_to(ROOT).as_posix() for package in ROOMS for path in (ROOT / package).rglob("*")
-             if path.suffix in suffixes and path.name != "__init__.py"}
-    assert listed == there
+    existing = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*")
+                if path.suffix in suffixes and path.name != "__init__.py"}
+    assert listed == existing
 
 
-def test_every_fault_in_the_docs_is_shown_by_a_test_that_is_there():
+def test_every_test_named_in_the_docs_exists():
     named = {name for page in ("reliability", "search", "launch")
              for name in re.findall(r"`(test_\w+)`", (ROOT / f"docs/{page}.md").read_text())}
-    there = {name for path in (ROOT / "tests").glob("test_*.py")
-             for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
-    assert len(named) > 20 and named <= there, named - there
+    existing = {name for path in (ROOT / "tests").glob("test_*.py")
+                for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+    assert len(named) > 20 and named <= existing, named - existing
 
 
-def test_nothing_committed_names_this_machine_or_a_registry():
+def test_committed_files_name_no_local_path_or_registry():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")

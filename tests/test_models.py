@@ -1,6 +1,6 @@
-"""Real architectures of the three libraries: every layer quantized, one step trained, what stays float named.
+"""Architectures of the three model libraries: every layer is quantized, one step trains, the rest is listed as float.
 
-Weights are random, batches of two, images as small as the architecture takes.
+Weights are random, batches have two images, and images are as small as the architecture accepts.
 """
 
 import os
@@ -27,8 +27,8 @@ pytest.importorskip("torchvision")
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = nn.Conv2d | nn.Linear
 
-# Network, classes, image size, bits, weight and activation quantizer. pytorchcv's ImageNet networks end in a pooling
-# of 7x7, which 193 pixels are the least for.
+# Network, classes, image size, bits, weight and activation quantizer. pytorchcv's ImageNet networks end in a 7x7
+# pooling, which needs at least 193 pixels.
 NETWORKS = [
     ("pytorchcv:preresnet20_cifar10", 10, 32, 2, "lsq", "nulsq"),
     ("pytorchcv:preresnet20_cifar100", 100, 32, 2, "nulsq", "nulsq"),
@@ -46,16 +46,16 @@ NETWORKS = [
     ("timm:swin_tiny_patch4_window7_224", 10, 64, 2, "lsq", "nulsq"),
     ("timm:convnext_tiny", 10, 64, 4, "lcq", "lsq"),
 ]
-# What timm does to a fresh network would leave layers without a gradient in one step: last norms of a block that
-# start at zero, whole blocks dropped at random. And a transformer's image size is settled at construction.
-FRESH = {"timm:resnet18": {"zero_init_last": False}, "timm:deit_tiny_patch16_224": {"img_size": 64},
-         "timm:swin_tiny_patch4_window7_224": {"img_size": 64, "drop_path_rate": 0}}
+# Some defaults of timm leave layers without a gradient in the first step: the last norm of a block starts at zero, or
+# whole blocks are dropped at random. The image size of a transformer is fixed at construction.
+TIMM_OPTIONS = {"timm:resnet18": {"zero_init_last": False}, "timm:deit_tiny_patch16_224": {"img_size": 64},
+                "timm:swin_tiny_patch4_window7_224": {"img_size": 64, "drop_path_rate": 0}}
 
 
 def float_network(name, classes):
     torch.manual_seed(0)
-    if name in FRESH:
-        return timm.create_model(name.partition(":")[2], num_classes=classes, **FRESH[name])
+    if name in TIMM_OPTIONS:
+        return timm.create_model(name.partition(":")[2], num_classes=classes, **TIMM_OPTIONS[name])
     return build_model(name, classes)
 
 
@@ -65,26 +65,26 @@ def images(size, seed=0):
 
 @pytest.mark.parametrize(("name", "classes", "size", "bits", "weight", "activation"), NETWORKS,
                          ids=[f"{name}-w{bits}a{bits}" for name, _, _, bits, *_ in NETWORKS])
-def test_every_layer_of_a_network_is_quantized_and_learns(name, classes, size, bits, weight, activation):
+def test_every_layer_is_quantized_and_receives_gradients(name, classes, size, bits, weight, activation):
     model = float_network(name, classes)
-    wanted = [where for where, module in model.named_modules() if isinstance(module, LAYERS)]
+    expected = [path for path, module in model.named_modules() if isinstance(module, LAYERS)]
     policy = nulsq.Policy(bits=bits, weight=nulsq.SideRule(weight), activation=nulsq.SideRule(activation))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing stays float, nothing is clipped to zero
         nulsq.quantize_(model, policy)
         nulsq.calibrate_(model, [images(size)])
-    layers = {where: module for where, module in model.named_modules() if isinstance(module, QuantizedLayer)}
-    assert list(layers) == wanted
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    assert list(layers) == expected
     assert all(layer.weight_quantizer and layer.activation_quantizer for layer in layers.values())
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     nulsq.follow_step_(optimizer, model)
     F.cross_entropy(model.train()(images(size, seed=1)), torch.tensor([0, 1])).backward()
-    for where, module in model.named_modules():
+    for path, module in model.named_modules():
         gradients = [parameter.grad for parameter in module.parameters(recurse=False)]
         if isinstance(module, nulsq.Quantizer | LAYERS) and gradients:
-            assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients), where
-            assert any(gradient.any() for gradient in gradients), where
+            assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients), path
+            assert any(gradient.any() for gradient in gradients), path
     optimizer.step()
     assert all(value.isfinite().all() for value in model.parameters())
 
@@ -93,7 +93,7 @@ def test_every_layer_of_a_network_is_quantized_and_learns(name, classes, size, b
     assert logits.shape == (2, classes) and logits.isfinite().all()
 
 
-def test_linear_bottlenecks_and_layer_norms_get_signed_activations():
+def test_activations_after_linear_bottlenecks_and_layer_norms_are_signed():
     mobile = nulsq.calibrate_(nulsq.quantize_(float_network("timm:mobilenetv2_100", 10)), [images(64)])
     assert mobile.blocks[1][1].conv_pw.activation_quantizer.signed  # the block before ends without an activation
     assert not mobile.blocks[1][1].conv_dw.activation_quantizer.signed  # after a ReLU6
@@ -115,7 +115,7 @@ def test_linear_bottlenecks_and_layer_norms_get_signed_activations():
     ("timm:convnext_tiny", ["stays float: 5 x LayerNorm2d, 18 x LayerNorm, 18 x gamma of ConvNeXtBlock"]),
     ("pytorchcv:preresnet20_cifar10", ["stays float: 19 x BatchNorm2d"]),
 ])
-def test_the_summary_lists_what_stays_float(name, lines):
+def test_summary_lists_parameters_and_products_that_stay_float(name, lines):
     text = nulsq.summary(nulsq.quantize_(float_network(name, 10)))
     assert [line for line in text.splitlines() if line.startswith("stays float")] == lines
 
@@ -141,7 +141,7 @@ def test_convolutions_that_pad_or_standardize_are_quantized_with_that_kept(name,
     assert float((actual - expected).norm() / expected.norm()) < 0.1
 
 
-def test_torchs_attention_stays_float_and_is_named():
+def test_multihead_attention_of_torch_stays_float_with_a_warning():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), nn.TransformerEncoderLayer(16, 2, 32))
     with pytest.warns(UserWarning, match=r"not quantized.*: 2.self_attn.out_proj"):
         nulsq.quantize_(model)
@@ -152,8 +152,8 @@ def test_torchs_attention_stays_float_and_is_named():
         assert part in text
 
 
-def test_a_weight_that_a_network_takes_without_calling_its_layer_is_an_error_of_calibration():
-    """torchvision's Swin does so. With a rule that leaves these layers float the network works."""
+def test_calibration_rejects_a_layer_whose_weight_is_used_without_calling_it():
+    """torchvision's Swin has such layers; with a rule that leaves them float, calibration succeeds."""
     with pytest.raises(ValueError, match="features.1.0.attn.qkv"):
         nulsq.calibrate_(nulsq.quantize_(build_model("torchvision:swin_t", 10)), [images(64)])
     rules = {"attention": nulsq.LayerRule(["*.attn.qkv", "*.attn.proj"], quantizer="fp")}
@@ -164,29 +164,29 @@ def test_a_weight_that_a_network_takes_without_calling_its_layer_is_an_error_of_
 # ---- published weights
 
 
-def offline(code, home):
-    """Run code in a fresh interpreter with empty caches and without any network."""
-    cut = ("import socket, sys\n"
-           "def refuse(*args, **kwargs): raise socket.gaierror(-2, 'Name or service not known')\n"
-           "socket.getaddrinfo = socket.socket.connect = refuse\n")
+def run_offline(code, home):
+    """Run code in a new interpreter with empty caches and without network access."""
+    block_network = ("import socket, sys\n"
+                     "def refuse(*args, **kwargs): raise socket.gaierror(-2, 'Name or service not known')\n"
+                     "socket.getaddrinfo = socket.socket.connect = refuse\n")
     environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     environment |= {"HOME": str(home), "TORCH_HOME": str(home / "torch"), "HF_HOME": str(home / "hf")}
     for key in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_ENDPOINT", "XDG_CACHE_HOME"):
         environment.pop(key, None)
-    return subprocess.run([sys.executable, "-c", cut + code], cwd=ROOT, env=environment, capture_output=True,
+    return subprocess.run([sys.executable, "-c", block_network + code], cwd=ROOT, env=environment, capture_output=True,
                           text=True, timeout=120)
 
 
-def test_published_weights_without_a_network_are_one_line_for_each_library(tmp_path):
+def test_unreachable_published_weights_give_a_one_line_error_for_each_library(tmp_path):
     code = """
 from nulsq.models.libraries import build_model
 for name, classes in (("pytorchcv:preresnet20_cifar10", 10), ("torchvision:resnet18", 1000), ("timm:resnet18", 1000)):
     try: build_model(name, classes, pretrained=True)
     except ValueError as error: print(type(error).__name__, error)
 """
-    done = offline(code, tmp_path)
-    assert "etrying" not in done.stderr  # no library waited and tried again
-    assert done.stdout.splitlines() == [
+    process = run_offline(code, tmp_path)
+    assert "etrying" not in process.stderr  # no library retried
+    assert process.stdout.splitlines() == [
         f"InputError model.pretrained: no published weights of {name} with {classes} classes are cached or reachable "
         f"({server} does not answer); give a file with model.init_from"
         for name, classes, server in (("pytorchcv:preresnet20_cifar10", 10, "github.com"),
@@ -194,8 +194,8 @@ for name, classes in (("pytorchcv:preresnet20_cifar10", 10), ("torchvision:resne
                                       ("timm:resnet18", 1000, "huggingface.co"))]
 
 
-def test_published_weights_in_the_cache_need_no_network(tmp_path):
-    """The caches of torch.hub and the Hugging Face hub as the libraries write them, with weights of our own."""
+def test_cached_published_weights_load_without_network_access(tmp_path):
+    """The caches of torch.hub and the Hugging Face hub have the layout of the libraries, with random weights."""
     from safetensors.torch import save_file
     from torchvision.models import ResNet18_Weights, resnet18
     torch.manual_seed(1)
@@ -211,19 +211,20 @@ def test_published_weights_in_the_cache_need_no_network(tmp_path):
     code = f"""
 import torch
 from nulsq.models.libraries import build_model
-wanted = torch.load({str(tmp_path / 'conv1.pth')!r})
+expected = torch.load({str(tmp_path / 'conv1.pth')!r})
 for name, classes in (("torchvision:resnet18", 1000), ("timm:resnet18", 1000), ("timm:resnet18", 10)):
     model = build_model(name, classes, pretrained=True)
-    print(name, torch.equal(model.conv1.weight, wanted), model.fc.out_features)
+    print(name, torch.equal(model.conv1.weight, expected), model.fc.out_features)
 """
-    done = offline(code, tmp_path)
-    assert done.stdout.splitlines() == ["torchvision:resnet18 True 1000", "timm:resnet18 True 1000",
-                                        "timm:resnet18 True 10"], done.stderr
-    assert "UserWarning: the published weights of timm:resnet18 have 1000 classes, this network has 10" in done.stderr
-    assert done.stderr.count("UserWarning") == 1
+    process = run_offline(code, tmp_path)
+    assert process.stdout.splitlines() == ["torchvision:resnet18 True 1000", "timm:resnet18 True 1000",
+                                           "timm:resnet18 True 10"], process.stderr
+    warning = "UserWarning: the published weights of timm:resnet18 have 1000 classes, this network has 10"
+    assert warning in process.stderr
+    assert process.stderr.count("UserWarning") == 1
 
 
-def test_an_unknown_tag_of_published_weights_names_the_near_ones():
+def test_error_for_unknown_tag_of_published_weights_suggests_similar_tags():
     with pytest.raises(ValueError, match="timm has no such network. Did you mean .*resnet18.a1_in1k"):
         build_model("timm:resnet18.a1_in1", 10)
 
@@ -231,9 +232,9 @@ def test_an_unknown_tag_of_published_weights_names_the_near_ones():
 # ---- from the recipe
 
 
-def test_the_recipes_policy_and_shares_reach_the_quantizers():
+def test_quantizers_get_bits_and_batch_shards_of_the_recipe():
     recipe = load(Recipe, None, ["model.name=torchvision:resnet18", "quant.preset=none", "quant.bits=3"])
     model = build_network(recipe, 10, batch_shards=6)
-    found = nulsq.quantizers_of(model)
-    assert {(quantizer.bits, quantizer.batch_shards) for quantizer in found} == {(3, 6)}
+    quantizers = nulsq.quantizers_of(model)
+    assert {(quantizer.bits, quantizer.batch_shards) for quantizer in quantizers} == {(3, 6)}
     assert build_network(recipe, 10).conv1.weight_quantizer.batch_shards == 1
