@@ -93,7 +93,7 @@ def cost_of(model: nn.Module, image: Tensor) -> Cost:
 
     def count(name: str) -> Callable[..., None]:
         def hook(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            inputs[name] += next(iter((*args, *kwargs.values()))).numel()
+            inputs[name] += (*args, *kwargs.values())[0].numel()
             macs[name] += output.numel() * layer.weight[0].numel()
         return hook
 

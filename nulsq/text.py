@@ -1,4 +1,4 @@
-"""Text for people: durations, aligned columns, Markdown tables."""
+"""Text for people: durations, lists of names, aligned columns, Markdown tables."""
 
 from collections.abc import Collection, Sequence
 
@@ -19,6 +19,12 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] | None = None) 
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) if left is None or i in left else cell.rjust(width)
                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+
+
+def shortened(names: Sequence[str], count: int = 3) -> str:
+    """The first names; five at a count of three: a, b, c and 2 more"""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f"{', '.join(names[:count])}{more}"
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -95,37 +95,35 @@ class QuantizedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the float layer's class: the quantized class may have been made at run time."""
-        if type(self) is not quantized_class(self.float_class, "forward_of_instance" in self.__dict__):
+        key = self.float_class, "forward_of_instance" in self.__dict__
+        if type(self) is not quantized_class(*key):
             return super().__reduce_ex__(protocol)  # torch.nn.utils.parametrize changed the class afterwards
-        return _new_layer, (self.float_class, "forward_of_instance" in self.__dict__), self.__dict__.copy()
+        return _new_layer, key, self.__dict__.copy()
 
 
-class QuantConv1d(QuantizedLayer, nn.Conv1d):
+class _QuantizedConvolution(QuantizedLayer):
+    """The forward of both convolutions."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return call_as_leaf(self, input)
+        input, weight = self.quantized(input, self.weight)
+        with requantized(input):
+            return cast(Any, self)._conv_forward(input, weight, self.bias)
+
+
+class QuantConv1d(_QuantizedConvolution, nn.Conv1d):
     """A convolution with quantized weight [out, in/groups, k] and input [batch, in, length]."""
 
     float_class = nn.Conv1d
     channel_dimension = -2
 
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return call_as_leaf(self, input)
-        input, weight = self.quantized(input, self.weight)
-        with requantized(input):
-            return self._conv_forward(input, weight, self.bias)
 
-
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
+class QuantConv2d(_QuantizedConvolution, nn.Conv2d):
     """A convolution with quantized weight [out, in/groups, kh, kw] and input [batch, in, h, w]."""
 
     float_class = nn.Conv2d
     channel_dimension = -3
-
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return call_as_leaf(self, input)
-        input, weight = self.quantized(input, self.weight)
-        with requantized(input):
-            return self._conv_forward(input, weight, self.bias)
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -207,13 +205,16 @@ def reason_not_quantizable(layer: nn.Module) -> str | None:
     if any(isinstance(parameter, nn.UninitializedParameter) for parameter in layer.parameters(recurse=False)):
         return "its shape is not known yet: run one batch through the model first"
     try:
-        same = quantized_class(type(layer), "forward" in layer.__dict__)
-        if issubclass(same, USUAL):
-            return None
-        product_operands(layer, layer.forward)
+        if not issubclass(quantized_class(type(layer), "forward" in layer.__dict__), USUAL):
+            product_operands(layer, layer.forward)
     except Exception as error:  # whatever the layer's own code raises
         return f"its forward does not call exactly one convolution or linear operation: {error}"
     return None
+
+
+def weight_parameter(layer: nn.Module) -> nn.Parameter | None:
+    """The layer's own parameter `weight`; None if the weight is computed from other parameters."""
+    return dict(layer.named_parameters(recurse=False)).get("weight")
 
 
 def call_as_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -4,6 +4,7 @@ Such a forward pads its input, transforms its weight or both, then calls `F.conv
 `TorchFunctionMode` sees that call with its operands. torch.compile and torch.export trace through the mode.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,14 +28,13 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in PRODUCTS:
-            return func(*args, **kwargs)
-        operands, rest = _split(args, kwargs)
-        x, weight = self.change(*operands)
-        with requantized(x):
-            return func(x, weight, *rest, **{key: value for key, value in kwargs.items()
-                                             if key not in ("input", "weight")})
+        call = functools.partial(self._product, func) if func in PRODUCTS else func
+        return call(*args, **(kwargs or {}))
+
+    def _product(self, func: Callable[..., Any], input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:
+        input, weight = self.change(input, weight)
+        with requantized(input):
+            return func(input, weight, *rest, **options)
 
 
 def product_operands(layer: nn.Module, forward: Callable[..., Any]) -> Operands:
@@ -61,9 +61,3 @@ def _smallest_input(layer: Any) -> Tensor:
         return torch.zeros(1, layer.in_features, dtype=weight.dtype, device=weight.device)
     size = [dilation * (kernel - 1) + 1 for kernel, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
     return torch.zeros(1, layer.in_channels, *size, dtype=weight.dtype, device=weight.device)
-
-
-def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[Operands, tuple]:
-    """Input and weight of a product's arguments, and the other positional ones."""
-    values = [*args[:2], *(kwargs[key] for key in ("input", "weight") if key in kwargs)]
-    return (values[0], values[1]), args[2:]

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nulsq.quant.base import Quantizer
 from nulsq.quant.state import project_
+from nulsq.text import shortened
 
 
 def quantizers_of(model: nn.Module) -> list[Quantizer]:
@@ -57,8 +58,7 @@ def _require_learned(model: nn.Module, optimizers: tuple[Optimizer, ...]) -> Non
     missing = [f"{name}.{key}" for name, quantizer in quantizers for key, p in quantizer.named_parameters(recurse=False)
                if p.requires_grad and id(p) not in owned]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"follow_step_: no optimizer has {', '.join(missing[:3])}{more}, so these steps would not "
+        raise ValueError(f"follow_step_: no optimizer has {shortened(missing)}, so these steps would not "
                          "learn. Build the optimizers after quantize_, pass all of them to follow_step_, or set "
                          "learn_scale: false")
 

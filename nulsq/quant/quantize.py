@@ -7,10 +7,11 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from nulsq.quant.base import Quantizer
-from nulsq.quant.layers import LAYERS, QuantizedLayer, quantize_layer_, reason_not_quantizable
+from nulsq.quant.layers import LAYERS, QuantizedLayer, quantize_layer_, reason_not_quantizable, weight_parameter
 from nulsq.quant.policy import resolve
 from nulsq.quant.registry import get_quantizer
 from nulsq.quant.settings import FLOAT, Policy, SideRule
+from nulsq.text import shortened
 
 
 def quantize_(model: nn.Module, policy: Policy | None = None, *, batch_shards: int = 1) -> nn.Module:
@@ -37,7 +38,7 @@ def quantize_(model: nn.Module, policy: Policy | None = None, *, batch_shards: i
     quantizers: dict[str, tuple[Quantizer | None, Quantizer | None, str]] = {}
     for name, (weight, activation) in plan.items():
         layer: Any = model.get_submodule(name)
-        parameter = dict(layer.named_parameters(recurse=False)).get("weight")
+        parameter = weight_parameter(layer)
         if parameter is not None and id(parameter) in of_weights:
             other, rule, of_weight = of_weights[id(parameter)]
             if rule != weight:
@@ -51,8 +52,8 @@ def quantize_(model: nn.Module, policy: Policy | None = None, *, batch_shards: i
         if of_weight is not None or of_activation is not None:
             published = "none" if of_weight is None else of_weight.normalization
             quantizers[name] = of_weight, of_activation, weight.normalization or published
-    not_quantized = [f"{name} ({type(module).__name__}: {reason})" for name, module in model.named_modules()
-                     if isinstance(module, LAYERS) and (reason := reason_not_quantizable(module))]
+    not_quantized = [f"{name} ({type(module).__name__}: {reason_not_quantizable(module)})"
+                     for name, module in model.named_modules() if isinstance(module, LAYERS) and name not in plan]
     # The model is unchanged up to here, so an error above leaves it as it was.
     for name, sides in quantizers.items():
         layer = model.get_submodule(name)
@@ -63,8 +64,7 @@ def quantize_(model: nn.Module, policy: Policy | None = None, *, batch_shards: i
             quantizer.to(device).train(layer.training)
     _avoid_fused_transformer(model)
     if quantizers and not_quantized:
-        more = f" and {len(not_quantized) - 3} more" if len(not_quantized) > 3 else ""
-        warnings.warn(f"not quantized: {', '.join(not_quantized[:3])}{more}", stacklevel=2)
+        warnings.warn(f"not quantized: {shortened(not_quantized)}", stacklevel=2)
     return model
 
 

@@ -21,6 +21,7 @@ from nulsq.quant.calibration.batches import images_of
 from nulsq.quant.calibration.statistics import BatchStatistics, Statistics
 from nulsq.quant.layers import QuantizedLayer
 from nulsq.quant.modes import in_evaluation
+from nulsq.text import shortened
 
 PROTOCOLS = ("float", "reference")
 QuantLayers = dict[str, QuantizedLayer]  # by module name
@@ -120,7 +121,7 @@ def _run_in_training(model: nn.Module, x: Tensor, layers: QuantLayers,
             model.train()
             model(x)
     except Exception as error:  # whatever the network's own code raises
-        raise ValueError(f"calibrate_: {', '.join(sorted(names)[:3])} are not called in evaluation mode, and the model "
+        raise ValueError(f"calibrate_: {shortened(sorted(names))} are not called in evaluation mode, and the model "
                          f"fails in training mode: {error}") from error
     finally:
         model.eval()
@@ -133,9 +134,8 @@ def _run_in_training(model: nn.Module, x: Tensor, layers: QuantLayers,
 def _require_reached(layers: QuantLayers, reached: set[str]) -> None:
     missing = [name for name in layers if name not in reached]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"calibrate_: the network never calls {', '.join(missing[:3])}{more}. If it uses their "
-                         "weights without calling the layers, leave them float: a rule with quantizer: fp")
+        raise ValueError(f"calibrate_: the network never calls {shortened(missing)}. If it uses their weights without "
+                         "calling the layers, leave them float: a rule with quantizer: fp")
 
 
 def _initialize_batch_norm(model: nn.Module, inputs: Iterable[Tensor]) -> Iterable[Tensor]:
