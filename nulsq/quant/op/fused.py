@@ -12,9 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from nulsq.quant.op.inductor import operator
-from nulsq.quant.op.kernels import AFFINE_FIELDS, KERNELS, TABLE_FIELDS, in_argument_order, table_and_affine
+from nulsq.quant.op.kernels import (
+    AFFINE_FIELDS,
+    KERNELS,
+    TABLE_FIELDS,
+    differentiable_gradients,
+    in_argument_order,
+    table_and_affine,
+)
 from nulsq.quant.op.reference import Affine, Rule, Table, without_unused_sums
-from nulsq.quant.op.reference import gradients as reference_gradients
 
 
 def fused(x: Tensor, table: Table, rule: Rule, affine: Affine | None = None) -> Tensor:
@@ -40,24 +46,10 @@ class Fused(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         rule = without_unused_sums(ctx.rule, ctx.needs_input_grad[:TABLE_FIELDS + 1])
         table, affine = table_and_affine(tensors)
-        if torch.is_grad_enabled():
-            return differentiable_gradients(x, grad_output, table, rule, affine)
-        gradients = KERNELS[x.device.type].gradients(x, grad_output, table, rule, affine)
+        gradients_of = differentiable_gradients if torch.is_grad_enabled() else KERNELS[x.device.type].gradients
+        gradients = gradients_of(x, grad_output, table, rule, affine)
         grad_input, *rest = in_argument_order(gradients, affine)
         return grad_input, *rest[:TABLE_FIELDS], None, *rest[TABLE_FIELDS:]
-
-
-def differentiable_gradients(x: Tensor, grad_output: Tensor, table: Table, rule: Rule,
-                             affine: Affine | None) -> tuple[Tensor | None, ...]:
-    """The gradients of `Fused` in plain PyTorch, for a backward pass with create_graph=True.
-
-    A kernel's results have no gradient, so second derivatives would be zero or wrong.
-    """
-    if affine is not None:
-        raise RuntimeError("this model is folded, and a folded batch norm has no second derivative: call "
-                           "nulsq.unfold_(model) before a backward pass with create_graph=True")
-    grad_input, grad_gaps, grad_offset, grad_slope = reference_gradients(x, grad_output, table, rule)
-    return grad_input, grad_gaps, None, None, grad_offset, grad_slope, None, *(None,) * AFFINE_FIELDS
 
 
 def _quantize(x: Tensor, tensors: tuple[Tensor | None, ...] | list[Tensor], rule: Rule) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from nulsq.quant.op import reference
-from nulsq.quant.op.kernels import AFFINE_FIELDS, KERNELS, TABLE_FIELDS, in_argument_order, table_and_affine
+from nulsq.quant.op.kernels import KERNELS, TABLE_FIELDS, differentiable_gradients, in_argument_order, table_and_affine
 from nulsq.quant.op.layout import dense, gradient_buffers
 from nulsq.quant.op.reference import Affine, Rule, Table, compute_dtype, without_unused_sums
 
@@ -117,11 +117,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     rule = without_unused_sums(ctx.rule, ctx.needs_input_grad[:TABLE_FIELDS + 1])
     table, affine = table_and_affine(tensors)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: a kernel has no derivative
-        if affine is not None:
-            raise RuntimeError("a folded batch norm has no second derivative: call nulsq.unfold_(model) first")
-        grad_input, grad_gaps, *rest = reference.gradients(x, grad_output, table, rule)
-        return grad_input, grad_gaps, None, None, *rest, *(None,) * (RULE_FIELDS + AFFINE_FIELDS)
-    if affine is None:
+        gradients = differentiable_gradients(x, grad_output, table, rule, affine)
+    elif affine is None:
         small = (x.device.type == "cpu" and len(rule.ties_up) <= SMALL_THRESHOLDS and rule.reduction != "per_cell"
                  and statically_known_true(x.numel() < SMALL_ELEMENTS))
         gradients_of = torch.ops.nulsq.gradients_inline if small else torch.ops.nulsq.gradients

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nulsq.quant.op import reference
 from nulsq.quant.op.cpu import kernel as cpu
 from nulsq.quant.op.gpu import kernel as gpu
 from nulsq.quant.op.reference import Affine, Rule, Table
@@ -34,6 +35,19 @@ def table_and_affine(tensors: Sequence[Tensor | None]) -> tuple[Table, Affine | 
     """The table and the affine map (None if it is absent) from the tensors of both, in order."""
     table, affine = Table._make(tensors[:TABLE_FIELDS]), tensors[TABLE_FIELDS:]
     return table, Affine._make((*affine, None)[:AFFINE_FIELDS]) if affine and affine[0] is not None else None
+
+
+def differentiable_gradients(x: Tensor, grad_output: Tensor, table: Table, rule: Rule,
+                             affine: Affine | None) -> tuple[Tensor | None, ...]:
+    """A kernel's gradients in plain PyTorch, for a backward pass with create_graph=True.
+
+    A kernel's results have no gradient, so second derivatives would be zero or wrong. Raises RuntimeError after an
+    affine map, for which there is no plain form.
+    """
+    if affine is not None:
+        raise RuntimeError("this model is folded, and a folded batch norm has no second derivative: call "
+                           "nulsq.unfold_(model) before a backward pass with create_graph=True")
+    return reference.gradients(x, grad_output, table, rule)
 
 
 def in_argument_order(gradients: Sequence[Tensor | None], affine: Affine | None) -> tuple[Tensor | None, ...]:
