@@ -161,6 +161,11 @@ class Quantizer(QuantizerState):
         self.prepare_()
         return self.thresholds_of(self.table())
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there are parameters to initialize (MinMax has none)."""
+        return any(True for _ in self.parameters())
+
     def set_range_(self, x: Tensor) -> None:
         """Make `levels` those of this tensor, where they depend on each tensor ("dynamic" MinMax)."""
 
@@ -208,13 +213,13 @@ class Quantizer(QuantizerState):
 
         Args:
             statistics: per channel ([C]) where the quantizer has `channels`, else per tensor ([]).
-            init: None takes the quantizer's own; without one, `mse`.
+            init: None takes the quantizer's own; without one, that of the statistics.
 
         Raises:
             ValueError: negative values at fewer bits than a signed grid needs; for `mse`, statistics without a
                 histogram or values that exceed its range.
         """
-        init = init or self.init or "mse"
+        init = init or self.init or statistics.default_init
         histogram = statistics.histogram
         signed = bool((statistics.low < 0).any()) if self.configured_sign is None else self.configured_sign
         if signed and self.bits < self.smallest_bits:
@@ -223,7 +228,7 @@ class Quantizer(QuantizerState):
         self.set_sign_(signed)
         if init != "mse":
             self.set_steps_(initial_step(init, statistics, self.level_range[1], self.role, signed).to(torch.float32))
-        elif any(True for _ in self.parameters()):
+        elif self.has_steps:
             if histogram is None:
                 raise ValueError("init = mse needs statistics with a histogram, but these were made without")
             if statistics.largest.max() >= LARGEST:
@@ -232,7 +237,8 @@ class Quantizer(QuantizerState):
             self.set_steps_(step.to(torch.float32))
             if self.free_levels:
                 start = self.levels_of(self.table())
-                self.set_levels_(lloyd_max(histogram, start, -self.level_range[0]).to(torch.float32))
+                self.set_levels_(lloyd_max(histogram, statistics.square, start,
+                                           -self.level_range[0]).to(torch.float32))
         project_([self])
         self.mark_calibrated_()
 

@@ -55,9 +55,10 @@ def calibrate_(model: nn.Module, batches: Iterable, protocol: str = "float") -> 
 
 
 def _in_float(model: nn.Module, layers: QuantLayers, inputs: Iterable[Tensor], device: torch.device) -> None:
-    for layer in layers.values():
-        if layer.weight_quantizer is not None:
-            layer.weight_quantizer.reset_(_statistics(Statistics, layer.weight_quantizer, layer.normalized_weight()[0]))
+    # Once for each quantizer: layers that share a weight share it.
+    for quantizer, layer in {layer.weight_quantizer: layer for layer in layers.values()}.items():
+        if quantizer is not None:
+            quantizer.reset_(_statistics(Statistics, quantizer, layer.normalized_weight()[0]))
     of_inputs: dict[str, Statistics] = {}
     reached: set[str] = set()
     only_in_training: set[str] = set()  # auxiliary heads
@@ -214,8 +215,7 @@ def _layer_by_layer(model: nn.Module, layers: QuantLayers, inputs: Iterable[Tens
 
 
 def _statistics(statistics: type[Statistics], quantizer: Quantizer, x: Tensor) -> Statistics:
-    learned = any(True for _ in quantizer.parameters())
-    histogram = learned and (quantizer.init or ("mse" if statistics is Statistics else "nmse")) == "mse"
+    histogram = quantizer.has_steps and (quantizer.init or statistics.default_init) == "mse"
     return statistics.of(x, per_channel=quantizer.channels is not None, histogram=histogram)
 
 
@@ -227,7 +227,7 @@ def keep_larger_(quantizer: Quantizer, statistics: Statistics) -> None:
     before = [value.clone() for value in values()] if quantizer.calibrated else None
     if quantizer.calibrated and quantizer.signed:  # an earlier batch had negative values: it stays signed
         statistics.low = statistics.low.clamp(max=-torch.finfo(torch.float32).tiny)
-    quantizer.reset_(statistics, quantizer.init or "nmse")
+    quantizer.reset_(statistics)
     if before is not None:
         for value, old in zip(values(), before, strict=True):
             value.copy_(torch.maximum(value, old))

@@ -42,23 +42,13 @@ class Histogram:
 
         Where a threshold lies inside a bin, the values of the bin are assumed to be spread evenly.
         """
-        thresholds = thresholds.to(torch.float64).cpu()
-        at = _bin_numbers(thresholds)
-        inner, width = _bin_of(thresholds.abs())
-        outer = inner + width
-        size = thresholds.abs()
-        share = (size - inner) / width  # of the bin's count, from the end next to zero
-        weighted = (size.square() - inner.square()) / (outer.square() - inner.square())  # of the bin's sum
-        zero = at == SIDE
-        inside = (thresholds + 2.0**LOWEST) / 2.0 ** (LOWEST + 1)  # of the bin around zero
-        below = thresholds < 0
-        share, weighted = (torch.where(zero, inside, torch.where(below, 1 - part, part)).clamp(0, 1)
-                           for part in (share, weighted))
-        return (_between(self.count, self._below[0], at, share), _between(self.total, self._below[1], at, weighted))
-
-    def square(self) -> Tensor:
-        """Sum of x^2, as if all values of a bin were their mean: [] or [C]."""
-        return (self.total.square() / self.count.clamp(min=1)).sum(-1)
+        ends, thresholds = _bin_ends(), thresholds.to(torch.float64).cpu()
+        at = _bin_numbers(thresholds)  # a search among the ends would take most of the time
+        left, right = ends[at], ends[at + 1]
+        inside = thresholds.clamp(left, right)
+        share = (inside - left) / (right - left)  # of the count; `weighted` is the share of the sum
+        weighted = torch.where(at == SIDE, share, (inside.square() - left.square()) / (right.square() - left.square()))
+        return _between(self.count, self._below[0], at, share), _between(self.total, self._below[1], at, weighted)
 
     @functools.cached_property
     def _below(self) -> tuple[Tensor, Tensor]:
@@ -87,9 +77,9 @@ def _bin_numbers(x: Tensor) -> Tensor:
     return SIDE + torch.where(x < 0, -number, number)
 
 
-def _bin_of(size: Tensor) -> tuple[Tensor, Tensor]:
-    """The end next to zero, and the width, of the bin of each positive value."""
-    fraction, exponent = torch.frexp(size)
-    exponent = exponent.clamp(LOWEST + 1, HIGHEST) - 1
-    width = torch.ldexp(torch.full_like(size, 1 / PER_OCTAVE), exponent)
-    return torch.ldexp(torch.ones_like(size), exponent) + ((fraction - 0.5) * (2 * PER_OCTAVE)).floor() * width, width
+@functools.cache
+def _bin_ends() -> Tensor:
+    """The BINS + 1 ends of the bins, ascending."""
+    steps = 1 + torch.arange(PER_OCTAVE, dtype=torch.float64) / PER_OCTAVE
+    positive = torch.cat([2.0**octave * steps for octave in range(LOWEST, HIGHEST)] + [2.0**HIGHEST * steps[:1]])
+    return torch.cat([-positive.flip(0), positive])

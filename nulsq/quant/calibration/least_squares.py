@@ -26,7 +26,11 @@ ITERATIONS, LEAST_GAIN = 1000, 1e-6  # Lloyd's iteration ends where it lowers th
 @torch.no_grad()
 def error(histogram: Histogram, levels: Tensor, thresholds: Tensor) -> Tensor:
     """Sum of (x - Q(x))^2 over the histogram minus the sum of x^2, a constant of the data: [] or [C], float64."""
-    count, total = histogram.cells(thresholds)
+    return _error(levels, *histogram.cells(thresholds))
+
+
+def _error(levels: Tensor, count: Tensor, total: Tensor) -> Tensor:
+    """The same from count and sum of the values on each level."""
     levels = levels.to(total)
     return (levels.square() * count - 2 * levels * total).sum(-1)
 
@@ -51,17 +55,16 @@ def best_step(quantizer: "Quantizer", histogram: Histogram, largest: Tensor) -> 
 
 
 @torch.no_grad()
-def lloyd_max(histogram: Histogram, levels: Tensor, zero: int) -> Tensor:
+def lloyd_max(histogram: Histogram, square: Tensor, levels: Tensor, zero: int) -> Tensor:
     """Levels of least squared error, [L] or [C, L] float64, from ascending `levels`; the level at index `zero` is 0.
 
-    A level without values does not move.
+    square: sum of x^2, [] or [C] float64. A level without values does not move.
     """
     levels = levels.to(histogram.total)  # float64, on the histogram's device
-    scale = histogram.square().clamp(min=torch.finfo(torch.float64).tiny)  # of the error: sum of x^2
     before = None
     for _ in range(ITERATIONS):
         count, total = histogram.cells((levels[..., :-1] + levels[..., 1:]) / 2)
-        now = 1 + (levels.square() * count - 2 * levels * total).sum(-1) / scale  # relative squared error
+        now = square + _error(levels, count, total)
         if before is not None and (before - now <= LEAST_GAIN * now).all():
             break
         before = now

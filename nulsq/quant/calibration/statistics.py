@@ -5,7 +5,7 @@ numbers of one process. Sums are in float64, so that their order does not change
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ class Statistics:
     low: Tensor
     high: Tensor
     histogram: Histogram | None = None
+    default_init: ClassVar[str] = "mse"  # of a quantizer that names no initializer
 
     @classmethod
     def of(cls, x: Tensor, *, per_channel: bool = False, histogram: bool = True) -> "Statistics":
@@ -96,6 +97,7 @@ class BatchStatistics(Statistics):
     """
 
     x: Tensor
+    default_init = "nmse"
 
     @classmethod
     def of(cls, x: Tensor, *, per_channel: bool = False, histogram: bool = True) -> "BatchStatistics":
