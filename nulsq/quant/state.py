@@ -14,6 +14,7 @@ only if they were written since the last projection, for example by an optimizer
 
 import zlib
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any, Self
 
 import torch
@@ -91,16 +92,12 @@ class QuantizerState(nn.Module):
         """Follow the buffer `sign` where it was written since it was read."""
         sign = self.sign
         # Fake tensors of a tracer and tensors on meta have no value: what was read before stays valid.
-        if (torch.compiler.is_compiling() or torch.jit.is_tracing() or type(sign) is not Tensor
-                or sign.is_meta):
+        if _is_traced() or type(sign) is not Tensor or sign.is_meta:
             return
-        if sign.is_inference() or self._sign_read is None or self._sign_read[0] is not sign \
-                or self._sign_read[1] != sign._version:
-            if under_transform():  # a tensor of a transform has no value; the next plain call reads it
-                return
-            value = int(sign)
-            self._calibrated = value in (0, 1)  # memory that was never written may hold anything
-            self._signed = bool(value) if self._calibrated else self.configured_sign
+        if _is_new(sign, self._sign_read) and not under_transform():  # the next call outside of a transform reads it
+            signed = _sign_of(sign)
+            self._calibrated = signed is not None
+            self._signed = self.configured_sign if signed is None else signed
             self._sign_read = _version_of(sign)
 
     def prepare_(self) -> None:
@@ -108,15 +105,12 @@ class QuantizerState(nn.Module):
         if not self.calibrated:
             raise RuntimeError(f"this {self.name()} {self.role} quantizer has no step sizes yet: "
                                "call nulsq.calibrate_(model, batches) or load a state dict first")
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or under_transform():
+        if _is_traced() or under_transform():
             return
-        for number, parameter in enumerate(self.positive_parameters()):
-            # A tensor in the place of a parameter, with a gradient of its own, is the caller's (torch.func).
-            if parameter.grad_fn is None and not parameter.is_inference() and (
-                    number >= len(self._projected) or self._projected[number][0] is not parameter
-                    or self._projected[number][1] != parameter._version):
-                project_([self])
-                return
+        # A tensor with a gradient function in the place of a parameter is the caller's (torch.func.functional_call).
+        if any(parameter.grad_fn is None and not parameter.is_inference() and _is_new(parameter, projected)
+               for parameter, projected in zip_longest(self.positive_parameters(), self._projected)):
+            project_([self])
 
     def _built_as(self, signed: bool | None) -> list[int]:
         """The content of `grid` for a sign; None: not calibrated."""
@@ -131,19 +125,16 @@ class QuantizerState(nn.Module):
         key that state dicts of earlier versions lack.
         """
         key = prefix + "grid"
-        if key in state_dict and prefix + "sign" in state_dict:
-            value = int(state_dict[prefix + "sign"])
+        if prefix + "sign" in state_dict:
             # The range of levels depends on the sign; it is compared for the sign that is loaded.
-            expected = self._built_as(bool(value) if value in (0, 1) else None)
+            expected = self._built_as(_sign_of(state_dict[prefix + "sign"]))
+            if key not in state_dict:  # saved before there was a grid
+                state_dict[key] = torch.tensor(expected, dtype=torch.int32)
             loaded = [int(number) for number in state_dict[key].flatten()]
             if loaded != expected:
                 error_msgs.append(f"{prefix.removesuffix('.')}: the state dict is that of {_described(loaded)}, the "
                                   f"model has {_described(expected)}")
                 return
-        elif prefix + "sign" in state_dict:  # saved before there was a grid
-            value = int(state_dict[prefix + "sign"])
-            signed = bool(value) if value in (0, 1) else None
-            state_dict[key] = torch.tensor(self._built_as(signed), dtype=torch.int32)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                       error_msgs)
         self._read_sign()  # here and not in a compiled graph, which cannot
@@ -176,6 +167,22 @@ def project_(quantizers: list[Any]) -> None:
         torch._foreach_clamp_min_(together, SMALLEST_STEP)
     for quantizer, own in zip(quantizers, parameters, strict=True):
         quantizer._projected = [_version_of(parameter) for parameter in own]
+
+
+def _is_traced() -> bool:
+    """Whether a compiler or TorchScript records operations: values of tensors must not be read or written."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _sign_of(sign: Tensor) -> bool | None:
+    """The content of a buffer `sign`; None: not calibrated, or memory that was never written, which holds anything."""
+    value = int(sign)
+    return bool(value) if value in (0, 1) else None
+
+
+def _is_new(tensor: Tensor, before: Version | None) -> bool:
+    """Whether a tensor is another one than `before` or was written since. Inference tensors have no version: True."""
+    return before is None or before[0] is not tensor or tensor.is_inference() or before[1] != tensor._version
 
 
 def _version_of(tensor: Tensor) -> Version:
