@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
     from nulsq.quant.batch_norm import reestimate_batch_norm_ as reestimate_batch_norm_
     from nulsq.quant.calibration.calibrate import calibrate_ as calibrate_
     from nulsq.quant.calibration.statistics import Statistics as Statistics
+    from nulsq.quant.dequantize import dequantize_ as dequantize_
     from nulsq.quant.fold import unfold_ as unfold_
     from nulsq.quant.oscillation import Oscillations as Oscillations
     from nulsq.quant.projection import follow_step_ as follow_step_
@@ -40,6 +41,7 @@ _MODULES = {
     "Statistics": "nulsq.quant.calibration.statistics",
     "available": "nulsq.quant.registry",
     "calibrate_": "nulsq.quant.calibration.calibrate",
+    "dequantize_": "nulsq.quant.dequantize",
     "follow_step_": "nulsq.quant.projection",
     "get_quantizer": "nulsq.quant.registry",
     "load_run": "nulsq.models.trained",

@@ -22,9 +22,9 @@ def pytest_configure(config):
 
 
 # Files whose tests need only torch and the model libraries: `make proofs` also runs them with the oldest torch.
-QUANT = {"test_any_layer", "test_fold", "test_goldens", "test_goldens_network", "test_methods", "test_methods_network",
-         "test_op", "test_op_fused", "test_op_incoming_gradient", "test_policy", "test_quantize",
-         "test_quantizer_contract", "test_quantizer_state", "test_tracing"}
+QUANT = {"test_any_layer", "test_attention", "test_dequantize", "test_fold", "test_goldens", "test_goldens_network",
+         "test_methods", "test_methods_network", "test_op", "test_op_fused", "test_op_incoming_gradient", "test_policy",
+         "test_quantize", "test_quantizer_contract", "test_quantizer_state", "test_tracing"}
 
 
 def pytest_collection_modifyitems(items):

@@ -197,7 +197,7 @@ def test_an_observer_after_a_folded_batch_norm_sees_what_it_gave():
     seen = []
     for each in (model.eval(), copy.deepcopy(model)):
         fold_(each) if seen else None
-        each.left.observer = lambda x, weight: seen.append(x)
+        each.left.observer = lambda activation, weight: seen.append(activation)
         each(images)
     torch.testing.assert_close(*seen)
 
@@ -270,7 +270,7 @@ def test_an_observer_after_a_folded_relu_sees_what_the_relu_gave():
     model, images = quantized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)))
     fold_(model)
     seen = []
-    model[2].observer = lambda x, weight: seen.append(x)
+    model[2].observer = lambda activation, weight: seen.append(activation)
     model(images)
     assert seen[0].min() == 0
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nulsq.cost import Cost, LayerCost, cost_of, layers_of
+from nulsq.cost import Cost, LayerCost, cost_of
 from nulsq.inspect.fidelity import Fidelity
 from nulsq.quant.calibration.batches import images_of
 from nulsq.quant.modes import in_evaluation
-from nulsq.quant.policy import roles
+from nulsq.quant.policy import layers_of, roles
 from nulsq.quant.settings import OscillationSettings
 
 

@@ -34,7 +34,8 @@ from nulsq.quant.settings import NORMALIZATIONS
 class QuantizedLayer(nn.Module):
     """The common part of all quantized layers.
 
-    An `observer` gets the float input and weight of the layer's product and returns whether to quantize them.
+    An `observer` gets the float operands of the layer's product, `activation` and `weight`, and returns whether to
+    quantize them.
     """
 
     float_class: type[nn.Module]
@@ -43,7 +44,7 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: Quantizer | None
     activation_quantizer: Quantizer | None
     normalization: str
-    observer: Callable[[Tensor, Tensor], bool] | None
+    observer: Callable[..., bool] | None
 
     def attach(self, weight_quantizer: Quantizer | None, activation_quantizer: Quantizer | None,
                normalization: str = "none") -> Self:
@@ -77,7 +78,7 @@ class QuantizedLayer(nn.Module):
         quantizer = self.activation_quantizer
         if self.observer is not None:
             received = x if quantizer is None else quantizer.received(x)
-            if not self.observer(received, weight):
+            if not self.observer(activation=received, weight=weight):
                 return received, weight
         if quantizer is not None:
             x = quantizer(x)
@@ -200,8 +201,6 @@ def _make_class(float_class: type, own_forward: bool) -> type[QuantizedLayer]:
 
 def reason_not_quantizable(layer: nn.Module) -> str | None:
     """Why a convolution or linear layer has to stay float; None if it can be quantized."""
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "torch's attention uses its weight without calling it"
     if any(isinstance(parameter, nn.UninitializedParameter) for parameter in layer.parameters(recurse=False)):
         return "its shape is not known yet: run one batch through the model first"
     try:
@@ -212,9 +211,15 @@ def reason_not_quantizable(layer: nn.Module) -> str | None:
     return None
 
 
+def weight_of(layer: Any) -> Tensor:
+    """The weight of a layer, float or quantized. As a layer, torch's attention is the projection of its inputs."""
+    return layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
+
+
 def weight_parameter(layer: nn.Module) -> nn.Parameter | None:
-    """The layer's own parameter `weight`; None if the weight is computed from other parameters."""
-    return dict(layer.named_parameters(recurse=False)).get("weight")
+    """The layer's own weight; None if it is computed from other parameters."""
+    name = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+    return dict(layer.named_parameters(recurse=False)).get(name)
 
 
 def call_as_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

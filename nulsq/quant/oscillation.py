@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from nulsq.quant.base import Quantizer
-from nulsq.quant.layers import USUAL, QuantizedLayer, weight_parameter
+from nulsq.quant.layers import ProductLayer, QuantizedLayer, weight_parameter
 from nulsq.quant.settings import OscillationSettings
 
 
@@ -200,7 +200,7 @@ def dampening_loss(layer: QuantizedLayer, aggregate: str = "kernel_mean") -> Ten
 
 def _owns_weight(layer: nn.Module) -> bool:
     """Whether the quantizer gets a parameter of the layer as it is, up to normalization."""
-    return isinstance(layer, USUAL) and weight_parameter(layer) is not None
+    return not isinstance(layer, ProductLayer) and weight_parameter(layer) is not None
 
 
 def _weight_quantizer(layer: QuantizedLayer) -> Quantizer:

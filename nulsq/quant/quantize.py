@@ -1,25 +1,35 @@
 """quantize_(model, policy): quantize layers in place."""
 
 import warnings
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from nulsq.quant.attention import OPERANDS, quantize_attention_, reads_quantized
+from nulsq.quant.attention_adapters import attentions_of
 from nulsq.quant.base import Quantizer
-from nulsq.quant.layers import LAYERS, QuantizedLayer, quantize_layer_, reason_not_quantizable, weight_parameter
-from nulsq.quant.policy import resolve
+from nulsq.quant.fused_transformer import avoid_fused_transformer
+from nulsq.quant.layers import quantize_layer_, weight_of, weight_parameter
+from nulsq.quant.policy import not_quantizable, resolve
 from nulsq.quant.registry import get_quantizer
 from nulsq.quant.settings import FLOAT, Policy, SideRule
+from nulsq.quant.wrapped import require_plain
 from nulsq.text import shortened
+
+ORDER = ("The order is: build the float model, load its weights, nulsq.quantize_, nulsq.calibrate_, then wrap or "
+         "compile it, then build the optimizers")
 
 
 def quantize_(model: nn.Module, policy: Policy | None = None, *, batch_shards: int = 1) -> nn.Module:
     """Quantize each convolution (1-D and 2-D) and linear layer, as the policy says. In place; returns the model.
 
-    Layers stay the same objects with the same parameters, hooks and state-dict keys. Step sizes are still missing
-    afterwards: `calibrate_(model, batches)` sets them. A subclass whose forward does not call exactly one convolution
-    or linear operation stays float; a warning names it. Layers that share a weight share its quantizer.
+    A rule for `role:attention` also quantizes the operands of the two products inside attention. Layers stay the same
+    objects with the same parameters, hooks and state-dict keys. Step sizes are still missing afterwards:
+    `calibrate_(model, batches)` sets them. A subclass whose forward does not call exactly one convolution or linear
+    operation stays float; a warning names it. Layers that share a weight share its quantizer.
 
     Args:
         policy: None uses the default policy, the paper's.
@@ -30,13 +40,14 @@ def quantize_(model: nn.Module, policy: Policy | None = None, *, batch_shards: i
         ValueError: an unknown quantizer, bits that it does not support, a pattern or role that matches no layer,
             contradicting settings, a model that is quantized, compiled or wrapped for several devices already.
     """
-    _require_plain_float(model)
+    require_plain(model, ORDER)
+    _require_float(model)
     if not isinstance(batch_shards, int) or batch_shards < 1:
         raise ValueError(f"batch_shards = {batch_shards!r}, allowed: whole numbers from 1")
     plan = resolve(policy or Policy(), model)
     of_weights: dict[int, tuple[str, SideRule, Quantizer | None]] = {}  # by id of the parameter
     quantizers: dict[str, tuple[Quantizer | None, Quantizer | None, str]] = {}
-    for name, (weight, activation) in plan.items():
+    for name, (weight, activation) in plan.layers.items():
         layer: Any = model.get_submodule(name)
         parameter = weight_parameter(layer)
         if parameter is not None and id(parameter) in of_weights:
@@ -45,59 +56,52 @@ def quantize_(model: nn.Module, policy: Policy | None = None, *, batch_shards: i
                 raise ValueError(f"{other} and {name} share one weight, but their weight settings differ: give both "
                                  "the same, in one rule that matches both names")
         else:
-            of_weight = _build(name, "weight", weight, layer.weight.shape[0])
+            of_weight = _build(name, "weight", weight, weight_of(layer).shape[0])
             if parameter is not None:
                 of_weights[id(parameter)] = name, weight, of_weight
         of_activation = _build(name, "activation", activation, None)
         if of_weight is not None or of_activation is not None:
             published = "none" if of_weight is None else of_weight.normalization
             quantizers[name] = of_weight, of_activation, weight.normalization or published
-    not_quantized = [f"{name} ({type(module).__name__}: {reason_not_quantizable(module)})"
-                     for name, module in model.named_modules() if isinstance(module, LAYERS) and name not in plan]
+    of_operands = {name: {operand: quantizer for operand in OPERANDS
+                          if (quantizer := _build(f"{name}.{operand}", "activation", _of_operand(rule, operand), None))}
+                   for name, rule in plan.products.items()}
+    not_quantized = [f"{name} ({type(model.get_submodule(name)).__name__}: {reason})"
+                     for name, reason in not_quantizable(model).items()]
     # The model is unchanged up to here, so an error above leaves it as it was.
+    attentions = attentions_of(model)
     for name, sides in quantizers.items():
         layer = model.get_submodule(name)
-        device = layer.weight.device
-        quantize_layer_(layer, *sides)
-        for quantizer in filter(None, sides[:2]):
-            quantizer.batch_shards = batch_shards
-            quantizer.to(device).train(layer.training)
-    _avoid_fused_transformer(model)
+        if name not in attentions:
+            quantize_layer_(layer, *sides)
+        _settle(sides[:2], layer, weight_of(layer).device, batch_shards)
+    for name, attention in attentions.items():
+        operands = of_operands.get(name, {})
+        if operands or name in quantizers or reads_quantized(attention):
+            device = next(attention.parameters()).device
+            quantize_attention_(attention, operands, quantizers.get(name))
+            _settle(operands.values(), attention, device, batch_shards)
+    avoid_fused_transformer(model)
     if quantizers and not_quantized:
         warnings.warn(f"not quantized: {shortened(not_quantized)}", stacklevel=2)
     return model
 
 
-def _require_plain_float(model: nn.Module) -> None:
-    """Raise ValueError for a model that is quantized or that a wrapper or compiler refers to already."""
-    order = ("The order is: build the float model, load its weights, nulsq.quantize_, nulsq.calibrate_, then wrap or "
-             "compile it, then build the optimizers")
-    for name, module in model.named_modules():
-        where = f"{name} is" if name else "the model is"
-        classes = {cls.__name__ for cls in type(module).__mro__}
-        if isinstance(module, DistributedDataParallel | DataParallel):
-            raise ValueError(f"{where} wrapped in {type(module).__name__}, which would keep the float layers. {order}")
-        if classes & {"FullyShardedDataParallel", "FSDPModule"}:
-            raise ValueError(f"{where} wrapped for FSDP, which would keep the float parameters. {order}")
-        if "OptimizedModule" in classes or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(f"{where} compiled, so its graph would keep the float layers. {order}")
-        if isinstance(module, Quantizer):
-            raise ValueError("the model is quantized already; build a float one and call quantize_ once")
+def _require_float(model: nn.Module) -> None:
+    if any(isinstance(module, Quantizer) for module in model.modules()):
+        raise ValueError("the model is quantized already; build a float one and call quantize_ once, or make this one "
+                         "float again with nulsq.dequantize_")
 
 
-def _avoid_fused_transformer(model: nn.Module) -> None:
-    """Switch off torch's fused inference of transformer layers that hold quantized layers: it reads weights only."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(
-                isinstance(child, QuantizedLayer) for child in module.modules()):
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False  # only the fused layer computes with nested tensors
-            else:
-                module.register_forward_pre_hook(_no_change)  # torch does not fuse a layer that has hooks
+def _settle(quantizers: Iterable[Quantizer | None], owner: nn.Module, device: torch.device, batch_shards: int) -> None:
+    for quantizer in filter(None, quantizers):
+        quantizer.batch_shards = batch_shards
+        quantizer.to(device).train(owner.training)
 
 
-def _no_change(module: nn.Module, args: Any) -> None:
-    pass
+def _of_operand(rule: SideRule, operand: str) -> SideRule:
+    """The settings of an attention's operand: probabilities are never negative."""
+    return replace(rule, signed=False) if operand == "probability" else rule
 
 
 def _build(name: str, role: str, rule: SideRule, channels: int | None) -> Quantizer | None:

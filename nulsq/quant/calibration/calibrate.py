@@ -10,21 +10,27 @@ batch-norm statistics are updated.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nulsq.quant.attention import OPERANDS, QuantizedAttention
 from nulsq.quant.base import Quantizer
 from nulsq.quant.calibration.batches import images_of
 from nulsq.quant.calibration.statistics import BatchStatistics, Statistics
 from nulsq.quant.layers import QuantizedLayer
 from nulsq.quant.modes import in_evaluation
+from nulsq.quant.multiply_adds import count, quantized_share
 from nulsq.text import shortened
 
 PROTOCOLS = ("float", "reference")
-QuantLayers = dict[str, QuantizedLayer]  # by module name
+LITTLE = 0.9  # of the multiply-adds: a warning if fewer are quantized
+Observer = Callable[..., bool]  # of a layer or an attention
+# Quantized layers and attentions with quantized products, by module name. Both have an observer.
+Modules = dict[str, QuantizedLayer | QuantizedAttention]
 
 
 @torch.no_grad()
@@ -40,84 +46,116 @@ def calibrate_(model: nn.Module, batches: Iterable, protocol: str = "float") -> 
     Raises:
         ValueError: activations are quantized and there is no batch, a batch has NaN or infinite values, or a quantized
             layer is never called, although there is a batch.
+
+    Warns if less than 90 % of the multiply-adds are quantized afterwards.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"calibration protocol = {protocol!r}, allowed: {', '.join(PROTOCOLS)}")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    modules: Modules = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)
+                        or isinstance(module, QuantizedAttention) and module.has_quantized_products()}
     device = next(model.parameters()).device
-    inputs = map(_finite, images_of(batches, device))
+    first: list[Tensor] = []
+
+    def inputs() -> Iterator[Tensor]:
+        for x in map(_finite, images_of(batches, device)):
+            if not first and len(x):
+                first.append(x[:1])
+            yield x
+
     with in_evaluation(model):
         if protocol == "reference":
-            _layer_by_layer(model, layers, inputs)
+            _layer_by_layer(model, modules, inputs())
         else:
-            _in_float(model, layers, inputs, device)
+            _in_float(model, modules, inputs(), device)
+    if first and modules:
+        _measure_share(model, first[0])
     return model
 
 
-def _in_float(model: nn.Module, layers: QuantLayers, inputs: Iterable[Tensor], device: torch.device) -> None:
+def _measure_share(model: Any, image: Tensor) -> None:
+    """Note how much of the multiply-adds is quantized, for `summary`; warn if it is little."""
+    share = quantized_share(model, count(model, image))
+    model.quantized_share = share
+    if share.share < LITTLE:
+        warnings.warn(f"{share}. nulsq.summary(model) says what stays float", stacklevel=4)
+
+
+def _in_float(model: nn.Module, modules: Modules, inputs: Iterable[Tensor], device: torch.device) -> None:
     # Once for each quantizer: layers that share a weight share it.
-    for quantizer, layer in {layer.weight_quantizer: layer for layer in layers.values()}.items():
+    layers = [module for module in modules.values() if isinstance(module, QuantizedLayer)]
+    for quantizer, layer in {layer.weight_quantizer: layer for layer in layers}.items():
         if quantizer is not None:
             quantizer.reset_(_statistics(Statistics, quantizer, layer.normalized_weight()[0]))
+    inputs_of = {f"{name}.{operand}": quantizer for name, module in modules.items()
+                 for operand, quantizer in quantizers_by_operand(module).items() if operand != "weight"}
     of_inputs: dict[str, Statistics] = {}
     reached: set[str] = set()
     only_in_training: set[str] = set()  # auxiliary heads
 
-    def observer(name: str, quantizer: Quantizer | None) -> Callable[[Tensor, Tensor], bool]:
-        def observe(x: Tensor, weight: Tensor) -> bool:
+    def observer(name: str) -> Observer:
+        def observe(**operands: Tensor) -> bool:
             reached.add(name)
-            if quantizer is not None and x.numel():  # the last batch of a loader may be empty
-                new = _statistics(Statistics, quantizer, x)
-                of_inputs[name] = of_inputs[name].merge(new) if name in of_inputs else new
+            for operand, x in operands.items():
+                key = f"{name}.{operand}"
+                if key in inputs_of and x.numel():  # the last batch of a loader may be empty
+                    new = _statistics(Statistics, inputs_of[key], x)
+                    of_inputs[key] = of_inputs[key].merge(new) if key in of_inputs else new
             return False
         return observe
 
-    count = 0
+    batches = 0
     try:
-        for layer in layers.values():
-            layer.observer = _pass_on
+        for module in modules.values():
+            module.observer = _pass_on
         inputs = _initialize_batch_norm(model, inputs)
         model.eval()
-        observers = {name: observer(name, layer.activation_quantizer) for name, layer in layers.items()}
-        for name, layer in layers.items():
-            layer.observer = observers[name]
+        observers = {name: observer(name) for name in modules}
+        for name, module in modules.items():
+            module.observer = observers[name]
         for x in inputs:
             model(x)
-            if not count:
-                only_in_training = layers.keys() - reached
-            count += 1
+            if not batches:
+                only_in_training = modules.keys() - reached
+            batches += 1
             if only_in_training:
-                _run_in_training(model, x, layers, observers, only_in_training)
+                _run_in_training(model, x, modules, observers, only_in_training)
     finally:
-        for layer in layers.values():
-            layer.observer = None
-    if count:
-        _require_reached(layers, reached)
-    for name, layer in layers.items():
-        quantizer = layer.activation_quantizer
-        if quantizer is None:
-            continue
-        if name not in of_inputs:
-            raise ValueError(f"calibrate_: no value reached {name}: activations are quantized, give at least one batch "
-                             "with images")
-        statistics = of_inputs[name].over_ranks(device)
+        for module in modules.values():
+            module.observer = None
+    if batches:
+        _require_reached(modules, reached)
+    for key, quantizer in inputs_of.items():
+        if key not in of_inputs:
+            raise ValueError(f"calibrate_: no value reached {_described(key)}: activations are quantized, give at "
+                             "least one batch with images")
+        statistics = of_inputs[key].over_ranks(device)
         quantizer.reset_(statistics)
         if not quantizer.signed and statistics.low < 0:
-            warnings.warn(f"the input of {name} goes down to {statistics.low:.3g} and its {quantizer.name()} quantizer "
-                          "is unsigned: everything below zero becomes zero", stacklevel=3)
+            warnings.warn(f"the input of {_described(key)} goes down to {statistics.low:.3g} and its "
+                          f"{quantizer.name()} quantizer is unsigned: everything below zero becomes zero", stacklevel=4)
 
 
-def _run_in_training(model: nn.Module, x: Tensor, layers: QuantLayers,
-                     observers: dict[str, Callable[[Tensor, Tensor], bool]], names: Iterable[str]) -> None:
-    """One pass in training mode that is observed by these layers alone, such as auxiliary heads.
+def quantizers_by_operand(module: nn.Module) -> dict[str, Quantizer]:
+    """The quantizers of a layer ("activation", "weight") or of an attention ("query", ...)."""
+    return {operand: quantizer for operand in ("activation", "weight", *OPERANDS)
+            if (quantizer := getattr(module, f"{operand}_quantizer", None)) is not None}
+
+
+def _described(key: str) -> str:
+    return key.removesuffix(".activation")
+
+
+def _run_in_training(model: nn.Module, x: Tensor, modules: Modules, observers: dict[str, Observer],
+                     names: Iterable[str]) -> None:
+    """One pass in training mode that is observed by these modules alone, such as auxiliary heads.
 
     Batch-norm statistics and random numbers are as before afterwards.
     """
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = [x.device] if x.device.type == "cuda" else []
     try:
-        for name, layer in layers.items():
-            layer.observer = observers[name] if name in names else _pass_on
+        for name, module in modules.items():
+            module.observer = observers[name] if name in names else _pass_on
         with torch.random.fork_rng(devices):
             model.train()
             model(x)
@@ -128,12 +166,12 @@ def _run_in_training(model: nn.Module, x: Tensor, layers: QuantLayers,
         model.eval()
         for buffer, value in before:
             buffer.copy_(value)
-        for name, layer in layers.items():
-            layer.observer = observers[name]
+        for name, module in modules.items():
+            module.observer = observers[name]
 
 
-def _require_reached(layers: QuantLayers, reached: set[str]) -> None:
-    missing = [name for name in layers if name not in reached]
+def _require_reached(modules: Modules, reached: set[str]) -> None:
+    missing = [name for name in modules if name not in reached]
     if missing:
         raise ValueError(f"calibrate_: the network never calls {shortened(missing)}. If it uses their weights without "
                          "calling the layers, leave them float: a rule with quantizer: fp")
@@ -185,33 +223,35 @@ def average_batch_norm_(modules: Iterable[nn.Module]) -> None:
                 running /= size
 
 
-def _layer_by_layer(model: nn.Module, layers: QuantLayers, inputs: Iterable[Tensor]) -> None:
+def _layer_by_layer(model: nn.Module, modules: Modules, inputs: Iterable[Tensor]) -> None:
     reached: set[str] = set()
-    count = 0
+    batches = 0
 
-    def observer(name: str, layer: QuantizedLayer) -> Callable[[Tensor, Tensor], bool]:
-        def observe(x: Tensor, weight: Tensor) -> bool:
+    def observer(name: str, module: QuantizedLayer | QuantizedAttention) -> Observer:
+        quantizers = quantizers_by_operand(module)
+
+        def observe(**operands: Tensor) -> bool:
             reached.add(name)
-            if layer.weight_quantizer is not None:
-                keep_larger_(layer.weight_quantizer, _statistics(BatchStatistics, layer.weight_quantizer,
-                                                                 layer.normalized_weight(weight)[0]))
-            if layer.activation_quantizer is not None and x.numel():
-                keep_larger_(layer.activation_quantizer, _statistics(BatchStatistics, layer.activation_quantizer, x))
+            for operand, x in operands.items():
+                if operand == "weight" and isinstance(module, QuantizedLayer):
+                    x = module.normalized_weight(x)[0]
+                if operand in quantizers and x.numel():
+                    keep_larger_(quantizers[operand], _statistics(BatchStatistics, quantizers[operand], x))
             return True
         return observe
 
     try:
-        for name, layer in layers.items():
-            layer.observer = observer(name, layer)
+        for name, module in modules.items():
+            module.observer = observer(name, module)
         model.train()
         for x in inputs:
             model(x)
-            count += 1
+            batches += 1
     finally:
-        for layer in layers.values():
-            layer.observer = None
-    if count:
-        _require_reached(layers, reached)
+        for module in modules.values():
+            module.observer = None
+    if batches:
+        _require_reached(modules, reached)
 
 
 def _statistics(statistics: type[Statistics], quantizer: Quantizer, x: Tensor) -> Statistics:
@@ -241,6 +281,6 @@ def _finite(x: Tensor) -> Tensor:
     return x
 
 
-def _pass_on(x: Tensor, weight: Tensor) -> bool:
-    """The observer of a layer that computes in float and measures nothing."""
+def _pass_on(**operands: Tensor) -> bool:
+    """The observer of a module that computes in float and measures nothing."""
     return False
