@@ -41,7 +41,8 @@ test: .venv/installed check
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 20 -m "not slow and not slurm and not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 \
+		-m "not slow and not slurm and not long"
 
 proofs: .venv/installed
 	$(MAKE) --no-print-directory -j2 --output-sync=line proofs-slurm proofs-others

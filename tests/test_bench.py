@@ -148,6 +148,7 @@ def test_loader_benchmark_compares_every_storage_format_with_pillow(tmp_path):
 
 @pytest.mark.skipif(not (kernels.ROOT / ".git").exists(), reason="no git checkout")
 @pytest.mark.skipif(not cpu.available(), reason="no C++ compiler on this machine")
+@pytest.mark.slow
 def test_kernel_benchmark_times_the_kernel_of_another_commit(tmp_path, capsys):
     assert kernels.main(["HEAD", "--methods", "nulsq", "--bits", "4", "--rounds", "2", "--json",
                          str(tmp_path / "rows.json")]) == 0

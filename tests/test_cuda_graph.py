@@ -27,6 +27,7 @@ CASES = {  # overrides of the recipe, and the step halves that are recorded
     "oscillating": ({"oscillation__dampening": 0.01, "oscillation__freeze_threshold": 0.1, "oscillation__start": 0.4,
                      "optim__epochs": 3}, [*HALVES, *HALVES]),
 }
+QUICK = ("nulsq", "minmax")  # the other cases are proofs
 
 
 @pytest.fixture
@@ -39,7 +40,8 @@ def recorded(monkeypatch):
         yield names
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in CASES])
 def test_replayed_steps_equal_plain_steps(name, short, float_run, recorded):
     overrides, expected = CASES[name]
     if name == "nulsq":
@@ -63,6 +65,7 @@ def test_resumed_graph_run_equals_uninterrupted_run(short, float_run, recorded, 
     assert_same_state(last(path_of(resumed)), last(path_of(whole)))
 
 
+@pytest.mark.slow
 def test_rollback_records_the_graphs_again(short, float_run, recorded, steps_done, monkeypatch):
     """After a rollback the state of the optimizers is in other memory."""
     original = DivergenceGuard.observe

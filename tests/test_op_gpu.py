@@ -26,6 +26,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 kernel = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 
 
+@pytest.mark.slow
 def test_in_tritons_interpreter():
     """The tests marked `kernel` in a process that interprets Triton, which reads that setting when it is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [
     pytest.param(signal.SIGUSR1, id="SIGUSR1"),
     pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.long),
@@ -75,6 +76,7 @@ def test_interrupted_search_resumes(search_file, tmp_path, signal_number):
     assert "2 studies of 3 trials" in completed.stdout
 
 
+@pytest.mark.slow
 def test_search_continues_after_a_trial_dies(search_file, tmp_path):
     """Its process is killed, as when memory runs out. It is tried again and then fails, and the reason is recorded."""
     completed = search(search_file, f"dir={tmp_path}/out", "trials=1", "repeats=0", "studies.bits.values=[2]",

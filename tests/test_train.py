@@ -306,6 +306,7 @@ def test_compiled_training_equals_eager(short, float_run):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+@pytest.mark.slow
 def test_recompile_limit_does_not_carry_over_to_the_next_run(short, float_run):
     """torch stops compiling networks of one class at its recompile limit, so each run has to reset the count."""
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
