@@ -32,6 +32,7 @@ def test_first_and_last_layers_of_quantized_recipes_use_the_default_rule(path):
 
 
 # ---- FFCV's schedules: settings that differ from the defaults in the 24 files that rn18*.yaml replaced
+# (whose initial steps were nmse's)
 
 RAMPS = {16: (11, 13), 24: (17, 20), 32: (23, 27), 40: (29, 34), 56: (41, 48), 88: (65, 76)}  # epochs, as in FFCV
 SHARED = {"run.precision": "bf16", "run.save_every": 500, "data.path": "data/imagenet", "data.batch": 1024,
@@ -41,7 +42,7 @@ SHARED = {"run.precision": "bf16", "run.save_every": 500, "data.path": "data/ima
 FLOAT_ONLY = {"quant.weight.quantizer": "fp", "quant.activation.quantizer": "fp", "quant.rules.edges.enabled": False,
               "optim.lr": 0.5, "optim.decay_norm_bias": False, "optim.schedule": "linear", "optim.warmup_epochs": 2.0,
               "optim.warmup_lr": 5e-5}
-QUANTIZED = {"quant.weight.init": "nmse", "quant.activation.init": "nmse", "optim.lr": 0.08, "optim.warmup_epochs": 1.0}
+QUANTIZED = {"optim.lr": 0.08, "optim.warmup_epochs": 1.0}
 OWN = {"rn18": FLOAT_ONLY, "rn18_w2a2": QUANTIZED, "rn18_w3a3": QUANTIZED | {"quant.bits": 3},
        "rn18_w4a4": QUANTIZED | {"quant.bits": 4}}
 RENAMED = {"name", "run.train_id", "model.init_from", "data.ramp_start", "data.ramp_end"}  # compared separately

@@ -20,7 +20,7 @@ from torch import nn
 
 from nulsq.errors import did_you_mean
 from nulsq.quant.attention_adapters import adapter_of, attentions_of
-from nulsq.quant.layers import LAYERS, reason_not_quantizable
+from nulsq.quant.layers import LAYERS, QuantizedLayer, reason_not_quantizable
 from nulsq.quant.settings import LayerRule, Policy, SideRule
 
 SHORTCUTS = {"downsample", "identity_conv", "shortcut"}
@@ -85,7 +85,8 @@ def not_quantizable(model: nn.Module) -> dict[str, str]:
             reason = (None if name.rpartition(".")[0] in layers
                       else "the attention that uses its weight has inputs of several widths, or tokens of its own")
         else:
-            reason = None if isinstance(layer, nn.MultiheadAttention) else reason_not_quantizable(layer)
+            can_be = isinstance(layer, nn.MultiheadAttention | QuantizedLayer)
+            reason = None if can_be else reason_not_quantizable(layer)
         if reason is not None:
             reasons[name] = reason
     return reasons
