@@ -7,16 +7,19 @@ The folder holds `squeezenet1_1_imagenet.pth`, a state dict of torchvision's net
 import csv
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import nulsq
-from nulsq.errors import InputError, require
+from nulsq.data.photograph import read_rgb
+from nulsq.errors import InputError
 from nulsq.models.libraries import build_model
 from nulsq.quant.settings import Policy, SideRule
 
 WEIGHTS = "squeezenet1_1_imagenet.pth"
-CALIBRATION, BATCH, CLASSES = 100, 20, 1000
+CALIBRATION, BATCH, CLASSES, SIZE = 100, 20, 1000, 224
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 # Bits, quantizer of the weights, one step per output channel, and how many points may be lost with `mse`.
 SETTINGS = [(8, "lsq", False, 1), (6, "lsq", False, 7), (6, "lsq", True, 3), (4, "lsq", True, 58.3 - 28),
             (5, "nulsq", True, 5)]
@@ -62,12 +65,15 @@ def read(folder: Path) -> tuple[Tensor, Tensor]:
     for name in ("labels.csv", WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing")
-    transforms = require("torchvision.transforms.v2", "train")
-    image_of = require("PIL.Image", "train").open
-    transform = transforms.Compose([
-        transforms.CenterCrop(224), transforms.PILToTensor(), transforms.ToDtype(torch.float32, scale=True),
-        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
     with (folder / "labels.csv").open() as file:
         rows = list(csv.DictReader(file))
-    images = torch.stack([transform(image_of(folder / "images" / row["file"]).convert("RGB")) for row in rows])
+    images = torch.stack([_crop(folder / "images" / row["file"]) for row in rows])
     return images, torch.tensor([int(row["label"]) for row in rows])
+
+
+def _crop(path: Path) -> Tensor:
+    """The normalized central square of a photograph, [3, 224, 224]."""
+    image = torch.from_numpy(np.array(read_rgb(path))).permute(2, 0, 1) / 255
+    top, left = ((side - SIZE) // 2 for side in image.shape[1:])
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    return (image[:, top:top + SIZE, left:left + SIZE] - mean) / deviation

@@ -2,7 +2,7 @@
 
 import os
 
-# One thread makes sums come out in the same order in every process: laws about equality are about equality.
+# One thread makes sums come out in the same order in every process. Tests of equality mean equal bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib.util
@@ -113,11 +113,11 @@ def float_run(short) -> Path:
 
 
 @pytest.fixture(scope="session")
-def straight(short, float_run) -> Path:
+def uninterrupted(short, float_run) -> Path:
     """Run directory of an uninterrupted quantized run of three epochs, four steps each."""
     from nulsq.run.directory import path_of
     from nulsq.train import train
-    recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
+    recipe = short("uninterrupted", model__init_from=str(float_run), optim__epochs=3)
     assert train(recipe, quiet=True).status == "finished"
     return path_of(recipe)
 

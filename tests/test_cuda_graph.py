@@ -124,12 +124,12 @@ def test_step_uses_no_tensor_on_the_host(overrides):
     assert process.returncode == 0 and "on its device" in process.stdout, process.stderr[-3000:]
 
 
-def test_cuda_graph_setting_is_ignored_with_a_warning_on_the_cpu(short, float_run, straight):
+def test_cuda_graph_setting_is_ignored_with_a_warning_on_the_cpu(short, float_run, uninterrupted):
     """A recipe can be checked and tried on a machine without a GPU."""
     recipe = short("graphed-cpu", model__init_from=str(float_run), run__cuda_graph=True, optim__epochs=3)
     with pytest.warns(UserWarning, match="one rank on a GPU only; this run continues without graphs .1 on cpu"):
         train(recipe, quiet=True)
-    assert numbers(path_of(recipe)) == numbers(straight)
+    assert numbers(path_of(recipe)) == numbers(uninterrupted)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""docs/add-a-quantizer.md, run: the quantizer in it passes the contract laws, trains and exports its levels."""
+"""docs/add-a-quantizer.md, run: the quantizer in it passes the contract's tests, trains and exports its levels."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The contract laws over all quantizers x bits x roles x granularity. A new file in nulsq/quantizers is under test
+"""The contract over all quantizers x bits x roles x granularity. A new file in nulsq/quantizers is under test
 the moment it exists; `pytest --quantizer my_lab.my_quantizer` tests one of yours."""
 
 import copy

@@ -116,10 +116,10 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_full_disk_ends_the_run_and_keeps_its_last_checkpoint(short, float_run, straight, tmp_path):
+def test_full_disk_ends_the_run_and_keeps_its_last_checkpoint(short, float_run, uninterrupted, tmp_path):
     """A limit on the file size makes the kernel fail in the middle of a write, as a full disk does."""
     recipe = short("full", model__init_from=str(float_run), optim__epochs=3)
-    shutil.copytree(straight, path_of(recipe))  # the state before the disk is full: at the second epoch
+    shutil.copytree(uninterrupted, path_of(recipe))  # the state before the disk is full: at the second epoch
     checkpoint.files(path_of(recipe))[0].unlink()
     (path_of(recipe) / "recipe.yaml").write_text(to_yaml(recipe))
     (tmp_path / "r.yaml").write_text(to_yaml(recipe))
@@ -133,7 +133,7 @@ def test_full_disk_ends_the_run_and_keeps_its_last_checkpoint(short, float_run, 
     assert checkpoint.newest(path_of(recipe)) == before  # verified
     assert not list((path_of(recipe) / "checkpoints").glob("*.unfinished"))
     assert train(recipe, quiet=True).status == "finished"
-    assert_same_state(last(path_of(recipe)), last(straight))
+    assert_same_state(last(path_of(recipe)), last(uninterrupted))
 
 
 def test_error_for_a_read_only_folder_names_it(tmp_path):
@@ -153,7 +153,7 @@ def test_error_for_a_read_only_folder_names_it(tmp_path):
 # ---- stopping and resuming
 
 
-def test_stop_in_evaluation_saves_the_state_before_it(short, float_run, straight, steps_done):
+def test_stop_in_evaluation_saves_the_state_before_it(short, float_run, uninterrupted, steps_done):
     recipe, polls = short("stopped-in-evaluation", model__init_from=str(float_run), optim__epochs=3), []
 
     def stop():
@@ -166,8 +166,8 @@ def test_stop_in_evaluation_saves_the_state_before_it(short, float_run, straight
     assert checkpoint.newest(path_of(recipe)).name == checkpoint.file_name(8, 1)
     assert len(read_metrics(path_of(recipe))) == 1
     assert train(recipe, quiet=True).status == "finished"
-    assert numbers(path_of(recipe)) == numbers(straight)
-    assert_same_state(last(path_of(recipe)), last(straight))
+    assert numbers(path_of(recipe)) == numbers(uninterrupted)
+    assert_same_state(last(path_of(recipe)), last(uninterrupted))
 
 
 def test_command_saves_the_run_after_a_signal(short, float_run, tmp_path, monkeypatch):
@@ -189,7 +189,7 @@ def test_command_saves_the_run_after_a_signal(short, float_run, tmp_path, monkey
     assert read_outcome(path_of(recipe))["outcome"] == "finished"
 
 
-def test_saves_within_an_epoch_and_on_demand_do_not_change_results(short, float_run, straight, steps_done, capsys):
+def test_saves_within_an_epoch_and_on_demand_do_not_change_results(short, float_run, uninterrupted, steps_done, capsys):
     recipe = short("saving", model__init_from=str(float_run), optim__epochs=3, run__save_every=3)
     seen, save_request = set(), path_of(recipe) / "save"
 
@@ -202,15 +202,15 @@ def test_saves_within_an_epoch_and_on_demand_do_not_change_results(short, float_
     assert train(recipe, stop=request_save).status == "finished"
     assert {checkpoint.file_name(3, 0), checkpoint.file_name(6, 1), checkpoint.file_name(8, 1)} <= seen
     assert "saved at step 8, as the file save asks for" in capsys.readouterr().out and not save_request.exists()
-    assert numbers(path_of(recipe)) == numbers(straight)
-    assert_same_state(last(path_of(recipe)), last(straight))
+    assert numbers(path_of(recipe)) == numbers(uninterrupted)
+    assert_same_state(last(path_of(recipe)), last(uninterrupted))
 
 
 def test_two_ranks_resume_exactly_and_one_rank_resumes_from_two(short, float_run, tmp_path, capsys):
     """Batch norm is per rank here: the state of each rank is saved and restored by the same rank."""
     settings = {"model__init_from": str(float_run), "optim__epochs": 2, "optim__ema_decay": 0.9, "run__save_every": 3}
     uninterrupted, killed, on_one_rank = (
-        short(name, **settings) for name in ("two-straight", "two-killed", "two-then-one"))
+        short(name, **settings) for name in ("two-uninterrupted", "two-killed", "two-then-one"))
     assert torchrun(uninterrupted, tmp_path, 2).returncode == 0
     shutil.copytree(path_of(uninterrupted), path_of(killed))
     for recipe in (killed, on_one_rank):
