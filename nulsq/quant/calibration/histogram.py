@@ -38,9 +38,10 @@ class Histogram:
         return Histogram(self.count + other.count, self.total + other.total)
 
     def cells(self, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-        """Count and sum of the values in each interval between ascending thresholds [..., K]: two [..., K+1].
+        """Count and sum of the values in each interval between ascending thresholds: two [..., K+1].
 
-        Where a threshold lies inside a bin, the values of the bin are assumed to be spread evenly.
+        thresholds: [..., K], or [..., C, K] per channel; leading dimensions are independent sets of thresholds. Where a
+        threshold lies inside a bin, the values of the bin are assumed to be spread evenly.
         """
         ends, thresholds = _bin_ends(), thresholds.to(torch.float64).cpu()
         at = _bin_numbers(thresholds)  # a search among the ends would take most of the time
@@ -62,6 +63,7 @@ def _between(values: Tensor, running: Tensor, at: Tensor, share: Tensor) -> Tens
 
     running: sums below each bin.
     """
+    running, values = (sums.expand(*at.shape[:-1], -1) for sums in (running, values))
     below = running.gather(-1, at) + share * values.gather(-1, at)
     return torch.cat([torch.zeros_like(running[..., :1]), below, running[..., -1:]], -1).diff(dim=-1)
 

@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 COARSE, COARSE_RATIO = 60, 1.12  # candidates for the common step, from the largest useful one down to 1/800 of it
 FINE, FINE_RATIO = 6, 1.01  # candidates on either side of the best of these
+ELEMENTS = 2**20  # of the levels that are examined together: bounds the memory
 EMPTY = 1e-6  # values in a cell that count as none: rounding of the sums
 ITERATIONS, LEAST_GAIN = 1000, 1e-6  # Lloyd's iteration ends where it lowers the error by less than this share
 
 
 @torch.no_grad()
 def error(histogram: Histogram, levels: Tensor, thresholds: Tensor) -> Tensor:
-    """Sum of (x - Q(x))^2 over the histogram minus the sum of x^2, a constant of the data: [] or [C], float64."""
+    """Sum of (x - Q(x))^2 over the histogram minus the sum of x^2, a constant of the data: float64.
+
+    levels [..., L] and thresholds [..., L-1], or [..., C, L] and [..., C, L-1]; the result lacks the last dimension.
+    """
     return _error(levels, *histogram.cells(thresholds))
 
 
@@ -42,12 +46,17 @@ def best_step(quantizer: "Quantizer", histogram: Histogram, largest: Tensor) -> 
     largest: max |x|, [] or [C] float64.
     """
     def search(start: Tensor, factors: Tensor) -> Tensor:
-        errors = []
+        levels, thresholds = [], []
         for factor in factors:
             quantizer.set_steps_((start * factor).clamp(min=SMALLEST_STEP).float())  # of a tensor of zeros
             table = quantizer.table()
-            errors.append(error(histogram, quantizer.levels_of(table), quantizer.thresholds_of(table)))
-        return start * factors.to(start)[torch.stack(errors).argmin(0)]
+            levels.append(quantizer.levels_of(table))
+            thresholds.append(quantizer.thresholds_of(table))
+        # Together, since most of the time goes into starting operations on small tensors.
+        together = max(1, ELEMENTS // levels[0].numel())
+        errors = [error(histogram, torch.stack(levels[first:first + together]),
+                        torch.stack(thresholds[first:first + together])) for first in range(0, len(levels), together)]
+        return start * factors.to(start)[torch.cat(errors).argmin(0)]
 
     widest = 2 * largest / max(quantizer.level_range[1], 1)  # with a wider step every value would be next to zero
     coarse = search(widest, COARSE_RATIO ** -torch.arange(COARSE, dtype=torch.float64))
