@@ -108,10 +108,12 @@ def test_activations_after_linear_bottlenecks_and_layer_norms_are_signed():
 @pytest.mark.parametrize(("name", "lines"), [
     ("timm:deit_tiny_patch16_224", [
         "stays float: 25 x LayerNorm, 1 x cls_token of VisionTransformer, 1 x pos_embed of VisionTransformer",
-        "stays float: the two products inside attention, which have no parameters (12 x Attention)"]),
+        "stays float: the two products inside attention (12 x Attention); a rule that matches role:attention quantizes "
+        "them"]),
     ("timm:swin_tiny_patch4_window7_224", [
         "stays float: 29 x LayerNorm, 12 x relative_position_bias_table of WindowAttention",
-        "stays float: the two products inside attention, which have no parameters (12 x WindowAttention)"]),
+        "stays float: the two products inside attention (12 x WindowAttention); a rule that matches role:attention "
+        "quantizes them"]),
     ("timm:convnext_tiny", ["stays float: 5 x LayerNorm2d, 18 x LayerNorm, 18 x gamma of ConvNeXtBlock"]),
     ("pytorchcv:preresnet20_cifar10", ["stays float: 19 x BatchNorm2d"]),
 ])
@@ -141,24 +143,18 @@ def test_convolutions_that_pad_or_standardize_are_quantized_with_that_kept(name,
     assert float((actual - expected).norm() / expected.norm()) < 0.1
 
 
-def test_multihead_attention_of_torch_stays_float_with_a_warning():
+def test_layers_that_an_attention_uses_without_calling_them_are_quantized():
+    """Torchvision's Swin and torch's own attention give weights to a function."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), nn.TransformerEncoderLayer(16, 2, 32))
-    with pytest.warns(UserWarning, match=r"not quantized.*: 2.self_attn.out_proj"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing stays float
         nulsq.quantize_(model)
-    text = nulsq.summary(model)
-    for part in ("in_proj_weight of MultiheadAttention",
-                 "NonDynamicallyQuantizableLinear (torch's attention uses its weight without calling it)",
-                 "two products inside attention"):
-        assert part in text
-
-
-def test_calibration_rejects_a_layer_whose_weight_is_used_without_calling_it():
-    """torchvision's Swin has such layers; with a rule that leaves them float, calibration succeeds."""
-    with pytest.raises(ValueError, match="features.1.0.attn.qkv"):
-        nulsq.calibrate_(nulsq.quantize_(build_model("torchvision:swin_t", 10)), [images(64)])
-    rules = {"attention": nulsq.LayerRule(["*.attn.qkv", "*.attn.proj"], quantizer="fp")}
-    model = nulsq.quantize_(build_model("torchvision:swin_t", 10), nulsq.Policy(rules=rules))
-    nulsq.calibrate_(model, [images(64)])
+        swin = nulsq.quantize_(build_model("torchvision:swin_t", 10))
+        nulsq.calibrate_(swin, [images(64)])
+    attention = model[2].self_attn
+    assert attention.weight_quantizer.bits == attention.out_proj.weight_quantizer.bits == 2
+    assert "stays float: the two products inside attention (1 x QuantMultiheadAttention)" in nulsq.summary(model)
+    assert swin.features[1][0].attn.qkv.activation_quantizer.calibrated
 
 
 # ---- published weights

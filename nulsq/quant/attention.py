@@ -120,6 +120,8 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
+        if not self.attention.has_quantized_products():
+            return self._linear(*args, **(kwargs or {})) if func is F.linear else func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
             self.seen += 2
             return self.attention.attend(*args, **(kwargs or {}))[0]
@@ -176,15 +178,21 @@ class QuantMultiheadAttention(QuantizedAttention, QuantizedLayer, nn.MultiheadAt
         heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]  # [B, heads, tokens, d]
         mask = self._mask(heads[0], attn_mask, key_padding_mask)
         q, k, v = heads
-        output, probability = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        probability = None
+        if need_weights or self.has_quantized_products():
+            output, probability = self.attend(q, k, v, mask, dropout)
+        else:
+            output = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         output = self.out_proj(output.transpose(1, 2).flatten(2))
         if not batched:
-            output, probability = output.squeeze(0), probability.squeeze(0)
+            output = output.squeeze(0)
         elif not self.batch_first:
             output = output.transpose(0, 1)
-        if not need_weights:
+        if probability is None or not need_weights:
             return output, None
-        return output, probability.mean(-3) if average_attn_weights else probability
+        probability = probability.mean(-3) if average_attn_weights else probability
+        return output, probability if batched else probability.squeeze(0)
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         if query is key is value:
