@@ -81,11 +81,6 @@ def _measure_share(model: Any, image: Tensor) -> None:
 
 
 def _in_float(model: nn.Module, modules: Modules, inputs: Iterable[Tensor], device: torch.device) -> None:
-    # Once for each quantizer: layers that share a weight share it.
-    layers = [module for module in modules.values() if isinstance(module, QuantizedLayer)]
-    for quantizer, layer in {layer.weight_quantizer: layer for layer in layers}.items():
-        if quantizer is not None:
-            quantizer.reset_(_statistics(Statistics, quantizer, layer.normalized_weight()[0]))
     inputs_of = {f"{name}.{operand}": quantizer for name, module in modules.items()
                  for operand, quantizer in quantizers_by_operand(module).items() if operand != "weight"}
     of_inputs: dict[str, Statistics] = {}
@@ -124,10 +119,17 @@ def _in_float(model: nn.Module, modules: Modules, inputs: Iterable[Tensor], devi
             module.observer = None
     if batches:
         _require_reached(modules, reached)
+    missing = next((key for key in inputs_of if key not in of_inputs), None)
+    if missing is not None:
+        raise ValueError(f"calibrate_: no value reached {_described(missing)}: activations are quantized, give at "
+                         "least one batch with images")
+    # Nothing was set so far: an error above leaves the quantizers as they were. Layers that share a weight share its
+    # quantizer: once for each.
+    layers = [module for module in modules.values() if isinstance(module, QuantizedLayer)]
+    for of_weight, layer in {layer.weight_quantizer: layer for layer in layers}.items():
+        if of_weight is not None:
+            of_weight.reset_(_statistics(Statistics, of_weight, layer.normalized_weight()[0]))
     for key, quantizer in inputs_of.items():
-        if key not in of_inputs:
-            raise ValueError(f"calibrate_: no value reached {_described(key)}: activations are quantized, give at "
-                             "least one batch with images")
         statistics = of_inputs[key].over_ranks(device)
         quantizer.reset_(statistics)
         if not quantizer.signed and statistics.low < 0:
