@@ -4,6 +4,8 @@ import os
 
 # One thread makes sums come out in the same order in every process. Tests of equality mean equal bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray runs its workers at niceness 15: another test on the same core would take nearly all of its time.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import importlib.util
 import time

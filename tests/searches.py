@@ -154,7 +154,7 @@ def marked_search(folder: Path) -> Search:
     return write_search(folder, {"name": ("name", [MARKUP, "plain"])}, 4, finalists=1, repeats=0, name=MARKUP)
 
 
-def search(*arguments: object, timeout: float = 500) -> subprocess.CompletedProcess:
+def search(*arguments: object, timeout: float = 1000) -> subprocess.CompletedProcess:
     """Run `python -m tune.search` without a GPU."""
     return subprocess.run([sys.executable, "-m", "tune.search", *map(str, arguments)], cwd=ROOT, timeout=timeout,
                           capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})

@@ -16,7 +16,7 @@ from tests.searches import assert_each_result_once, search
 from tune.store import journal
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]  # the first test waits for a whole search
 ROOT = Path(__file__).resolve().parent.parent
 
 
