@@ -35,7 +35,7 @@ from nulsq.files import write_atomically
 from nulsq.models.libraries import build_model
 from nulsq.quant.attention_adapters import attentions_of
 from nulsq.quant.policy import not_quantizable
-from nulsq.quant.settings import LayerRule, Policy
+from nulsq.quant.settings import LayerRule, Policy, SideRule
 from nulsq.text import markdown_table, shortened
 
 CLASSES = 10
@@ -85,7 +85,7 @@ def measure(family: str, network: str, size: int) -> Row:
 def _measure(row: Row, size: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, size, size)
-    model = _quantized(row.network, Policy(bits=4, preset="none"), x)
+    model = _quantized(row.network, _policy(), x)
     quantizers = {id(p) for quantizer in nulsq.quantizers_of(model) for p in quantizer.parameters()}
     row.parameters = sum(p.numel() for p in model.parameters() if id(p) not in quantizers)
     cost = cost_of(model, x[:1])
@@ -100,8 +100,14 @@ def _measure(row: Row, size: int) -> None:
     _round_trip(row.network, model, x)
     if cost.other_macs and attentions_of(model):
         row.has_adapter = True
-        with_products = cost_of(_quantized(row.network, Policy(bits=4, preset="none", rules=ATTENTION), x), x[:1])
+        with_products = cost_of(_quantized(row.network, _policy(ATTENTION), x), x[:1])
         row.quantized_products = sum(product.macs for product in with_products.products.values())
+
+
+def _policy(rules: dict[str, LayerRule] | None = None) -> Policy:
+    """Initial steps by nmse: a formula, where mse would search for minutes. What is quantized does not depend on it."""
+    return Policy(bits=4, preset="none", weight=SideRule("lsq", init="nmse"), activation=SideRule("nulsq", init="nmse"),
+                  rules=rules or {})
 
 
 def _quantized(network: str, policy: Policy, x: Tensor) -> nn.Module:
@@ -141,7 +147,7 @@ def _round_trip(network: str, model: nn.Module, x: Tensor) -> None:
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        other = nulsq.quantize_(build_model(network, CLASSES), Policy(bits=4, preset="none")).eval()
+        other = nulsq.quantize_(build_model(network, CLASSES), _policy()).eval()
     other.load_state_dict(model.state_dict())
     if not torch.equal(other(x), output):
         raise ValueError("a network that loaded the state dict computes something else")
