@@ -39,6 +39,7 @@ from nulsq.quant.settings import LayerRule, Policy, SideRule
 from nulsq.text import markdown_table, shortened
 
 CLASSES = 10
+LARGE = 448  # pixels: from here on one image instead of two, for memory
 ATTENTION = {"products": LayerRule(match=["role:attention"])}
 BEGIN, END = "<!-- bench.coverage -->", "<!-- end of bench.coverage -->"
 
@@ -85,6 +86,8 @@ def measure(family: str, network: str, size: int) -> Row:
 def _measure(row: Row, size: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, size, size)
+    if size > LARGE:
+        x = x[:1]
     model = _quantized(row.network, _policy(), x)
     quantizers = {id(p) for quantizer in nulsq.quantizers_of(model) for p in quantizer.parameters()}
     row.parameters = sum(p.numel() for p in model.parameters() if id(p) not in quantizers)
@@ -137,6 +140,7 @@ def _train_a_step(model: nn.Module, x: Tensor) -> None:
     if missing:
         raise ValueError(f"no gradient for {shortened(missing)}")
     optimizer.step()
+    optimizer.zero_grad()  # frees the memory of the gradients
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def test_rule_of_a_file_wins_over_a_matching_rule_of_its_base(write):
     from nulsq.quant.policy import resolve
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     path = write("file.yaml", f"base: {W2A2}\n" + rules("head: {match: ['role:last'], bits: 5}"))
-    bits = {name: weight.bits for name, (weight, _) in resolve(load(Recipe, path).quant, model).items()}
+    bits = {name: weight.bits for name, (weight, _) in resolve(load(Recipe, path).quant, model).layers.items()}
     assert bits == {"0": 8, "1": 2, "2": 5}
 
 

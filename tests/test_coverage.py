@@ -58,6 +58,7 @@ def test_unknown_family_is_one_line(capsys):
     assert "Did you mean 'timm eva'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("NULSQ_DATA" not in os.environ, reason="NULSQ_DATA is not set")
 def test_trained_network_starts_close_to_float():
     """The setting with the smallest allowed loss: 8 bits, one step per tensor."""

@@ -26,7 +26,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("stop_steps", [[3], [4, 9], [1, 2, 11]])
-def test_resume_equals_uninterrupted_run(short, float_run, straight, steps_done, stop_steps):
+def test_resume_equals_uninterrupted_run(short, float_run, uninterrupted, steps_done, stop_steps):
     recipe = short(f"stopped-{'-'.join(map(str, stop_steps))}", model__init_from=str(float_run), optim__epochs=3)
     for step in stop_steps:
         state = train(recipe, stop=lambda step=step: steps_done[-1] >= step, quiet=True)
@@ -35,31 +35,31 @@ def test_resume_equals_uninterrupted_run(short, float_run, straight, steps_done,
             "outcome": "saved", "requeue": True, "time": "", "epoch": step // 4 - (step % 4 == 0 and step > 0),
             "step": step}
     assert train(recipe, quiet=True).status == "finished"
-    assert numbers(path_of(recipe)) == numbers(straight)
-    assert_same_state(last(path_of(recipe)), last(straight))
+    assert numbers(path_of(recipe)) == numbers(uninterrupted)
+    assert_same_state(last(path_of(recipe)), last(uninterrupted))
 
 
-def test_quantized_training_learns_and_reports_every_epoch(short, float_run, straight):
-    lines = read_metrics(straight)
+def test_quantized_training_learns_and_reports_every_epoch(short, float_run, uninterrupted):
+    lines = read_metrics(uninterrupted)
     assert [line["epoch"] for line in lines] == [1, 2, 3] and lines[-1]["step"] == 12
     assert {"train_loss", "train_top1", "train_top5", "val_top1", "val_top5", "val_loss"} | TIMES <= set(lines[0])
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
-    assert read_outcome(straight)["outcome"] == "finished"
-    content = checkpoint.load_chosen(straight)
+    assert read_outcome(uninterrupted)["outcome"] == "finished"
+    content = checkpoint.load_chosen(uninterrupted)
     assert content["best"]["val_top1"] == max(line["val_top1"] for line in lines)
     steps = [value for key, value in content["model"].items() if key.endswith((".steps", ".step"))]
     assert steps and all((value > 0).all() for value in steps)
 
 
-def test_finished_run_is_not_trained_again(short, float_run, straight):
-    before = checkpoint.newest(straight).stat().st_mtime_ns
-    recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
+def test_finished_run_is_not_trained_again(short, float_run, uninterrupted):
+    before = checkpoint.newest(uninterrupted).stat().st_mtime_ns
+    recipe = short("uninterrupted", model__init_from=str(float_run), optim__epochs=3)
     assert train(recipe, quiet=True).status == "finished"
-    assert checkpoint.newest(straight).stat().st_mtime_ns == before
+    assert checkpoint.newest(uninterrupted).stat().st_mtime_ns == before
 
 
-def test_different_recipe_in_an_existing_run_directory_is_an_error(short, float_run, straight):
-    recipe = short("straight", model__init_from=str(float_run), optim__epochs=3, optim__lr=0.01)
+def test_different_recipe_in_an_existing_run_directory_is_an_error(short, float_run, uninterrupted):
+    recipe = short("uninterrupted", model__init_from=str(float_run), optim__epochs=3, optim__lr=0.01)
     with pytest.raises(InputError, match="another recipe .optim.lr 0.05 -> 0.01"):
         train(recipe, quiet=True)
 
@@ -75,10 +75,10 @@ def test_snapshot_of_the_code_reports_the_commit_it_was_taken_from(tmp_path):
     assert description.endswith(", snapshot of commit 1234 with local changes, taken yesterday")
 
 
-def test_run_directory_in_use_by_another_process_is_an_error(short, float_run, straight):
+def test_run_directory_in_use_by_another_process_is_an_error(short, float_run, uninterrupted):
     import fcntl
-    recipe = short("straight", model__init_from=str(float_run), optim__epochs=3)
-    with (straight / "lock").open("a") as file:
+    recipe = short("uninterrupted", model__init_from=str(float_run), optim__epochs=3)
+    with (uninterrupted / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is training"):
             train(recipe, quiet=True)
@@ -111,28 +111,28 @@ def test_run_without_holdout_prints_its_final_training_loss(short, float_run, tm
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"training loss {loss:.4f}, nothing was held out; ")
 
 
-def test_load_run_returns_the_network_that_evaluation_uses(straight, digits):
+def test_load_run_returns_the_network_that_evaluation_uses(uninterrupted, digits):
     """`nulsq.load_run` gives the recorded accuracy, and needs the data set only for the number of classes."""
     from nulsq.data import DataSet, Normalize, build_loader
     from nulsq.evaluate import evaluate
     from nulsq.run.directory import read_recipe
-    model, recipe, data = nulsq.load_run(straight), read_recipe(straight), DataSet(digits)
+    model, recipe, data = nulsq.load_run(uninterrupted), read_recipe(uninterrupted), DataSet(digits)
     assert not model.training and all(quantizer.calibrated for quantizer in nulsq.quantizers_of(model))
     loader = build_loader(recipe.data, data, "val")
     metrics = evaluate(model, loader, Normalize(data, ALONE.device), ALONE)
-    assert metrics["val_top1"] == checkpoint.load_chosen(straight)["best"]["val_top1"]
-    assert_same_state(nulsq.load_run(straight, classes=10).state_dict(), model.state_dict())
-    assert nulsq.load_run(straight, checkpoint_name="last").state_dict().keys() == model.state_dict().keys()
+    assert metrics["val_top1"] == checkpoint.load_chosen(uninterrupted)["best"]["val_top1"]
+    assert_same_state(nulsq.load_run(uninterrupted, classes=10).state_dict(), model.state_dict())
+    assert nulsq.load_run(uninterrupted, checkpoint_name="last").state_dict().keys() == model.state_dict().keys()
     with pytest.raises(InputError, match="not a run directory"):
         nulsq.load_run(digits)
 
 
-def test_evaluation_counts_every_test_image_once(straight, digits):
-    metrics = evaluate_run(straight, ranks=ALONE)
+def test_evaluation_counts_every_test_image_once(uninterrupted, digits):
+    metrics = evaluate_run(uninterrupted, ranks=ALONE)
     assert metrics["test_images"] == json.loads((digits / "manifest.json").read_text())["counts"]["test"]
-    assert metrics == read_evaluation(straight)
-    holdout_metrics = evaluate_run(straight, split="val", ranks=ALONE)
-    assert holdout_metrics["val_top1"] == checkpoint.load_chosen(straight)["best"]["val_top1"]
+    assert metrics == read_evaluation(uninterrupted)
+    holdout_metrics = evaluate_run(uninterrupted, split="val", ranks=ALONE)
+    assert holdout_metrics["val_top1"] == checkpoint.load_chosen(uninterrupted)["best"]["val_top1"]
 
 
 def test_report_receives_every_epoch_and_can_end_the_run(short, float_run):
@@ -248,8 +248,8 @@ def test_damaged_or_executable_weight_file_is_rejected(short, tmp_path):
             train(short("bad", model__init_from=str(tmp_path / name)), quiet=True)
 
 
-def test_quantized_run_can_initialize_a_run_with_another_bit_width(short, straight):
-    recipe = short("three-bits", model__init_from=str(straight), quant__bits=3, optim__epochs=1)
+def test_quantized_run_can_initialize_a_run_with_another_bit_width(short, uninterrupted):
+    recipe = short("three-bits", model__init_from=str(uninterrupted), quant__bits=3, optim__epochs=1)
     assert train(recipe, quiet=True).status == "finished"
 
 
@@ -288,10 +288,10 @@ def test_two_ranks_and_one_process_calibrate_to_the_same_parameters(short, float
 
 
 @pytest.mark.long
-def test_two_ranks_evaluate_every_image_once(straight):
-    process = in_ranks(2, "nulsq.evaluate", str(straight), "--split", "val", "--device", "cpu")
+def test_two_ranks_evaluate_every_image_once(uninterrupted):
+    process = in_ranks(2, "nulsq.evaluate", str(uninterrupted), "--split", "val", "--device", "cpu")
     assert process.returncode == 0, process.stderr[-2000:]
-    both, one = read_evaluation(straight, "val"), evaluate_run(straight, split="val", ranks=ALONE)
+    both, one = read_evaluation(uninterrupted, "val"), evaluate_run(uninterrupted, split="val", ranks=ALONE)
     assert (both["val_images"], both["val_top1"]) == (one["val_images"], one["val_top1"])
 
 
