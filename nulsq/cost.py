@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from nulsq.quant.attention import PRODUCTS
 from nulsq.quant.base import Quantizer
 from nulsq.quant.layers import weight_of
-from nulsq.quant.multiply_adds import count
+from nulsq.quant.multiply_adds import count, operand_quantizers
 from nulsq.quant.policy import layers_of
 
 FLOAT_BITS = 32
@@ -89,10 +88,8 @@ def cost_of(model: nn.Module, image: Tensor) -> Cost:
              for name, layer in layers.items()}
     products = {}
     for name, one in counts.products.items():
-        attention = model.get_submodule(name.rpartition(".")[0])
-        left, right = next(pair for pair in PRODUCTS if pair[0] == name.rpartition(".")[2])
-        products[name] = LayerCost(0, one.inputs, one.macs, bits_of(attention, f"{right}_quantizer"),
-                                   bits_of(attention, f"{left}_quantizer"))
+        left, right = map(_bits, operand_quantizers(model, name))
+        products[name] = LayerCost(0, one.inputs, one.macs, right, left)
     packed = {id(weight_of(layer)): bits * weight_of(layer).numel() for layer in layers.values()
               if (bits := bits_of(layer, "weight_quantizer")) != FLOAT_BITS}
     quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
@@ -111,7 +108,10 @@ def cost_of(model: nn.Module, image: Tensor) -> Cost:
 
 def bits_of(layer: nn.Module, side: str) -> int:
     """Bits of a layer's `weight_quantizer` or `activation_quantizer`; 32 without one."""
-    quantizer = getattr(layer, side, None)
+    return _bits(getattr(layer, side, None))
+
+
+def _bits(quantizer: Quantizer | None) -> int:
     return FLOAT_BITS if quantizer is None else quantizer.bits
 
 

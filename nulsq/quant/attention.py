@@ -17,12 +17,12 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from nulsq.quant.attention_adapters import uncalled_layers
 from nulsq.quant.base import Quantizer
-from nulsq.quant.layers import QuantizedLayer, call_as_leaf
+from nulsq.quant.layers import ChangedModule, QuantizedLayer, call_as_leaf
 from nulsq.quant.op import requantized
+from nulsq.quant.product import Intercept
 
 PRODUCTS = (("query", "key"), ("probability", "value"))
 OPERANDS = tuple(operand for product in PRODUCTS for operand in product)
@@ -34,19 +34,17 @@ def reads_quantized(module: nn.Module) -> bool:
     return any(isinstance(getattr(module, name), QuantizedLayer) for name in uncalled_layers(module))
 
 
-class QuantizedAttention(nn.Module):
+class QuantizedAttention(ChangedModule):
     """The common part of quantized attention modules.
 
     An `observer` gets the operands of each product and returns whether to quantize them.
     """
 
-    float_class: type[nn.Module]
     query_quantizer: Quantizer | None
     key_quantizer: Quantizer | None
     value_quantizer: Quantizer | None
     probability_quantizer: Quantizer | None
     reads: tuple[str, ...]  # names of the layers whose weights the float forward uses without calling them
-    observer: Callable[..., bool] | None
 
     def attach_operands(self, quantizers: dict[str, Quantizer]) -> Self:
         """quantizers: by operand; without any, the products stay float."""
@@ -100,46 +98,35 @@ class QuantizedAttention(nn.Module):
         probability = F.dropout(scores.softmax(-1), dropout_p)
         return torch.matmul(*self.operands(1, probability, value)), probability
 
-    def read_layer(self, weight: Tensor) -> QuantizedLayer | None:
-        """The quantized layer that has this weight and that the float forward does not call."""
+    def linear_operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and weight of a linear operation; quantized if the weight is that of a layer that is not called."""
         layers = [getattr(self, name) for name in self.reads]
-        return next((layer for layer in layers if isinstance(layer, QuantizedLayer) and layer.weight is weight), None)
+        layer = next((layer for layer in layers if isinstance(layer, QuantizedLayer) and layer.weight is weight), None)
+        return (x, weight) if layer is None else layer.quantized(x, weight)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the float class: the quantized class may have been made at run time."""
-        return _new_attention, (self.float_class,), self.__dict__.copy()
+    def made_by(self) -> tuple[Callable[..., type], tuple[Any, ...]]:
+        return attention_class, (self.float_class,)
 
 
-class _Products(TorchFunctionMode):
+class _Products(Intercept):
     """Within the context, an attention's products are those of quantized operands."""
 
     def __init__(self, attention: QuantizedAttention):
-        super().__init__()
+        super().__init__(attention.linear_operands)
         self.attention = attention
         self.seen = 0
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
-        if not self.attention.has_quantized_products():
-            return self._linear(*args, **(kwargs or {})) if func is F.linear else func(*args, **(kwargs or {}))
-        if func is F.scaled_dot_product_attention:
-            self.seen += 2
-            return self.attention.attend(*args, **(kwargs or {}))[0]
-        if func is F.linear:
-            return self._linear(*args, **(kwargs or {}))
-        if func in MATRIX_PRODUCTS:
-            self.seen += 1
-            if self.seen <= 2:
-                return func(*self.attention.operands(self.seen - 1, *args), **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        layer = self.attention.read_layer(weight)
-        if layer is None:
-            return F.linear(input, weight, bias)
-        input, weight = layer.quantized(input, weight)
-        with requantized(input):
-            return F.linear(input, weight, bias)
+        if self.attention.has_quantized_products():
+            if func is F.scaled_dot_product_attention:
+                self.seen += 2
+                return self.attention.attend(*args, **(kwargs or {}))[0]
+            if func in MATRIX_PRODUCTS:
+                self.seen += 1
+                if self.seen <= 2:
+                    return func(*self.attention.operands(self.seen - 1, *args), **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
     def require_both(self) -> None:
         """Raise RuntimeError unless the forward was the one that the adapter stands for."""
@@ -249,7 +236,3 @@ def quantize_attention_(module: nn.Module, quantizers: dict[str, Quantizer],
     if isinstance(module, QuantMultiheadAttention):
         module.attach(*(projection or (None, None, "none")))
     return cast(QuantizedAttention, module).attach_operands(quantizers)
-
-
-def _new_attention(float_class: type[nn.Module]) -> nn.Module:
-    return cast(nn.Module, object.__new__(attention_class(float_class)))

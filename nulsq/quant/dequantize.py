@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nulsq.quant.attention import OPERANDS, QuantizedAttention
+from nulsq.quant.attention import OPERANDS
 from nulsq.quant.base import Quantizer
 from nulsq.quant.fold import unfold_
 from nulsq.quant.fused_transformer import allow_fused_transformer
-from nulsq.quant.layers import ProductLayer, QuantizedLayer, weight_parameter
+from nulsq.quant.layers import ChangedModule, ProductLayer, QuantizedLayer, weight_parameter
 from nulsq.quant.wrapped import require_plain
 
 ATTRIBUTES = ("weight_quantizer", "activation_quantizer", *(f"{operand}_quantizer" for operand in OPERANDS),
@@ -33,27 +33,21 @@ def dequantize_(model: nn.Module, *, round_weights: bool = False) -> nn.Module:
             `round_weights`, a weight that is computed from others or transformed by its layer.
     """
     require_plain(model, ORDER)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
-    for name, layer in layers.items():
-        if not _is_quantized_class(type(layer)):
+    changed = {name: module for name, module in model.named_modules() if isinstance(module, ChangedModule)}
+    for name, module in changed.items():
+        if module.is_changed_further():
             raise ValueError(f"dequantize_: {name} was reparametrized after quantize_: undo that first")
-    rounded = {name: _rounded(name, layer) for name, layer in layers.items()
-               if round_weights and layer.weight_quantizer is not None}
+    rounded = [(module, _rounded(name, module)) for name, module in changed.items()
+               if round_weights and isinstance(module, QuantizedLayer) and module.weight_quantizer is not None]
     # The model is unchanged up to here, so an error above leaves it as it was.
     unfold_(model)
-    for name, weight in rounded.items():
-        layers[name].weight.copy_(weight)
-    for module in list(model.modules()):
-        if isinstance(module, QuantizedLayer | QuantizedAttention):
-            _become_float(module)
+    for layer, weight in rounded:
+        layer.weight.copy_(weight)
+    for module in changed.values():
+        _become_float(module)
     allow_fused_transformer(model)
     model.__dict__.pop("quantized_share", None)
     return model
-
-
-def _is_quantized_class(cls: type) -> bool:
-    """Whether a class was made by `quantize_` and not by what changed the class of a layer afterwards."""
-    return cls.__module__ == QuantizedLayer.__module__ or cls.__module__ == QuantizedAttention.__module__
 
 
 def _rounded(name: str, layer: QuantizedLayer) -> Tensor:

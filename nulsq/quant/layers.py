@@ -31,20 +31,40 @@ from nulsq.quant.product import Intercept, product_operands
 from nulsq.quant.settings import NORMALIZATIONS
 
 
-class QuantizedLayer(nn.Module):
+class ChangedModule(nn.Module):
+    """A module whose class quantization has changed in place."""
+
+    float_class: type[nn.Module]
+    observer: Callable[..., bool] | None  # gets float operands by name and returns whether to quantize them
+
+    def made_by(self) -> tuple[Callable[..., type], tuple[Any, ...]]:
+        """The function that made this module's class, and its arguments."""
+        raise NotImplementedError
+
+    def is_changed_further(self) -> bool:
+        """Whether something else has changed the class since, such as torch.nn.utils.parametrize."""
+        make, arguments = self.made_by()
+        return type(self) is not make(*arguments)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by the float class: the quantized class may have been made at run time."""
+        if self.is_changed_further():
+            return super().__reduce_ex__(protocol)
+        return _new_module, self.made_by(), self.__dict__.copy()
+
+
+class QuantizedLayer(ChangedModule):
     """The common part of all quantized layers.
 
     An `observer` gets the float operands of the layer's product, `activation` and `weight`, and returns whether to
     quantize them.
     """
 
-    float_class: type[nn.Module]
     channel_dimension: int  # of the input
     weight: Tensor
     weight_quantizer: Quantizer | None
     activation_quantizer: Quantizer | None
     normalization: str
-    observer: Callable[..., bool] | None
 
     def attach(self, weight_quantizer: Quantizer | None, activation_quantizer: Quantizer | None,
                normalization: str = "none") -> Self:
@@ -94,12 +114,8 @@ class QuantizedLayer(nn.Module):
         weight = self.weight_quantizer(weight)
         return weight if factor is None else weight * factor
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the float layer's class: the quantized class may have been made at run time."""
-        key = self.float_class, "forward_of_instance" in self.__dict__
-        if type(self) is not quantized_class(*key):
-            return super().__reduce_ex__(protocol)  # torch.nn.utils.parametrize changed the class afterwards
-        return _new_layer, key, self.__dict__.copy()
+    def made_by(self) -> tuple[Callable[..., type], tuple[Any, ...]]:
+        return quantized_class, (self.float_class, "forward_of_instance" in self.__dict__)
 
 
 class _QuantizedConvolution(QuantizedLayer):
@@ -228,5 +244,5 @@ def call_as_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return tracer.create_proxy("call_module", cast(Any, tracer).path_of_module(module), args, kwargs)
 
 
-def _new_layer(float_class: type[nn.Module], own_forward: bool) -> nn.Module:
-    return cast(nn.Module, object.__new__(quantized_class(float_class, own_forward)))
+def _new_module(make: Callable[..., type], arguments: tuple[Any, ...]) -> nn.Module:
+    return cast(nn.Module, object.__new__(make(*arguments)))

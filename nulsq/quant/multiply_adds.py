@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nulsq.quant.attention import PRODUCTS, QuantizedAttention
 from nulsq.quant.attention_adapters import attentions_of, uncalled_layers
+from nulsq.quant.base import Quantizer
 from nulsq.quant.layers import QuantizedLayer, weight_of
 from nulsq.quant.modes import in_evaluation
 from nulsq.quant.policy import layers_of
+from nulsq.quant.product import Intercept
 from nulsq.text import shortened
 
 
@@ -48,6 +48,13 @@ class Counts:
     @property
     def macs(self) -> int:
         return self.other + sum(count.macs for count in (*self.layers.values(), *self.products.values()))
+
+
+def operand_quantizers(model: nn.Module, product: str) -> tuple[Quantizer | None, Quantizer | None]:
+    """The quantizers of the left and of the right operand. product: its name in `Counts.products`."""
+    attention, _, left = product.rpartition(".")
+    module = model.get_submodule(attention)
+    return getattr(module, f"{left}_quantizer"), getattr(module, f"{dict(PRODUCTS)[left]}_quantizer")
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,7 @@ def quantized_share(model: nn.Module, counts: Counts) -> QuantizedShare:
     else:
         total = counts.macs
         floats["products outside of layers"] = counts.other
-        for name, one in counts.products.items():
-            prefix, _, left = name.rpartition(".")
-            if any(getattr(model.get_submodule(prefix), f"{operand}_quantizer") is None
-                   for operand in next(pair for pair in PRODUCTS if pair[0] == left)):
-                floats[name] = one.macs
+        floats |= {name: one.macs for name, one in counts.products.items() if None in operand_quantizers(model, name)}
     largest = sorted((name for name, macs in floats.items() if macs > 0), key=lambda name: -floats[name])
     return QuantizedShare(1 - sum(floats.values()) / max(total, 1), weights_only,
                           [f"{name or 'the model'} {100 * floats[name] / total:.1f} %" for name in largest])
@@ -111,12 +114,18 @@ def count(model: nn.Module, image: Tensor) -> Counts:
         elif name in uncalled and isinstance(layer, QuantizedLayer):
             observers[layer] = _of_linear(counts[name])
     weights = {id(layer.weight): counts[name] for name, layer in uncalled.items() if layer not in observers}
+
+    def see(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if id(weight) in weights:
+            weights[id(weight)].add(x.numel(), x.numel() * weight.shape[0])
+        return x, weight
+
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
     before = {module: module.observer for module in observers}
     try:
         for module, observer in observers.items():
             module.observer = observer
-        with in_evaluation(model), _countable(model), FlopCounterMode(display=False) as flops, _Linear(weights):
+        with in_evaluation(model), _countable(model), FlopCounterMode(display=False) as flops, Intercept(see):
             model(image)
     finally:
         for handle in handles:
@@ -158,22 +167,6 @@ def _of_linear(of: Count) -> Callable[..., bool]:
         of.add(activation.numel(), activation.numel() * weight.shape[0])
         return True
     return observe
-
-
-class _Linear(TorchFunctionMode):
-    """Counts linear operations on these weights, by id."""
-
-    def __init__(self, weights: dict[int, Count]):
-        super().__init__()
-        self.weights = weights
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple = (),
-                           kwargs: dict[str, Any] | None = None) -> Any:
-        if func is F.linear:
-            input, weight = [*args, *(kwargs or {}).values()][:2]
-            if id(weight) in self.weights:
-                self.weights[id(weight)].add(input.numel(), input.numel() * weight.shape[0])
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

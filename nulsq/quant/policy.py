@@ -32,6 +32,7 @@ class Plan(NamedTuple):
 
     layers: dict[str, tuple[SideRule, SideRule]]  # weight and activation of every quantizable layer
     products: dict[str, SideRule]  # operands of the products of every attention that a rule matches
+    refused: dict[str, str]  # why a layer has to stay float
 
 
 def resolve(policy: Policy, model: nn.Module) -> Plan:
@@ -39,7 +40,8 @@ def resolve(policy: Policy, model: nn.Module) -> Plan:
 
     Raises ValueError for a pattern or role that matches nothing, and for settings that contradict each other.
     """
-    names = quantizable(model)
+    refused = not_quantizable(model)
+    names = [name for name in layers_of(model) if name not in refused]
     if not names:
         raise ValueError("the model has no Conv1d, Conv2d or Linear layer to quantize")
     policy = policy.without_preset()
@@ -59,7 +61,8 @@ def resolve(policy: Policy, model: nn.Module) -> Plan:
                              f"{', '.join(earlier)}. Change quant.rules.{earlier[0]}, or set its enabled=false")
     return Plan({name: (policy.side("weight", chosen.get(name)), policy.side("activation", chosen.get(name)))
                  for name in names},
-                {name: policy.side("activation", chosen[key]) for key, name in products.items() if key in chosen})
+                {name: policy.side("activation", chosen[key]) for key, name in products.items() if key in chosen},
+                refused)
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from nulsq.quant.attention_adapters import attentions_of
 from nulsq.quant.base import Quantizer
 from nulsq.quant.fused_transformer import avoid_fused_transformer
 from nulsq.quant.layers import quantize_layer_, weight_of, weight_parameter
-from nulsq.quant.policy import not_quantizable, resolve
+from nulsq.quant.policy import resolve
 from nulsq.quant.registry import get_quantizer
 from nulsq.quant.settings import FLOAT, Policy, SideRule
 from nulsq.quant.wrapped import require_plain
@@ -67,7 +67,7 @@ def quantize_(model: nn.Module, policy: Policy | None = None, *, batch_shards: i
                           if (quantizer := _build(f"{name}.{operand}", "activation", _of_operand(rule, operand), None))}
                    for name, rule in plan.products.items()}
     not_quantized = [f"{name} ({type(model.get_submodule(name)).__name__}: {reason})"
-                     for name, reason in not_quantizable(model).items()]
+                     for name, reason in plan.refused.items()]
     # The model is unchanged up to here, so an error above leaves it as it was.
     attentions = attentions_of(model)
     for name, sides in quantizers.items():

@@ -235,10 +235,11 @@ def _layer_by_layer(model: nn.Module, modules: Modules, inputs: Iterable[Tensor]
         def observe(**operands: Tensor) -> bool:
             reached.add(name)
             for operand, x in operands.items():
+                if operand not in quantizers or not x.numel():
+                    continue
                 if operand == "weight" and isinstance(module, QuantizedLayer):
                     x = module.normalized_weight(x)[0]
-                if operand in quantizers and x.numel():
-                    keep_larger_(quantizers[operand], _statistics(BatchStatistics, quantizers[operand], x))
+                keep_larger_(quantizers[operand], _statistics(BatchStatistics, quantizers[operand], x))
             return True
         return observe
 
